@@ -231,8 +231,25 @@ impl<'a> Problem<'a> {
 
         let sequences = match inputs.cu_seqlens {
             Some(offsets) => packed(offsets, batch, time)?,
-            None => (0..batch).map(|b| Sequence { start: b * time, len: time }).collect(),
+            None => {
+                // With T = 0 any B has as many elements as were given: none.
+                let mut sequences = Vec::new();
+                if sequences.try_reserve_exact(batch).is_err() {
+                    return shape_error("q", "[B,T,H,dk] of a size that fits memory".to_owned(), &inputs.q);
+                }
+                sequences.extend((0..batch).map(|b| Sequence { start: b * time, len: time }));
+                sequences
+            }
         };
+        let cache = [value_heads, capacity, dk, dv, size_of::<f64>()];
+        let bytes = cache.iter().try_fold(sequences.len(), |product, &dim| product.checked_mul(dim));
+        if bytes.is_none_or(|bytes| bytes > isize::MAX as usize) {
+            return Err(Error::Shape {
+                name: "cache_states",
+                expected: "[N,HV,M,dk,dv] of a size that fits memory".to_owned(),
+                given: format!("{:?}", [sequences.len(), value_heads, capacity, dk, dv]),
+            });
+        }
         let shape = Shape { batch, time, heads, value_heads, dk, dv, capacity, sequences: sequences.len() };
         if let Some(cache) = inputs.cache {
             cache.validate(&shape, options.read)?;

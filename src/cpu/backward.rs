@@ -340,7 +340,7 @@ impl Reverse {
                 .map(|columns| BankAdjoint::new(&states, capacity, (dk, dv), columns, options.recurrence))
                 .collect(),
             keys,
-            open: OpenAdjoint { r: open, squared: 0.0 },
+            open: OpenAdjoint::new(&writer.open, &open),
             initial_r: initial_open(row).r,
             gradients: ChunkGradients::new(dk),
             routed: Routed::new(capacity),
@@ -475,9 +475,8 @@ impl Reverse {
             if self.soft.is_some_and(|soft| soft.through_drift) { d_drift.clone() } else { vec![0.0; len] };
         if self.through_open {
             clock.time(Stage::Segment, || {
-                let mut r = vec![0.0; dk * dv];
-                entry.open.store(&mut r);
-                segment_backward(chunk, segmented, &r, &d_drift_on, &mut self.open, out, &mut self.d_v);
+                let open = &entry.open;
+                segment_backward(chunk, segmented, open, &d_drift_on, &mut self.open, out, &mut self.d_v);
             });
         }
         self.store(&row, tokens, chunk, replay, &d_weights, &d_drift, sink);
@@ -521,7 +520,7 @@ impl Reverse {
     }
 
     /// Writes the gradient of the initial cache.
-    fn finish(mut self, row: &Row, sink: &Sink) -> RowSums {
+    fn finish(self, row: &Row, sink: &Sink) -> RowSums {
         let Shape { dk, dv, .. } = *row.shape();
         let (dims, index) = (row.shape().cache_dims(), row.index());
         // SAFETY: a cache row is written by its own sequence and value head alone.
@@ -536,9 +535,8 @@ impl Reverse {
                 }
             }
             if let Some(open) = &sink.open {
-                let factor = (2.0 * self.open.squared) as f32;
-                super::matrix::add_scaled(&mut self.open.r, factor, &self.initial_r);
-                open.slice(index * dims.state(), dk * dv).copy_from_slice(&self.open.r);
+                let d_r = self.open.finish(&self.initial_r);
+                open.slice(index * dims.state(), dk * dv).copy_from_slice(&d_r);
             }
             if let Some(keys) = &sink.keys {
                 keys.slice(index * dims.key_bank(), self.keys.len()).copy_from_slice(&self.keys);

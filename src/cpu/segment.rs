@@ -15,15 +15,17 @@ use crate::options::Merge;
 
 const BLOCK: usize = 16;
 
+/// A segment that has decayed by more is 0 in f64 too, and so has no direction.
+const FORGOTTEN: f64 = -700.0;
+
 /// What the open segment is known by, carried from block to block.
 #[derive(Clone)]
 pub(crate) struct Open {
-    /// R up to the factor `e^log`, `[dk, dv]`.
+    /// R up to the factor `e^log`, `[dk, dv]`: as it was at its newest token that is not zero.
     pub(crate) r: Vec<f32>,
-    /// Log of the factor. Not 0 only while zero tokens alone have followed: an R that has decayed
-    /// far below f32 still has a direction.
+    /// Log decay since then.
     pub(crate) log: f64,
-    /// `|R|^2 e^{-2 log}`.
+    /// `|R|^2` as it was then.
     squared: f64,
     pub(crate) ledger: Ledger,
 }
@@ -40,9 +42,12 @@ pub(crate) enum Decide<'a> {
 pub(crate) struct Segmented {
     pub(crate) events: Vec<u8>,
     pub(crate) drift: Vec<f32>,
-    /// Numerator, `|R|^2` before the token, and `|k|^2 |v|^2`, of every token.
+    /// Numerator and `|R|^2` before every token, both relative to R as it was at its newest token that
+    /// is not zero, and the log decay since then.
     pub(crate) numerator: Vec<f64>,
     pub(crate) squared: Vec<f64>,
+    pub(crate) since: Vec<f64>,
+    /// `|k|^2 |v|^2` of every token.
     pub(crate) energy: Vec<f64>,
 }
 
@@ -53,6 +58,7 @@ impl Segmented {
             drift: vec![0.0; CHUNK],
             numerator: vec![0.0; CHUNK],
             squared: vec![0.0; CHUNK],
+            since: vec![0.0; CHUNK],
             energy: vec![0.0; CHUNK],
         }
     }
@@ -131,26 +137,27 @@ fn block(
 
     // First token of the open segment in this block; none while the segment is the carried one.
     let mut start = None;
+    // Last token of the open segment that is not zero; none while R holds it. All is kept relative to
+    // it: c asks no scale, and what strong decay leaves of a segment is far below f32.
+    let mut newest = None;
+    let mut since = open.log;
+    let mut squared = open.squared;
     // Rows of K R that are there.
     let mut carried_rows = 0;
-    // Nothing but zero tokens have joined the carried segment: its scale does not matter.
-    let mut pure = true;
-    let mut squared = open.squared;
     for t in 0..len {
         let (kt, vt) = (&k[t * dk..][..dk], &v[t * dv..][..dv]);
         let energy = dot_f64(kt, kt) * dot_f64(vt, vt);
-        let pairs = |from: usize| -> f64 {
-            (from..t)
-                .map(|s| {
-                    let x = f64::from(scratch.keys[t * len + s]) * f64::from(scratch.values[t * len + s]);
-                    (gamma(t) - gamma(s)).exp() * x
-                })
-                .sum()
-        };
-        let mut numerator = pairs(start.unwrap_or(0));
-        if !pure {
-            squared *= (2.0 * chunk.g[first + t]).exp();
+        since += chunk.g[first + t];
+        if since < FORGOTTEN {
+            squared = 0.0;
         }
+        let mut numerator = newest.map_or(0.0, |newest: usize| {
+            let pair = |s: usize| {
+                let x = f64::from(scratch.keys[t * len + s]) * f64::from(scratch.values[t * len + s]);
+                (gamma(newest) - gamma(s)).exp() * x
+            };
+            (start.unwrap_or(0)..=newest).map(pair).sum()
+        });
         if start.is_none() && squared > 0.0 {
             if t >= carried_rows {
                 // Most tokens open a slot, so a block's first token is asked alone.
@@ -172,11 +179,7 @@ fn block(
                 carried_rows = t + rows;
             }
             let carried = f64::from(dot(&scratch.carried[t * dv..][..dv], vt));
-            if pure {
-                numerator = carried;
-            } else {
-                numerator += (open.log + gamma(t)).exp() * carried;
-            }
+            numerator += newest.map_or(1.0, |newest| (open.log + gamma(newest)).exp()) * carried;
         }
         let score = drift(numerator, energy, squared);
         let event = match decide {
@@ -187,41 +190,35 @@ fn block(
         out.drift[first + t] = score;
         out.events[first + t] = event;
         out.energy[first + t] = energy;
-        // In true units, whatever the scale that the segment is carried in.
-        let scale = if pure { (open.log + gamma(t)).exp() } else { 1.0 };
-        out.numerator[first + t] = numerator * scale;
-        out.squared[first + t] = squared * scale * scale;
+        out.numerator[first + t] = numerator;
+        out.squared[first + t] = squared;
+        out.since[first + t] = since;
+        let decay = since.exp();
         if event != EXTEND {
-            (start, pure, squared) = (Some(t), false, energy);
+            (start, newest, since, squared) = (Some(t), Some(t), 0.0, energy);
         } else if energy > 0.0 {
-            if pure {
-                numerator *= scale;
-                squared *= scale * scale;
-                pure = false;
-            }
-            squared = (squared + 2.0 * numerator + energy).max(0.0);
+            squared = (squared * decay * decay + 2.0 * numerator * decay + energy).max(0.0);
+            (newest, since) = (Some(t), 0.0);
         }
     }
 
-    // R = [e^Gamma R] + sum e^{Gamma_end - Gamma_s} k_s v_s^T over the open segment's tokens.
+    // R = [e^Gamma R] + sum e^{Gamma - Gamma_s} k_s v_s^T over the open segment's tokens, up to the newest.
     open.squared = squared;
-    let total = gamma(len - 1);
-    if pure {
-        open.log += total;
-        return;
+    if let Some(newest) = newest {
+        let from = start.unwrap_or(0);
+        let tokens = newest + 1 - from;
+        for s in from..=newest {
+            let factor = (gamma(newest) - gamma(s)).exp() as f32;
+            let decayed = &mut scratch.decayed[(s - from) * dk..][..dk];
+            decayed.iter_mut().zip(&k[s * dk..][..dk]).for_each(|(out, k)| *out = factor * k);
+        }
+        let into = match start {
+            Some(_) => Into::Set,
+            None => Into::Add((open.log + gamma(newest)).exp() as f32),
+        };
+        let keys = View::new(&scratch.decayed, tokens, dk).t();
+        let values = View::new(&v[from * dv..], tokens, dv);
+        multiply(ViewMut::new(&mut open.r, dk, dv), into, 1.0, keys, values);
     }
-    let from = start.unwrap_or(0);
-    for s in from..len {
-        let factor = (total - gamma(s)).exp() as f32;
-        let decayed = &mut scratch.decayed[(s - from) * dk..][..dk];
-        decayed.iter_mut().zip(&k[s * dk..][..dk]).for_each(|(out, k)| *out = factor * k);
-    }
-    let into = match start {
-        Some(_) => Into::Set,
-        None => Into::Add((open.log + total).exp() as f32),
-    };
-    let keys = View::new(&scratch.decayed, len - from, dk).t();
-    let values = View::new(&v[from * dv..], len - from, dv);
-    multiply(ViewMut::new(&mut open.r, dk, dv), into, 1.0, keys, values);
-    open.log = 0.0;
+    open.log = since;
 }

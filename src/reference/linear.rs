@@ -4,8 +4,14 @@ pub(crate) fn dot(a: &[f64], b: &[f64]) -> f64 {
     a.iter().zip(b).map(|(a, b)| a * b).sum()
 }
 
+/// Norm, scaled by the largest element: the squares of what strong decay leaves would underflow.
 pub(crate) fn norm(a: &[f64]) -> f64 {
-    dot(a, a).sqrt()
+    let largest = a.iter().fold(0.0, |largest: f64, a| if a.abs() <= largest { largest } else { a.abs() });
+    if largest == 0.0 || !largest.is_finite() {
+        return largest;
+    }
+    let scaled: f64 = a.iter().map(|a| (a / largest) * (a / largest)).sum();
+    largest * scaled.sqrt()
 }
 
 /// `y += a x`.
