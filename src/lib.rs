@@ -2,11 +2,14 @@
 #![warn(missing_docs)]
 
 mod cache;
+#[cfg(feature = "check")]
+pub mod check;
 mod engine;
 mod error;
 pub mod events;
 mod options;
 mod problem;
+pub mod reference;
 mod tensor;
 
 pub use cache::{Cache, CacheDims, CacheGradients};
