@@ -1,6 +1,12 @@
 //! `dla`: Dynamic Linear Attention on files.
 
+mod check;
 mod common;
+mod device;
+mod options;
+mod output;
+mod run;
+mod tensors;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -23,10 +29,16 @@ struct Cli {
 
 // A subcommand is a module with `Args` and `run(&Args, &Common)`, one line here and one in `dispatch`.
 #[derive(Debug, Subcommand)]
-enum Command {}
+enum Command {
+    Run(run::Args),
+    Check(check::Args),
+}
 
-fn dispatch(command: &Command, _common: &Common) -> anyhow::Result<()> {
-    match *command {}
+fn dispatch(command: &Command, common: &Common) -> anyhow::Result<()> {
+    match command {
+        Command::Run(args) => run::run(args, common),
+        Command::Check(args) => check::run(args, common),
+    }
 }
 
 fn main() -> ExitCode {
