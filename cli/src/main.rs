@@ -1,7 +1,9 @@
 //! `dla`: Dynamic Linear Attention on files.
 
+mod bench;
 mod check;
 mod common;
+mod cost;
 mod device;
 mod options;
 mod output;
@@ -32,12 +34,14 @@ struct Cli {
 enum Command {
     Run(run::Args),
     Check(check::Args),
+    Bench(bench::Args),
 }
 
 fn dispatch(command: &Command, common: &Common) -> anyhow::Result<()> {
     match command {
         Command::Run(args) => run::run(args, common),
         Command::Check(args) => check::run(args, common),
+        Command::Bench(args) => bench::run(args, common),
     }
 }
 

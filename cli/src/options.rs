@@ -1,7 +1,8 @@
 //! The operator's options, as the command line spells them.
 
+use anyhow::ensure;
 use clap::ValueEnum;
-use dla::{Options, Soft, Tau};
+use dla::{MAX_CAPACITY, Options, Soft, Tau};
 
 /// How a slot's state evolves.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default, ValueEnum)]
@@ -77,6 +78,15 @@ impl From<SlotOrder> for dla::SlotOrder {
             SlotOrder::Newest => dla::SlotOrder::NewestFirst,
         }
     }
+}
+
+/// Checks `--capacity` before anything is sized by it.
+pub fn check_capacity(capacity: usize) -> anyhow::Result<()> {
+    ensure!(
+        (1..=MAX_CAPACITY).contains(&capacity),
+        "--capacity: expected 1 to {MAX_CAPACITY} slots, got {capacity}"
+    );
+    Ok(())
 }
 
 /// Options of `dla run`.

@@ -10,7 +10,7 @@ use dla::{
 
 use crate::common::Common;
 use crate::device::Device;
-use crate::options::OptionArgs;
+use crate::options::{OptionArgs, check_capacity};
 use crate::output::Output;
 use crate::tensors::{self, Floats, Out, Tensors};
 
@@ -39,6 +39,7 @@ pub struct Args {
 /// Runs the subcommand.
 pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
     let engine = args.device.engine()?;
+    check_capacity(args.options.capacity)?;
     let output = Output::at(&args.output)?;
     let bytes = tensors::read(&args.input)?;
     let file = Tensors::parse(&args.input, &bytes)?;
