@@ -136,7 +136,8 @@ fn a_log_in_the_file_is_followed() {
 /// The tensors of a file from one token to another, with what has no tokens as it is.
 fn tokens(file: &File, from: usize, to: usize) -> File {
     let cut = |(name, raw): (&String, &Raw)| {
-        let whole = name.starts_with("cache") || name.starts_with("route_slope") || name.starts_with("route_bias");
+        let whole =
+            name.starts_with("cache") || name.starts_with("route_slope") || name.starts_with("route_bias");
         (name.clone(), if whole { raw.clone() } else { raw.tokens(from, to) })
     };
     file.iter().map(cut).collect()

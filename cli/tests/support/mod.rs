@@ -76,8 +76,7 @@ pub fn read(path: &Path) -> File {
     let file = SafeTensors::deserialize(&bytes).expect("a safetensors file");
     file.iter()
         .map(|(name, view)| {
-            let raw =
-                Raw { dtype: view.dtype(), shape: view.shape().to_vec(), bytes: view.data().to_vec() };
+            let raw = Raw { dtype: view.dtype(), shape: view.shape().to_vec(), bytes: view.data().to_vec() };
             (name.to_owned(), raw)
         })
         .collect()
