@@ -51,7 +51,7 @@ fn severity(comparison: &Comparison) -> f64 {
 pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
     let engine = args.device.engine()?;
     let first: u64 = args.seed.unwrap_or_else(rand::random);
-    common.print(&format!("{} cases from seed {first}, engine {}\n", args.cases, engine.name()))?;
+    common.print(&format!("engine {}, cases {}, first seed {first}\n", engine.name(), args.cases))?;
     let bar = common.progress(args.cases, "check");
     let seeds = (0..args.cases).map(|i| first.wrapping_add(i));
     let survey = Survey::of(engine.as_ref(), seeds, || bar.inc(1))?;

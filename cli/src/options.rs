@@ -89,6 +89,19 @@ pub fn check_capacity(capacity: usize) -> anyhow::Result<()> {
     Ok(())
 }
 
+/// Elements above which a tensor is refused rather than asked of the allocator, which would end the process.
+const MAX_ELEMENTS: usize = 1 << 33;
+
+/// Checks that a tensor of these extents, which the call will make, is of a size that can be meant.
+pub fn check_size(name: &str, layout: &str, extents: &[usize]) -> anyhow::Result<()> {
+    let elements = extents.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent));
+    ensure!(
+        elements.is_some_and(|elements| elements <= MAX_ELEMENTS),
+        "{name}: expected {layout} of at most 2^33 elements, got {extents:?}"
+    );
+    Ok(())
+}
+
 /// Options of `dla run`.
 #[derive(Debug, Clone, clap::Args)]
 pub struct OptionArgs {

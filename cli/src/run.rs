@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use anyhow::{anyhow, ensure};
+use anyhow::{Context, anyhow, ensure};
 use dla::{
     Cache, CacheDims, CacheGradients, Error, Forward, Gradients, Inputs, OutputGradients, Problem, Read,
     Recurrence, Route, Shape,
@@ -10,7 +10,7 @@ use dla::{
 
 use crate::common::Common;
 use crate::device::Device;
-use crate::options::{OptionArgs, check_capacity};
+use crate::options::{OptionArgs, check_capacity, check_size};
 use crate::output::Output;
 use crate::tensors::{self, Floats, Out, Tensors};
 
@@ -46,6 +46,7 @@ pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
     let options = args.options.options();
 
     let arguments = Arguments::read(&file, &options)?;
+    arguments.check_states(options.capacity).with_context(|| args.input.display().to_string())?;
     let explain = |error| explain(error, &args.input);
     let problem = Problem::new(&options, arguments.inputs()).map_err(explain)?;
     let upstream = Upstream::read(&file, &problem)?;
@@ -160,6 +161,15 @@ impl<'a> Arguments<'a> {
         let cu_seqlens = file.offsets("cu_seqlens")?;
         let cache = cache(file, options.read)?;
         Ok(Arguments { q, k, v, g, beta, lambda, route, logits, events, cu_seqlens, cache })
+    }
+
+    /// Checks the states' size: tensors without tokens take no bytes, whatever their other extents say.
+    fn check_states(&self, capacity: usize) -> anyhow::Result<()> {
+        let (q, v) = (self.q.tensor(), self.v.tensor());
+        // Other ranks are the library's to refuse.
+        let (&[batch, _, _, dk], &[_, _, value_heads, dv]) = (q.shape(), v.shape()) else { return Ok(()) };
+        let sequences = self.cu_seqlens.as_ref().map_or(batch, |offsets| offsets.len().saturating_sub(1));
+        check_size("v", "states [N,HV,M,dk,dv]", &[sequences, value_heads, capacity, dk, dv])
     }
 
     fn inputs(&self) -> Inputs<'_> {

@@ -131,6 +131,20 @@ fn value_heads_that_no_multiple_of_key_heads() {
 }
 
 #[test]
+fn extents_that_no_memory_holds() {
+    let mut file = arguments(&small().draw(1));
+    let huge = 1 << 40;
+    for name in ["q", "k", "v"] {
+        file.insert(name.to_owned(), zeros(&[1, 0, 1, huge]));
+    }
+    fails_as(
+        &file,
+        &M3,
+        "IN: v: expected states [N,HV,M,dk,dv] of at most 2^33 elements, got [1, 1, 3, 1099511627776, 1099511627776]",
+    );
+}
+
+#[test]
 fn lambda_with_too_few_columns() {
     fails(
         "lambda",
@@ -227,7 +241,7 @@ fn packed_offsets() {
 fn logs_that_cannot_happen() {
     let log = |change: &[(usize, u8)]| {
         // Every head of every batch entry opens one slot and extends it.
-        let mut log: Vec<u8> = (0..B * T * HV).map(|i| u8::from(i / HV % T == 0)).collect();
+        let mut log: Vec<u8> = (0..B * T * HV).map(|i| u8::from((i / HV).is_multiple_of(T))).collect();
         change.iter().for_each(|&(at, event)| log[at] = event);
         Some(Raw::u8s(&log, &[B, T, HV]))
     };
@@ -393,6 +407,53 @@ fn outputs_that_cannot_be_written() {
         &format!("{}: expected a file that may be written, got a read-only one", kept.display()),
     );
     assert_eq!(scratch.files(), ["folder", "in.safetensors", "kept.safetensors"]);
+}
+
+#[test]
+fn nothing_panics() {
+    let mut recipe = small();
+    (recipe.resumed, recipe.final_gradient, recipe.options.recurrence) =
+        (true, true, dla::Recurrence::GatedDelta);
+    let good = with_gradients(&recipe.draw(1));
+    let scratch = Scratch::new();
+    let run = |file: &File, what: &str| {
+        let ran = scratch.run(file, &["--capacity", "3", "--recurrence", "delta", "--temperature", "0.1"]);
+        assert!([0, 1].contains(&ran.status) && !ran.stderr.contains("panicked"), "{what}: {}", ran.stderr);
+        ran.status
+    };
+    assert_eq!(run(&good, "as it is"), 0);
+    for (name, raw) in &good {
+        let rank = raw.shape.len();
+        for axis in 0..rank {
+            let with = |extent: usize, other: &dyn Fn(usize) -> usize| -> Vec<usize> {
+                (0..rank).map(|i| if i == axis { extent } else { other(raw.shape[i]) }).collect()
+            };
+            let same = |extent: usize| extent;
+            // A tensor without elements may say of its other extents what it likes.
+            for shape in [with(0, &same), with(raw.shape[axis] + 1, &same), with(1 << 33, &|_| 0)] {
+                let elements: usize = shape.iter().product();
+                let size = raw.bytes.len() / raw.shape.iter().product::<usize>();
+                let changed = Raw { dtype: raw.dtype, shape, bytes: vec![0; elements * size] };
+                let what = format!("{name} {:?}", changed.shape);
+                // Columns of lambda past M are allowed.
+                let fits = name == "lambda" && changed.shape == with(4, &same) && axis == 3;
+                let file = good.clone().into_iter().chain([(name.clone(), changed)]).collect();
+                assert_eq!(run(&file, &what), i32::from(!fits), "{what}");
+            }
+        }
+        for byte in [0xff, 0x7f] {
+            let changed = Raw { bytes: vec![byte; raw.bytes.len()], ..raw.clone() };
+            let file = good.clone().into_iter().chain([(name.clone(), changed)]).collect();
+            run(&file, &format!("{name} of bytes {byte:#x}"));
+        }
+    }
+    // No batch entry at all.
+    let empty = good.iter().map(|(name, raw)| {
+        let mut shape = raw.shape.clone();
+        shape[0] = 0;
+        (name.clone(), Raw { dtype: raw.dtype, shape, bytes: Vec::new() })
+    });
+    assert_eq!(run(&empty.collect(), "B = 0"), 0);
 }
 
 #[test]

@@ -56,7 +56,7 @@ fn refuses_what_it_cannot_draw() {
         (["--boundary-rate", "nan"], "--boundary-rate: expected above 0 and at most 1, got NaN"),
         (
             ["--shape", "1,99999999999,1,1,8,8"],
-            "--shape: expected at most 2^33 elements a tensor, got [1, 99999999999, 1, 30]",
+            "--shape: expected tensors of at most 2^33 elements, got [1, 99999999999, 1, 8]",
         ),
     ];
     for (option, expected) in cases {

@@ -10,8 +10,8 @@ const BAR: i32 = 20;
 const GAP: i32 = 8;
 const TOP: i32 = 64;
 const LEFT: i32 = 150;
-const RIGHT: i32 = 170;
-const WIDTH: i32 = 860;
+const RIGHT: i32 = 220;
+const WIDTH: i32 = 900;
 
 /// One bar a stage and one a pass, as long as its milliseconds, as an SVG.
 pub fn svg(report: &Report) -> anyhow::Result<String> {
@@ -51,8 +51,8 @@ fn draw(
         100.0 * report.boundary_rate.measured,
         report.ceiling.matmul_gflop_s
     );
-    root.draw(&Text::new(title, (GAP, 12), style(16)))?;
-    root.draw(&Text::new(detail, (GAP, 36), style(13)))?;
+    root.draw(&Text::new(title, (GAP, 12), style(20)))?;
+    root.draw(&Text::new(detail, (GAP, 36), style(16)))?;
 
     let longest = rows.iter().map(|row| row.ms).fold(f64::MIN_POSITIVE, f64::max);
     let middle = |h| Pos::new(h, VPos::Center);
@@ -65,9 +65,9 @@ fn draw(
             _ => RGBColor(200, 95, 40),
         };
         root.draw(&Rectangle::new([(LEFT, top), (LEFT + length.max(1), top + BAR)], color.filled()))?;
-        let label = style(13).pos(middle(HPos::Right));
+        let label = style(16).pos(middle(HPos::Right));
         root.draw(&Text::new(format!("{} {}", row.pass, row.stage), (LEFT - GAP, top + BAR / 2), label))?;
-        let value = style(13).pos(middle(HPos::Left));
+        let value = style(16).pos(middle(HPos::Left));
         let text = format!("{:.2} ms, {:.1} GFLOP/s", row.ms, row.gflop_s);
         root.draw(&Text::new(text, (LEFT + length + GAP, top + BAR / 2), value))?;
     }
