@@ -4,7 +4,7 @@ use std::io::{ErrorKind, IsTerminal, Write};
 use std::time::Duration;
 
 use anyhow::Context;
-use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressFinish, ProgressStyle};
 
 /// Options of every subcommand.
 #[derive(Debug, Clone, Default, clap::Args)]
@@ -20,7 +20,9 @@ impl Common {
         if self.quiet || !std::io::stderr().is_terminal() {
             return ProgressBar::hidden();
         }
-        let bar = ProgressBar::with_draw_target(Some(len), ProgressDrawTarget::stderr());
+        // Cleared when dropped too, so that an error does not end on the bar's line.
+        let bar = ProgressBar::with_draw_target(Some(len), ProgressDrawTarget::stderr())
+            .with_finish(ProgressFinish::AndClear);
         // One step says nothing of how far it is: a spinner then, with the time that has passed.
         let template = if len > 1 {
             "{msg} {wide_bar} {pos}/{len} {eta}"
