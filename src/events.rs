@@ -266,7 +266,7 @@ fn extend_ranges(
 ) {
     for (index, &place) in places.iter().enumerate() {
         let range = range(&mut exits[usize::from(place)]);
-        if range.is_empty() {
+        if range.start == range.end {
             *range = index..index + 1;
         } else {
             range.end = index + 1;

@@ -4,6 +4,7 @@
 mod cache;
 #[cfg(feature = "check")]
 pub mod check;
+pub mod cpu;
 mod engine;
 mod error;
 pub mod events;

@@ -6,33 +6,33 @@
 
 use super::forward::{DRIFT_FLOOR, Decide, Memory, Row, Token, confidence, rows, store};
 use super::linear::{add_outer, add_scaled, dot, norm, scale, times, transposed_times};
-use super::{ArgumentGradients, Arguments, Upstream, l2norm_factor};
+use super::{ArgumentGradients, Arguments, Terms, Upstream, l2norm_factor};
 use crate::events::{EXTEND, MERGE};
 use crate::options::{Read, Recurrence};
 use crate::problem::{Problem, Shape};
 use rayon::prelude::*;
 
 /// Adjoint of a [`Memory`].
-struct Adjoint {
+pub(crate) struct Adjoint {
     /// dS, oldest slot first.
-    states: Vec<Vec<f64>>,
+    pub(crate) states: Vec<Vec<f64>>,
     /// Adjoint of the key sums.
-    keys: Vec<Vec<f64>>,
+    pub(crate) keys: Vec<Vec<f64>>,
     /// dR.
-    open: Vec<f64>,
+    pub(crate) open: Vec<f64>,
 }
 
 /// Gradients of one token.
 #[derive(Default)]
-struct TokenGradients {
-    q: Vec<f64>,
-    k: Vec<f64>,
-    v: Vec<f64>,
-    g: f64,
-    beta: f64,
+pub(crate) struct TokenGradients {
+    pub(crate) q: Vec<f64>,
+    pub(crate) k: Vec<f64>,
+    pub(crate) v: Vec<f64>,
+    pub(crate) g: f64,
+    pub(crate) beta: f64,
     /// Of the read weight of every slot held (given), or of its logit (routed).
-    weights: Vec<f64>,
-    drift: f64,
+    pub(crate) weights: Vec<f64>,
+    pub(crate) drift: f64,
 }
 
 /// Gradients of every argument. `events` is the log of the forward.
@@ -47,6 +47,11 @@ pub fn backward(
     let mut gradients = ArgumentGradients {
         arguments: arguments.zeros_like(),
         drift: vec![0.0; problem.shape().tokens() * value_heads],
+        terms: Terms {
+            slope: vec![0.0; value_heads],
+            bias: vec![0.0; value_heads],
+            tau: vec![0.0; value_heads],
+        },
     };
     let results: Vec<_> =
         rows(problem, arguments).map(|row| (row, backward_row(row, events, upstream))).collect();
@@ -55,13 +60,8 @@ pub fn backward(
         for (t, token) in result.tokens.iter().enumerate() {
             let (at, key_at) = (row.at(t), row.key_at(t));
             // Value heads of one group share their q and k.
-            for (sum, x, of) in [(&mut out.q, &token.q, &arguments.q), (&mut out.k, &token.k, &arguments.k)] {
-                let mut x = x.clone();
-                if problem.options().qk_l2norm {
-                    l2norm_adjoint(&of[key_at * dk..][..dk], &mut x);
-                }
-                add_scaled(&mut sum[key_at * dk..][..dk], 1.0, &x);
-            }
+            add_scaled(&mut out.q[key_at * dk..][..dk], 1.0, &token.q);
+            add_scaled(&mut out.k[key_at * dk..][..dk], 1.0, &token.k);
             out.v[at * dv..][..dv].copy_from_slice(&token.v);
             out.g[at] = token.g;
             out.beta[at] = token.beta;
@@ -77,9 +77,15 @@ pub fn backward(
                 }
             }
         }
-        out.slope[row.head] += result.slope;
-        out.bias[row.head] += result.bias;
-        out.tau[row.head] += result.tau;
+        let terms = &mut gradients.terms;
+        for (sum, terms, x) in [
+            (&mut out.slope, &mut terms.slope, result.slope),
+            (&mut out.bias, &mut terms.bias, result.bias),
+            (&mut out.tau, &mut terms.tau, result.tau),
+        ] {
+            sum[row.head] += x.sum;
+            terms[row.head] = terms[row.head].hypot(x.squares.sqrt());
+        }
         if let Some(cache) = &mut out.cache {
             let Adjoint { states, keys, open } = &result.initial;
             store(cache, dims, row.index(), states, keys, open);
@@ -96,15 +102,31 @@ fn l2norm_adjoint(x: &[f64], dy: &mut [f64]) {
     add_scaled(dy, -factor * projection, x);
 }
 
-struct RowGradients {
-    tokens: Vec<TokenGradients>,
-    slope: f64,
-    bias: f64,
-    tau: f64,
-    initial: Adjoint,
+/// A sum over tokens, and that of its terms' squares.
+#[derive(Clone, Copy, Default)]
+pub(crate) struct Sum {
+    pub(crate) sum: f64,
+    squares: f64,
 }
 
-fn backward_row(row: Row, events: &[u8], upstream: &Upstream) -> RowGradients {
+impl Sum {
+    fn add(&mut self, x: f64) {
+        self.sum += x;
+        self.squares += x * x;
+    }
+}
+
+/// Gradients of one row.
+pub(crate) struct RowGradients {
+    pub(crate) tokens: Vec<TokenGradients>,
+    pub(crate) slope: Sum,
+    pub(crate) bias: Sum,
+    pub(crate) tau: Sum,
+    /// Adjoint of the memory that the row began with.
+    pub(crate) initial: Adjoint,
+}
+
+pub(crate) fn backward_row(row: Row, events: &[u8], upstream: &Upstream) -> RowGradients {
     let options = row.options();
     let advance = |memory: &mut Memory, t: usize| {
         memory.take(options.recurrence, &row.token(t), Decide::Log(events[row.at(t)]), |_, _, _| 1.0);
@@ -122,9 +144,9 @@ fn backward_row(row: Row, events: &[u8], upstream: &Upstream) -> RowGradients {
     let mut adjoint = final_adjoint(&row, &memory, upstream);
     let mut result = RowGradients {
         tokens: Vec::with_capacity(row.len()),
-        slope: 0.0,
-        bias: 0.0,
-        tau: 0.0,
+        slope: Sum::default(),
+        bias: Sum::default(),
+        tau: Sum::default(),
         initial: Adjoint { states: Vec::new(), keys: Vec::new(), open: Vec::new() },
     };
     for (block, checkpoint) in checkpoints.into_iter().enumerate().rev() {
@@ -140,7 +162,12 @@ fn backward_row(row: Row, events: &[u8], upstream: &Upstream) -> RowGradients {
             let (before, after) = (&memories[t - first], &memories[t - first + 1]);
             let at = row.at(t);
             let d_o = &upstream.o[at * row.shape().dv..][..row.shape().dv];
-            let token = adjoint.take(&row, t, before, after, events[at], d_o, &mut result);
+            let mut token = adjoint.take(&row, t, before, after, events[at], d_o, &mut result);
+            if options.qk_l2norm {
+                let (dk, key_at) = (row.shape().dk, row.key_at(t));
+                l2norm_adjoint(&row.arguments.q[key_at * dk..][..dk], &mut token.q);
+                l2norm_adjoint(&row.arguments.k[key_at * dk..][..dk], &mut token.k);
+            }
             result.tokens.push(token);
         }
     }
@@ -212,8 +239,8 @@ impl Adjoint {
             let slope = row.arguments.slope[row.head];
             let e = slope * u / f64::from(after.ledger.tokens()[i]);
             out.weights.push(u);
-            sums.slope += u * after.score(&token, i);
-            sums.bias += u;
+            sums.slope.add(u * after.score(&token, i));
+            sums.bias.add(u);
             add_scaled(&mut out.q, e, &after.keys[i]);
             add_scaled(&mut self.keys[i], e, q);
         }
@@ -258,7 +285,7 @@ impl Adjoint {
             let tau = row.arguments.tau[row.head];
             let (_, slope) = confidence(soft, tau, drift, event, slots, options.capacity);
             out.drift = d_confidence * slope;
-            sums.tau -= out.drift;
+            sums.tau.add(-out.drift);
             if soft.through_drift {
                 self.drift(&probe, &token, out.drift, &mut out);
             }

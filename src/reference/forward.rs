@@ -37,15 +37,18 @@ pub(crate) fn rows<'a>(
     arguments: &'a Arguments,
 ) -> impl IndexedParallelIterator<Item = Row<'a>> {
     let heads = problem.shape().value_heads;
-    (0..problem.sequences().len() * heads).into_par_iter().map(move |row| Row {
-        problem,
-        arguments,
-        sequence: row / heads,
-        head: row % heads,
-    })
+    (0..problem.sequences().len() * heads)
+        .into_par_iter()
+        .map(move |index| Row::new(problem, arguments, index))
 }
 
 impl<'a> Row<'a> {
+    /// Row `index` of N x HV.
+    pub(crate) fn new(problem: &'a Problem<'a>, arguments: &'a Arguments, index: usize) -> Self {
+        let heads = problem.shape().value_heads;
+        Row { problem, arguments, sequence: index / heads, head: index % heads }
+    }
+
     pub(crate) fn shape(&self) -> &'a Shape {
         self.problem.shape()
     }
@@ -278,8 +281,13 @@ pub fn forward(
         tokens: vec![0; dims.rows() * dims.capacity],
         summed_drift: vec![0; dims.rows() * dims.capacity],
     };
-    let results: Vec<_> =
-        rows(problem, arguments).map(|row| (row, forward_row(row, events, confidences))).collect();
+    let results: Vec<_> = rows(problem, arguments)
+        .map(|row| {
+            let mut tokens = Vec::with_capacity(row.len());
+            let memory = forward_row(row, events, confidences, |_, token| tokens.push(token));
+            (row, (tokens, memory))
+        })
+        .collect();
     for (row, (tokens, memory)) in results {
         for (t, result) in tokens.into_iter().enumerate() {
             let at = row.at(t);
@@ -321,19 +329,26 @@ pub(crate) fn store(
     cache.open[row * dims.state()..][..dims.state()].copy_from_slice(open);
 }
 
-struct TokenResult {
-    o: Vec<f64>,
-    drift: f64,
-    event: u8,
-    weights: Vec<f64>,
+/// What one token gives.
+pub(crate) struct TokenOutputs {
+    pub(crate) o: Vec<f64>,
+    pub(crate) drift: f64,
+    pub(crate) event: u8,
+    /// Read weight of every slot held, oldest first.
+    pub(crate) weights: Vec<f64>,
 }
 
-fn forward_row(row: Row, events: Option<&[u8]>, confidences: Option<&[f64]>) -> (Vec<TokenResult>, Memory) {
+/// One row token by token, each handed on as it comes; returns the final memory.
+pub(crate) fn forward_row(
+    row: Row,
+    events: Option<&[u8]>,
+    confidences: Option<&[f64]>,
+    mut each: impl FnMut(usize, TokenOutputs),
+) -> Memory {
     let options = row.options();
     let rules =
         Decide::Rules { tau: options.tau.of(row.head), capacity: options.capacity, merge: options.merge };
     let mut memory = row.initial_memory();
-    let mut results = Vec::with_capacity(row.len());
     for t in 0..row.len() {
         let token = row.token(t);
         let decide = events.map_or(rules, |events| Decide::Log(events[row.at(t)]));
@@ -356,7 +371,7 @@ fn forward_row(row: Row, events: Option<&[u8]>, confidences: Option<&[f64]>) -> 
             add_scaled(&mut o, f64::from(row.problem.scale()) * weight, &read);
             weights.push(weight);
         }
-        results.push(TokenResult { o, drift, event, weights });
+        each(t, TokenOutputs { o, drift, event, weights });
     }
-    (results, memory)
+    memory
 }

@@ -9,7 +9,9 @@ mod forward;
 mod linear;
 
 pub use backward::backward;
+pub(crate) use backward::backward_row;
 pub use forward::forward;
+pub(crate) use forward::{DRIFT_FLOOR, Row, confidence, forward_row};
 
 use crate::cache::{Cache, CacheDims, CacheGradients};
 use crate::engine::{Forward, RouteGradients, SoftGradients, Step};
@@ -109,6 +111,20 @@ pub struct ArgumentGradients {
     pub arguments: Arguments,
     /// Gradient of the drift, `[B,T,HV]`; zeros without soft boundaries.
     pub drift: Vec<f64>,
+    /// Norm of the terms that the gradients of slope, bias and tau are sums of.
+    pub terms: Terms,
+}
+
+/// Norms `sqrt(sum x^2)` of the terms of a sum over tokens (and slots), `[HV]`. Where the terms cancel, a
+/// relative error says nothing of the sum: it is judged against these.
+#[derive(Debug, Clone, Default, PartialEq)]
+pub struct Terms {
+    /// Of the gradient of the route's slope.
+    pub slope: Vec<f64>,
+    /// Of the gradient of the route's bias.
+    pub bias: Vec<f64>,
+    /// Of the gradient of tau.
+    pub tau: Vec<f64>,
 }
 
 impl Arguments {
@@ -237,7 +253,7 @@ impl crate::engine::Engine for Engine {
 impl ArgumentGradients {
     /// The gradients that `problem` asks for, in the dtypes of the API.
     pub fn round(&self, problem: &Problem) -> crate::Gradients {
-        let ArgumentGradients { arguments, drift } = self;
+        let ArgumentGradients { arguments, drift, .. } = self;
         let options = problem.options();
         let inputs = problem.inputs();
         let dtype = problem.dtype();
