@@ -21,8 +21,8 @@ impl Device {
     /// The engine.
     pub fn engine(self) -> anyhow::Result<Box<dyn Engine>> {
         Ok(match self {
-            Device::Cpu => bail!("this build has no CPU engine yet: use --device reference"),
-            Device::Auto | Device::Reference => Box::new(dla::reference::Engine),
+            Device::Auto | Device::Cpu => Box::new(dla::cpu::Engine),
+            Device::Reference => Box::new(dla::reference::Engine),
             Device::Cuda => bail!("this build has no CUDA engine yet: use --device cpu"),
         })
     }

@@ -64,3 +64,17 @@ fn refuses_what_it_cannot_draw() {
         assert_eq!((ran.status, ran.stderr), (1, format!("dla: error: {expected}\n")));
     }
 }
+
+#[test]
+fn the_cpu_engine_tells_its_stages() {
+    let (_, json, svg) = bench(&Scratch::new(), &["--read", "routed"]);
+    assert_eq!(json["device"], "cpu");
+    let rows = json["rows"].as_array().expect("rows");
+    let ms = |pass: &str, stage: &str| {
+        let row = rows.iter().find(|row| row["pass"] == pass && row["stage"] == stage);
+        row.unwrap_or_else(|| panic!("{pass} {stage}"))["ms"].as_f64().expect("a number")
+    };
+    let stages: f64 = ["segment", "prepare", "route", "scan"].iter().map(|stage| ms("forward", stage)).sum();
+    assert!((stages - ms("forward", "all")).abs() < 1e-6 * stages, "stages add up to the call");
+    assert!(ms("backward", "scan") > 0.0 && svg.contains("forward scan"));
+}

@@ -35,3 +35,9 @@ fn a_drawn_seed_is_printed() {
     let again = dla(["check", "--device", "reference", "--cases", "1", "--seed", seed]).succeeds();
     assert_eq!(ran.stdout, again.stdout);
 }
+
+#[test]
+fn the_cpu_engine_passes() {
+    let ran = dla(["check", "--cases", "6", "--seed", "1", "--quiet"]).succeeds();
+    assert!(ran.stdout.starts_with("engine cpu, cases 6, first seed 1\n") && !ran.stdout.contains("OVER"));
+}

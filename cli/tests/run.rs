@@ -273,6 +273,26 @@ fn what_is_not_read_is_noted_and_no_failure() {
 }
 
 #[test]
+fn the_cpu_engine_is_the_default() {
+    let case = Recipe { time: 70, ..small() }.draw(2);
+    let scratch = Scratch::new();
+    let reference = scratch.results(&with_gradients(&case), &["--capacity", "3"]);
+    let (input, output) = (scratch.path("in.safetensors"), scratch.path("out.safetensors"));
+    let mut written = Vec::new();
+    for device in ["auto", "cpu"] {
+        let args = ["run", "--capacity", "3", "--device", device, "-o"].map(std::ffi::OsStr::new);
+        dla(args.into_iter().chain([output.as_os_str(), input.as_os_str()])).succeeds();
+        written.push(read(&output));
+    }
+    assert!(written[0] == written[1]);
+    assert_eq!(names(&written[0]), names(&reference));
+    for name in ["o", "dq", "dk", "dv", "dg", "dlambda", "cache_states"] {
+        let error = relative_error(&written[0][name], &reference[name]);
+        assert!(error > 0.0 && error < 1e-5, "{name}: {error:.1e}");
+    }
+}
+
+#[test]
 fn sequences_without_tokens() {
     let results = Scratch::new().results(
         &with_gradients(&Recipe { time: 0, resumed: true, ..small() }.draw(1)),

@@ -152,18 +152,28 @@ impl Args {
 
 /// An engine that can be timed, in stages where it knows them.
 enum Timed {
+    Cpu(dla::cpu::Engine),
     Other(Box<dyn Engine>),
 }
 
 impl Timed {
+    fn of(device: Device) -> anyhow::Result<Self> {
+        Ok(match device {
+            Device::Auto | Device::Cpu => Timed::Cpu(dla::cpu::Engine),
+            Device::Reference | Device::Cuda => Timed::Other(device.engine()?),
+        })
+    }
+
     fn engine(&self) -> &dyn Engine {
         match self {
+            Timed::Cpu(engine) => engine,
             Timed::Other(engine) => engine.as_ref(),
         }
     }
 
     fn forward(&self, problem: &Problem) -> dla::Result<(Forward, StageTimes)> {
         match self {
+            Timed::Cpu(engine) => engine.forward_timed(problem),
             Timed::Other(engine) => whole(|| engine.forward(problem)),
         }
     }
@@ -175,6 +185,7 @@ impl Timed {
         events: &[u8],
     ) -> dla::Result<(Gradients, StageTimes)> {
         match self {
+            Timed::Cpu(engine) => engine.backward_timed(problem, events, &case.upstream()),
             Timed::Other(engine) => whole(|| engine.backward(problem, events, &case.upstream())),
         }
     }
@@ -273,7 +284,7 @@ struct WallTimes {
 
 /// Runs the subcommand.
 pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
-    let timed = Timed::Other(args.device.engine()?);
+    let timed = Timed::of(args.device)?;
     let recipe = args.recipe()?;
     let output = |path: &Option<PathBuf>| path.as_deref().map(Output::at).transpose();
     let (json, svg) = (output(&args.json)?, output(&args.plot)?);
