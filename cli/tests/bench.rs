@@ -1,0 +1,80 @@
+//! `dla bench`: what it prints, writes and draws; not how fast it is.
+
+mod support;
+
+use serde_json::Value;
+use support::{Scratch, dla};
+
+fn bench(scratch: &Scratch, options: &[&str]) -> (String, Value, String) {
+    let (json, svg) = (scratch.path("b.json"), scratch.path("b.svg"));
+    let fixed = ["bench", "--shape", "1,130,1,2,8,8", "--repeats", "1", "--capacity", "4"];
+    let files: [&std::ffi::OsStr; 4] = ["--json".as_ref(), json.as_ref(), "--plot".as_ref(), svg.as_ref()];
+    let args = fixed.iter().chain(options).map(|arg| arg.as_ref()).chain(files);
+    let ran = dla(args).succeeds();
+    assert_eq!(ran.stderr, "");
+    let text = |path| std::fs::read_to_string(path).expect("written");
+    (ran.stdout, serde_json::from_str(&text(&json)).expect("JSON"), text(&svg))
+}
+
+#[test]
+fn reports_every_pass() {
+    let scratch = Scratch::new();
+    let (stdout, json, svg) = bench(&scratch, &["--device", "reference", "--recurrence", "delta"]);
+    assert_eq!(json["device"], "reference");
+    assert_eq!(json["shape"]["value_heads"], 2);
+    assert_eq!((&json["recurrence"], &json["capacity"]), (&"delta".into(), &4.into()));
+    assert_eq!(json["boundary_rate"]["measured"], 1.0, "independent tokens all open a slot");
+    assert!(json["ceiling"]["matmul_gflop_s"].as_f64().expect("a number") > 0.0);
+    assert!(json["threads"].as_u64().expect("a number") > 0);
+    for pass in ["forward", "backward", "step"] {
+        let rows = json["rows"].as_array().expect("rows");
+        let row = rows.iter().find(|row| row["pass"] == pass && row["stage"] == "all").expect(pass);
+        for figure in ["ms", "gflop_s", "gb_s"] {
+            assert!(row[figure].as_f64().expect("a number") > 0.0, "{pass} {figure}");
+        }
+        assert!(stdout.lines().any(|line| line.starts_with(pass)), "{stdout}");
+    }
+    assert!(svg.starts_with("<svg") && svg.contains("forward all") && svg.contains("backward all"));
+    assert_eq!(scratch.files(), ["b.json", "b.svg"]);
+}
+
+#[test]
+fn the_boundary_rate_is_measured() {
+    let options = ["--device", "reference", "--boundary-rate", "0.1", "--read", "routed", "--dtype", "bf16"];
+    let (_, json, _) = bench(&Scratch::new(), &options);
+    let measured = json["boundary_rate"]["measured"].as_f64().expect("a number");
+    assert!((0.02..0.3).contains(&measured), "{measured}");
+    assert_eq!(json["boundary_rate"]["asked"], 0.1);
+}
+
+#[test]
+fn refuses_what_it_cannot_draw() {
+    let cases = [
+        (["--shape", "1,64,2,3,8,8"], "--shape: expected HV a multiple of H = 2, got HV = 3"),
+        (["--capacity", "65"], "--capacity: expected 1 to 64 slots, got 65"),
+        (["--boundary-rate", "0"], "--boundary-rate: expected above 0 and at most 1, got 0"),
+        (["--boundary-rate", "nan"], "--boundary-rate: expected above 0 and at most 1, got NaN"),
+        (
+            ["--shape", "1,99999999999,1,1,8,8"],
+            "--shape: expected tensors of at most 2^33 elements, got [1, 99999999999, 1, 8]",
+        ),
+    ];
+    for (option, expected) in cases {
+        let ran = dla(["bench", "--device", "reference"].iter().chain(&option));
+        assert_eq!((ran.status, ran.stderr), (1, format!("dla: error: {expected}\n")));
+    }
+}
+
+#[test]
+fn the_cpu_engine_tells_its_stages() {
+    let (_, json, svg) = bench(&Scratch::new(), &["--read", "routed"]);
+    assert_eq!(json["device"], "cpu");
+    let rows = json["rows"].as_array().expect("rows");
+    let ms = |pass: &str, stage: &str| {
+        let row = rows.iter().find(|row| row["pass"] == pass && row["stage"] == stage);
+        row.unwrap_or_else(|| panic!("{pass} {stage}"))["ms"].as_f64().expect("a number")
+    };
+    let stages: f64 = ["segment", "prepare", "route", "scan"].iter().map(|stage| ms("forward", stage)).sum();
+    assert!((stages - ms("forward", "all")).abs() < 1e-6 * stages, "stages add up to the call");
+    assert!(ms("backward", "scan") > 0.0 && svg.contains("forward scan"));
+}
