@@ -89,8 +89,8 @@ pub struct Case {
     pub beta: Option<Vec<f32>>,
     /// Given read weights.
     pub lambda: Option<Vec<f32>>,
-    /// Slope, bias, logits.
-    pub route: Option<(Vec<f32>, Vec<f32>, Option<Vec<f32>>)>,
+    /// Parameters of routed reads.
+    pub route: Option<CaseRoute>,
     /// Packed offsets.
     pub cu_seqlens: Option<Vec<i64>>,
     /// Initial cache.
@@ -99,6 +99,17 @@ pub struct Case {
     pub d_o: Buffer,
     /// Gradient of the final cache.
     pub d_cache: Option<CacheGradients>,
+}
+
+/// Owned parameters of routed reads.
+#[derive(Debug, Clone)]
+pub struct CaseRoute {
+    /// Slope.
+    pub slope: Vec<f32>,
+    /// Bias.
+    pub bias: Vec<f32>,
+    /// Logits.
+    pub logits: Option<Vec<f32>>,
 }
 
 fn normal(rng: &mut impl Rng) -> f32 {
@@ -165,7 +176,7 @@ impl Recipe {
         let route = (options.read == Read::Routed).then(|| {
             let slope = (0..value_heads).map(|_| rng.random_range(2.0..10.0)).collect();
             let logits = self.logits.then(|| normals(&mut rng, per_token * columns));
-            (slope, normals(&mut rng, value_heads), logits)
+            CaseRoute { slope, bias: normals(&mut rng, value_heads), logits }
         });
         let cu_seqlens = self.packed.as_ref().map(|lengths| {
             let mut offset = 0;
@@ -327,7 +338,7 @@ impl Case {
             g: self.g.as_ref().map(|g| Tensor::new(g, &[b, t, hv])),
             beta: self.beta.as_ref().map(|beta| Tensor::new(beta, &[b, t, hv])),
             lambda: self.lambda.as_ref().map(|lambda| Tensor::new(lambda, &[b, t, hv, columns])),
-            route: self.route.as_ref().map(|(slope, bias, logits)| Route {
+            route: self.route.as_ref().map(|CaseRoute { slope, bias, logits }| Route {
                 slope: Tensor::new(slope, &[hv]),
                 bias: Tensor::new(bias, &[hv]),
                 logits: logits.as_ref().map(|logits| Tensor::new(logits, &[b, t, hv, columns])),

@@ -168,7 +168,9 @@ impl<'a> Problem<'a> {
         };
         if let Some(g) = &inputs.g {
             per_token("g", g)?;
-            if let Some((index, &given)) = f32s("g", g)?.iter().enumerate().find(|(_, g)| !(**g <= 0.0)) {
+            if let Some((index, &given)) =
+                f32s("g", g)?.iter().enumerate().find(|(_, g)| g.is_nan() || **g > 0.0)
+            {
                 return Err(Error::Value { name: "g", expected: "at most 0", given: given.into(), index });
             }
         }

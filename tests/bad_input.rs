@@ -88,8 +88,8 @@ fn shapes() {
 #[test]
 fn dtypes() {
     let case = case(Recurrence::GatedDelta, Read::Given);
-    let halves = vec![half::bf16::ZERO; 2 * 6 * 2 * 8];
-    let per_token = vec![half::f16::ZERO; 2 * 6 * 4];
+    let halves = [half::bf16::ZERO; 2 * 6 * 2 * 8];
+    let per_token = [half::f16::ZERO; 2 * 6 * 4];
     let keys = Tensor::new(&halves[..], &[2, 6, 2, 8]);
     assert_says(error(&case, |_, i| i.k = keys), &["k: ", "f32, as q", "bf16"]);
     let betas = Tensor::new(&per_token[..], &[2, 6, 4]);

@@ -86,7 +86,7 @@ impl Piece {
         let rows = |x: &Option<Vec<f32>>, width: usize| {
             x.as_ref().map(|x| x[range.start * width..range.end * width].to_vec())
         };
-        let logits = case.route.as_ref().and_then(|(_, _, logits)| logits.clone());
+        let logits = case.route.as_ref().and_then(|route| route.logits.clone());
         Piece {
             q: cut(&case.q, &range, heads * dk),
             k: cut(&case.k, &range, heads * dk),
@@ -113,9 +113,9 @@ impl Piece {
         inputs.g = g.as_ref().map(|g| Tensor::new(g, &[1, t, hv]));
         inputs.beta = beta.as_ref().map(|beta| Tensor::new(beta, &[1, t, hv]));
         inputs.lambda = lambda.as_ref().map(|lambda| Tensor::new(lambda, &[1, t, hv, m]));
-        inputs.route = case.route.as_ref().map(|(slope, bias, _)| dla::Route {
-            slope: Tensor::new(slope, &[hv]),
-            bias: Tensor::new(bias, &[hv]),
+        inputs.route = case.route.as_ref().map(|route| dla::Route {
+            slope: Tensor::new(&route.slope, &[hv]),
+            bias: Tensor::new(&route.bias, &[hv]),
             logits: logits.as_ref().map(|logits| Tensor::new(logits, &[1, t, hv, m])),
         });
         inputs.cache = cache;
@@ -134,9 +134,9 @@ impl Piece {
         inputs.g = g.as_ref().map(|g| Tensor::new(g, &[1, 1, hv]));
         inputs.beta = beta.as_ref().map(|beta| Tensor::new(beta, &[1, 1, hv]));
         inputs.lambda = lambda.as_ref().map(|lambda| Tensor::new(lambda, &[1, 1, hv, m]));
-        inputs.route = case.route.as_ref().map(|(slope, bias, _)| dla::Route {
-            slope: Tensor::new(slope, &[hv]),
-            bias: Tensor::new(bias, &[hv]),
+        inputs.route = case.route.as_ref().map(|route| dla::Route {
+            slope: Tensor::new(&route.slope, &[hv]),
+            bias: Tensor::new(&route.bias, &[hv]),
             logits: logits.as_ref().map(|logits| Tensor::new(logits, &[1, 1, hv, m])),
         });
         cpu::Engine.step(&Problem::new(&recipe.options, inputs).unwrap(), cache).unwrap()

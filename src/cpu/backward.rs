@@ -111,7 +111,6 @@ pub(crate) fn backward(
             }
         })
         .collect();
-    drop(sink);
 
     let per_head = |of: &dyn Fn(&RowSums) -> f64| -> Vec<f32> {
         let mut out = vec![0.0f64; value_heads];

@@ -64,7 +64,6 @@ pub(crate) fn forward(problem: &Problem, clock: &Clock) -> Forward {
             forward_row(row, &sink, clock, split);
         }
     });
-    drop(sink);
     result
 }
 

@@ -204,9 +204,9 @@ pub fn arguments(case: &Case) -> File {
     optional("beta", case.beta.as_ref(), &[b, t, hv]);
     optional("lambda", case.lambda.as_ref(), &[b, t, hv, columns]);
     if let Some(route) = &case.route {
-        optional("route_slope", Some(&route.0), &[hv]);
-        optional("route_bias", Some(&route.1), &[hv]);
-        optional("route_logits", route.2.as_ref(), &[b, t, hv, columns]);
+        optional("route_slope", Some(&route.slope), &[hv]);
+        optional("route_bias", Some(&route.bias), &[hv]);
+        optional("route_logits", route.logits.as_ref(), &[b, t, hv, columns]);
     }
     if let Some(offsets) = &case.cu_seqlens {
         file.insert("cu_seqlens".to_owned(), Raw::new(Dtype::I64, offsets, &[offsets.len()]));

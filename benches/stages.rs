@@ -1,0 +1,77 @@
+//! Every stage of the CPU engine, forward and backward, and a step. A stage's time is what its threads
+//! spent in it, out of whole calls: stages run chunk by chunk on one another's results.
+
+use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
+use dla::check::{Case, Recipe};
+use dla::{Engine, Options, Read, Recurrence, Stage, StageTimes, cpu};
+use std::time::Duration;
+
+fn case(recurrence: Recurrence, read: Read) -> Case {
+    let recipe = Recipe {
+        options: Options { recurrence, read, ..Options::default() },
+        time: 1024,
+        heads: 4,
+        value_heads: 4,
+        dk: 128,
+        dv: 128,
+        ..Recipe::default()
+    };
+    recipe.draw(1)
+}
+
+fn bench_call(c: &mut Criterion, pass: &str, case: &Case, mut call: impl FnMut() -> StageTimes) {
+    let options = &case.recipe.options;
+    let mut group = c.benchmark_group(format!("{pass}/{:?}/{:?}", options.recurrence, options.read));
+    group.sample_size(10).measurement_time(Duration::from_secs(2)).warm_up_time(Duration::from_millis(300));
+    group.throughput(Throughput::Elements((case.recipe.time * case.recipe.value_heads) as u64));
+    let milliseconds = |ms: f64| Duration::from_secs_f64(ms / 1e3);
+    group.bench_function("all", |b| {
+        b.iter_custom(|calls| (0..calls).map(|_| milliseconds(call().wall_ms)).sum());
+    });
+    for stage in Stage::ALL {
+        if stage == Stage::Route && options.read == Read::Given {
+            continue;
+        }
+        group.bench_function(BenchmarkId::from_parameter(stage.name()), |b| {
+            b.iter_custom(|calls| (0..calls).map(|_| milliseconds(call().stage_ms(stage))).sum());
+        });
+    }
+    group.finish();
+}
+
+fn stages(c: &mut Criterion) {
+    for (recurrence, read) in [
+        (Recurrence::Gated, Read::Given),
+        (Recurrence::Gated, Read::Routed),
+        (Recurrence::GatedDelta, Read::Given),
+    ] {
+        let case = case(recurrence, read);
+        let problem = case.problem().expect("a drawn case is valid");
+        let forward = || cpu::Engine.forward_timed(&problem).expect("a drawn case is valid");
+        bench_call(c, "forward", &case, || forward().1);
+        let events = forward().0.events;
+        let upstream = case.upstream();
+        bench_call(c, "backward", &case, || {
+            cpu::Engine.backward_timed(&problem, &events, &upstream).expect("a drawn case is valid").1
+        });
+    }
+}
+
+fn step(c: &mut Criterion) {
+    let mut group = c.benchmark_group("step");
+    group.sample_size(20).measurement_time(Duration::from_secs(2));
+    for recurrence in [Recurrence::Gated, Recurrence::GatedDelta] {
+        let long = case(recurrence, Read::Given);
+        let full = cpu::Engine.forward(&long.problem().expect("valid")).expect("valid").cache;
+        let one = Recipe { time: 1, ..long.recipe }.draw(2);
+        let problem = one.problem().expect("a drawn case is valid");
+        let mut cache = full.clone();
+        group.bench_function(format!("{recurrence:?}"), |b| {
+            b.iter(|| cpu::Engine.step(&problem, &mut cache).expect("a drawn case is valid"));
+        });
+    }
+    group.finish();
+}
+
+criterion_group!(benches, stages, step);
+criterion_main!(benches);
