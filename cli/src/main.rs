@@ -9,6 +9,7 @@ mod options;
 mod output;
 mod run;
 mod tensors;
+mod trace;
 
 use std::io::Write;
 use std::process::ExitCode;
@@ -35,6 +36,7 @@ enum Command {
     Run(run::Args),
     Check(check::Args),
     Bench(bench::Args),
+    Trace(trace::Args),
 }
 
 fn dispatch(command: &Command, common: &Common) -> anyhow::Result<()> {
@@ -42,6 +44,7 @@ fn dispatch(command: &Command, common: &Common) -> anyhow::Result<()> {
         Command::Run(args) => run::run(args, common),
         Command::Check(args) => check::run(args, common),
         Command::Bench(args) => bench::run(args, common),
+        Command::Trace(args) => trace::run(args, common),
     }
 }
 

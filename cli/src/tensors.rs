@@ -172,6 +172,18 @@ pub struct Floats<'a> {
 }
 
 impl Floats<'_> {
+    /// `width` elements from `offset` on; fewer where the tensor ends.
+    pub fn row(&self, offset: usize, width: usize) -> Vec<f32> {
+        fn of<T: Copy + Into<f32>>(x: &[T], offset: usize, width: usize) -> Vec<f32> {
+            x.iter().skip(offset).take(width).map(|&x| x.into()).collect()
+        }
+        match &self.elements {
+            Elements::F32(x) => of(x, offset, width),
+            Elements::Bf16(x) => of(x, offset, width),
+            Elements::F16(x) => of(x, offset, width),
+        }
+    }
+
     /// As the library takes it.
     pub fn tensor(&self) -> dla::Tensor<'_> {
         match &self.elements {
