@@ -100,7 +100,7 @@ mod tests {
     }
 
     // Computed apart, by another program written from the description above.
-    const PINNED_K: f64 = 1225.514_911;
+    const PINNED_K: f64 = 1_225.514_911;
     const PINNED_V: f64 = 573.944_776;
 
     #[test]
