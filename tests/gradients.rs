@@ -1,4 +1,7 @@
 //! The gradients of the reference against central differences of its forward, the log frozen.
+//!
+//! Five points a difference: at a step of 5e-4 its truncation (h^4) and its rounding (1e-16 / h) are both
+//! near 1e-12, so that small gradients beside a large loss are judged as well.
 
 use dla::check::{Recipe, relative_error};
 use dla::reference::{self, Arguments, States, Upstream};
@@ -73,7 +76,7 @@ fn check(name: &str, recipe: &Recipe) {
             let (name, values) = &fields(&mut arguments)[field];
             (*name, values.len())
         };
-        let step = 1e-5;
+        let step = 5e-4;
         let mut numeric = Vec::with_capacity(len);
         for index in 0..len {
             let original = fields(&mut arguments)[field].1[index];
@@ -82,9 +85,10 @@ fn check(name: &str, recipe: &Recipe) {
                 let outputs = reference::forward(&problem, &arguments, Some(events), confidences.as_deref());
                 loss(&outputs, &upstream)
             };
-            let (up, down) = (at(original + step), at(original - step));
+            let near = at(original + step) - at(original - step);
+            let far = at(original + 2.0 * step) - at(original - 2.0 * step);
             at(original);
-            numeric.push((up - down) / (2.0 * step));
+            numeric.push((8.0 * near - far) / (12.0 * step));
         }
         let analytic = fields(&mut gradients.arguments)[field].1.clone();
         let scale = numeric.iter().fold(0.0f64, |max, x| max.max(x.abs()));
@@ -144,7 +148,7 @@ fn recipes(recurrence: Recurrence, read: Read) -> Vec<(String, Recipe)> {
 
 fn check_all(recurrence: Recurrence, read: Read) {
     for (name, recipe) in recipes(recurrence, read) {
-        for _ in 0..3 {
+        for _ in 0..2 {
             check(&name, &recipe);
         }
     }

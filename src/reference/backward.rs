@@ -162,7 +162,8 @@ pub(crate) fn backward_row(row: Row, events: &[u8], upstream: &Upstream) -> RowG
             let (before, after) = (&memories[t - first], &memories[t - first + 1]);
             let at = row.at(t);
             let d_o = &upstream.o[at * row.shape().dv..][..row.shape().dv];
-            let mut token = adjoint.take(&row, t, before, after, events[at], d_o, &mut result);
+            let d_drift = upstream.drift.as_ref().map(|drift| drift[at]);
+            let mut token = adjoint.take(&row, t, before, after, events[at], (d_o, d_drift), &mut result);
             if options.qk_l2norm {
                 let (dk, key_at) = (row.shape().dk, row.key_at(t));
                 l2norm_adjoint(&row.arguments.q[key_at * dk..][..dk], &mut token.q);
@@ -208,7 +209,7 @@ impl Adjoint {
         before: &Memory,
         after: &Memory,
         event: u8,
-        d_o: &[f64],
+        (d_o, d_drift): (&[f64], Option<f64>),
         sums: &mut RowGradients,
     ) -> TokenGradients {
         let options = row.options();
@@ -287,7 +288,7 @@ impl Adjoint {
             out.drift = d_confidence * slope;
             sums.tau.add(-out.drift);
             if soft.through_drift {
-                self.drift(&probe, &token, out.drift, &mut out);
+                self.drift(&probe, &token, d_drift.unwrap_or(out.drift), &mut out);
             }
         }
 

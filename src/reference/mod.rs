@@ -184,6 +184,9 @@ pub struct Upstream {
     pub o: Vec<f64>,
     /// Gradient of the final states.
     pub cache: Option<States>,
+    /// Carried on as the gradient of the drift, `[B,T,HV]`, in place of that which soft boundaries give: so
+    /// that what follows from it can be judged by itself.
+    pub drift: Option<Vec<f64>>,
 }
 
 impl Upstream {
@@ -193,7 +196,7 @@ impl Upstream {
         let states = |cache: &CacheGradients| {
             States::from_parts(dims, &cache.states, &cache.open, cache.keys.as_deref())
         };
-        Upstream { o: upstream.o.data().to_f64(), cache: upstream.cache.map(states) }
+        Upstream { o: upstream.o.data().to_f64(), cache: upstream.cache.map(states), drift: None }
     }
 }
 
