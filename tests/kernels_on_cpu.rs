@@ -1,0 +1,341 @@
+//! The CUDA kernels' own sources on the CPU: compiled as C++ with a small emulator (tests/emulation), every
+//! thread a fiber, and judged against the f64 reference with the kernels' own event log. Needs g++ with
+//! C++20; without it every test here says that it is skipped. `DLA_EMULATION=require` fails instead.
+
+#[path = "../src/cuda/abi.rs"]
+#[allow(dead_code)]
+mod abi;
+
+use abi::{
+    DevicePointer, Extents, Geometry, PrepareParams, RouteBankParams, RouteParams, ScanParams, SegmentParams,
+};
+use dla::check::{Case, Recipe, relative_error};
+use dla::events::{EXTEND, Ledger, OPEN, plan};
+use dla::reference::{self, Arguments};
+use dla::{Cache, Dtype, Merge, Options, Problem, Read, Recurrence, SlotOrder};
+use half::{bf16, f16};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+
+unsafe extern "C" {
+    fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
+    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+}
+
+type Emulate = unsafe extern "C" fn(*const c_char, c_uint, c_uint, *const c_void, *mut c_char, usize) -> c_int;
+
+/// Compiles and opens the kernels; `None` where there is no compiler.
+fn emulator() -> Option<Emulate> {
+    static LIBRARY: OnceLock<Option<Emulate>> = OnceLock::new();
+    *LIBRARY.get_or_init(|| {
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        let library = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("kernels_on_cpu.so");
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".to_owned());
+        let build = Command::new(&compiler)
+            .args(["-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared"])
+            .args(["-Wall", "-Wno-unknown-pragmas", "-DDLA_ON_CPU", "-x", "c++"])
+            .arg("-I")
+            .arg(root.join("tests/emulation"))
+            .arg(root.join("tests/emulation/kernels.cpp"))
+            .arg("-o")
+            .arg(&library)
+            .output();
+        let build = match build {
+            Ok(build) => build,
+            Err(error) => {
+                println!("SKIPPED: the kernels are not checked, {compiler} does not run: {error}");
+                assert!(std::env::var_os("DLA_EMULATION").is_none_or(|value| value != "require"));
+                return None;
+            }
+        };
+        assert!(build.status.success(), "{}", String::from_utf8_lossy(&build.stderr));
+        let path = CString::new(library.to_str().unwrap()).unwrap();
+        // SAFETY: the library was built above from this repository; its one symbol has this type.
+        unsafe {
+            let library = dlopen(path.as_ptr(), 2);
+            assert!(!library.is_null(), "dlopen {path:?}");
+            let symbol = dlsym(library, c"dla_emulate".as_ptr());
+            assert!(!symbol.is_null());
+            Some(std::mem::transmute::<*mut c_void, Emulate>(symbol))
+        }
+    })
+}
+
+fn launch<P>(emulate: Emulate, name: &str, grid: usize, shared_bytes: usize, params: &P) {
+    let name = CString::new(name).unwrap();
+    let mut error = [0u8; 512];
+    // SAFETY: `params` is the twin of the struct that this kernel takes, and its pointers lie in live buffers
+    // of the sizes that abi.cuh asks for.
+    let code = unsafe {
+        emulate(
+            name.as_ptr(),
+            grid as c_uint,
+            shared_bytes as c_uint,
+            std::ptr::from_ref(params).cast(),
+            error.as_mut_ptr().cast(),
+            error.len(),
+        )
+    };
+    assert_eq!(code, 0, "{}", CStr::from_bytes_until_nul(&error).unwrap().to_string_lossy());
+}
+
+/// A poisoned array on "the device", 16-byte aligned, with a canary behind it.
+struct Array {
+    words: Vec<u128>,
+    bytes: usize,
+}
+
+const POISON: u8 = 0xff;
+const CANARY: usize = 64;
+
+impl Array {
+    fn poisoned(bytes: usize) -> Self {
+        let words = vec![u128::from_ne_bytes([POISON; 16]); (bytes + CANARY).div_ceil(16) + 1];
+        Array { words, bytes }
+    }
+
+    fn of<T: bytemuck::Pod>(x: &[T]) -> Self {
+        let mut array = Array::poisoned(size_of_val(x));
+        bytemuck::cast_slice_mut::<u128, u8>(&mut array.words)[..size_of_val(x)].copy_from_slice(bytemuck::cast_slice(x));
+        array
+    }
+
+    fn of_buffer(x: &dla::Buffer) -> Self {
+        match x {
+            dla::Buffer::F32(x) => Array::of(x),
+            dla::Buffer::Bf16(x) => Array::of(&x.iter().map(|x| x.to_bits()).collect::<Vec<_>>()),
+            dla::Buffer::F16(x) => Array::of(&x.iter().map(|x| x.to_bits()).collect::<Vec<_>>()),
+        }
+    }
+
+    fn pointer(&self) -> DevicePointer {
+        self.words.as_ptr() as DevicePointer
+    }
+
+    fn get<T: bytemuck::Pod>(&self) -> Vec<T> {
+        let bytes: &[u8] = bytemuck::cast_slice(&self.words);
+        assert!(bytes[self.bytes..].iter().all(|&byte| byte == POISON), "written past the end of an array");
+        bytes[..self.bytes].chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
+    }
+}
+
+fn pointer(array: &Option<Array>) -> DevicePointer {
+    array.as_ref().map_or(0, Array::pointer)
+}
+
+/// What the kernels made of a case.
+struct Outputs {
+    o: Vec<f64>,
+    drift: Vec<f32>,
+    events: Vec<u8>,
+    lambda: Option<Vec<f32>>,
+    states: Vec<f32>,
+    len: Vec<u32>,
+    tokens: Vec<u32>,
+    summed_drift: Vec<u32>,
+    open: Vec<f32>,
+    keys: Option<Vec<f32>>,
+}
+
+fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
+    let shape = *problem.shape();
+    let options = problem.options();
+    let dims = shape.cache_dims();
+    let dtype = problem.dtype();
+    let per_token = shape.tokens() * shape.value_heads;
+    let delta = options.recurrence == Recurrence::GatedDelta;
+    let geometry = Geometry {
+        parts: if dtype == Dtype::Bf16 { 1 } else { 2 },
+        sequences: shape.sequences,
+        tokens: shape.tokens(),
+        value_heads: shape.value_heads,
+        dk: shape.dk,
+        dv: shape.dv,
+        capacity: shape.capacity,
+        delta,
+    };
+    let floats = |x: &Option<Vec<f32>>| x.as_ref().map(|x| Array::of(x));
+    let cu_seqlens = case.cu_seqlens.as_ref().map(|x| Array::of(x));
+    let extents = Extents {
+        cu_seqlens: pointer(&cu_seqlens),
+        sequences: shape.sequences as i64,
+        time: shape.time as i64,
+        heads: shape.heads as i32,
+        value_heads: shape.value_heads as i32,
+        dk: shape.dk as i32,
+        dv: shape.dv as i32,
+        capacity: shape.capacity as i32,
+        newest_first: (options.slot_order == SlotOrder::NewestFirst).into(),
+    };
+    let (q, k, v) = (Array::of_buffer(&case.q), Array::of_buffer(&case.k), Array::of_buffer(&case.v));
+    let (g, beta) = (floats(&case.g), floats(&case.beta));
+    let tau: Vec<f32> = (0..shape.value_heads).map(|head| options.tau.of(head)).collect();
+    let tau = Array::of(&tau);
+    let log = problem.inputs().events.map(Array::of);
+    let cache = case.cache.as_ref();
+    let initial_len = cache.map(|cache| Array::of(&cache.len));
+    let initial_tokens = cache.map(|cache| Array::of(&cache.tokens));
+    let initial_drift = cache.map(|cache| Array::of(&cache.drift));
+    let initial_open = cache.map(|cache| Array::of(&cache.open));
+    let initial_states = cache.map(|cache| Array::of(&cache.states));
+    let initial_keys = cache.and_then(|cache| cache.keys.as_ref()).map(|keys| Array::of(keys));
+    let slots = dims.rows() * dims.capacity;
+    let drift = Array::poisoned(per_token * 4);
+    let events = Array::poisoned(per_token);
+    let (len, tokens) = (Array::poisoned(dims.rows() * 4), Array::poisoned(slots * 4));
+    let summed_drift = Array::poisoned(slots * 4);
+    let open = Array::poisoned(dims.rows() * dims.state() * 4);
+    let kernel = |stem: &str| format!("{stem}_{dtype}");
+
+    let segment = SegmentParams {
+        extents,
+        k: k.pointer(),
+        v: v.pointer(),
+        g: pointer(&g),
+        tau: tau.pointer(),
+        log: pointer(&log),
+        initial_len: pointer(&initial_len),
+        initial_tokens: pointer(&initial_tokens),
+        initial_drift: pointer(&initial_drift),
+        initial_open: pointer(&initial_open),
+        drift: drift.pointer(),
+        events: events.pointer(),
+        len: len.pointer(),
+        tokens: tokens.pointer(),
+        summed_drift: summed_drift.pointer(),
+        open: open.pointer(),
+        mass: (options.merge == Merge::Mass).into(),
+        qk_l2norm: options.qk_l2norm.into(),
+    };
+    launch(emulate, &kernel("segment"), dims.rows(), geometry.segment_shared_bytes(), &segment);
+
+    Outputs {
+        o: Vec::new(),
+        drift: drift.get(),
+        events: events.get(),
+        lambda: None,
+        states: Vec::new(),
+        len: len.get(),
+        tokens: tokens.get(),
+        summed_drift: summed_drift.get(),
+        open: open.get(),
+        keys: None,
+    }
+}
+
+/// Largest relative error of o, lambda and the cache by dtype of the inputs.
+fn bound(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::Bf16 => 4e-3,
+        Dtype::F16 => 1e-3,
+        Dtype::F32 => 1e-4,
+    }
+}
+
+/// The slots that a cache row holds, by way of the public interface: a token that opens each with its whole
+/// drift, the others with none.
+fn ledger_of(cache: Option<&Cache>, row: usize) -> Ledger {
+    let mut ledger = Ledger::default();
+    let Some(cache) = cache else { return ledger };
+    for i in 0..cache.len[row] as usize {
+        let slot = row * cache.dims.capacity + i;
+        ledger.apply(OPEN, cache.drift[slot] as f32 / 4096.0);
+        (1..cache.tokens[slot]).for_each(|_| ledger.apply(EXTEND, 0.0));
+    }
+    ledger
+}
+
+/// Largest errors over the cases of a test.
+#[derive(Default)]
+struct Worst(std::collections::BTreeMap<String, f64>);
+
+impl Worst {
+    fn take(&mut self, dtype: Dtype, tensor: &str, error: f64) {
+        let worst = self.0.entry(format!("{dtype} {tensor}")).or_default();
+        *worst = worst.max(error);
+    }
+}
+
+fn check(emulate: Emulate, case: &Case, worst: &mut Worst) {
+    let problem = case.problem().unwrap();
+    check_problem(emulate, case, &problem, worst);
+}
+
+fn check_problem(emulate: Emulate, case: &Case, problem: &Problem, worst: &mut Worst) {
+    let out = forward(emulate, case, problem);
+    let shape = *problem.shape();
+    let options = problem.options();
+    let dtype = problem.dtype();
+    let name = case.describe();
+    let f64s = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| x.into()).collect() };
+
+    // The log is what the kernels' own drift asks for, byte for byte, or the caller's.
+    for (n, sequence) in problem.sequences().iter().enumerate() {
+        for head in 0..shape.value_heads {
+            let row = n * shape.value_heads + head;
+            let at = |t: usize| (sequence.start + t) * shape.value_heads + head;
+            let drift: Vec<f32> = (0..sequence.len).map(|t| out.drift[at(t)]).collect();
+            let events: Vec<u8> = (0..sequence.len).map(|t| out.events[at(t)]).collect();
+            let mut ledger = ledger_of(case.cache.as_ref(), row);
+            match problem.inputs().events {
+                Some(log) => {
+                    assert!(events.iter().enumerate().all(|(t, &event)| event == log[at(t)]), "{name}: log");
+                    events.iter().zip(&drift).for_each(|(&event, &drift)| ledger.apply(event, drift));
+                }
+                None => {
+                    let tau = options.tau.of(head);
+                    let planned = plan(&drift, tau, shape.capacity, options.merge, &mut ledger);
+                    assert_eq!(events, planned, "{name}: events of row {row}");
+                }
+            }
+            let slots = row * shape.capacity..(row + 1) * shape.capacity;
+            let padded = |x: &[u32]| {
+                let mut x = x.to_vec();
+                x.resize(shape.capacity, 0);
+                x
+            };
+            assert_eq!(out.len[row] as usize, ledger.len(), "{name}: cache_len of row {row}");
+            assert_eq!(out.tokens[slots.clone()], padded(ledger.tokens()), "{name}: cache_tokens of {row}");
+            assert_eq!(out.summed_drift[slots], padded(ledger.drift()), "{name}: cache_drift of {row}");
+        }
+    }
+
+    let expected = reference::forward(problem, &Arguments::of(problem), Some(&out.events), None);
+    let off = out.drift.iter().zip(&expected.drift).map(|(&x, r)| (f64::from(x) - r).abs());
+    let off = off.fold(0.0, |worst, x| if x > worst || x.is_nan() { x } else { worst });
+    worst.take(dtype, "drift", off);
+    assert!(off <= 2e-3, "{name}: drift off by {off:.2e}");
+    let mut judge = |tensor: &str, x: &[f64], reference: &[f64]| {
+        let (error, at) = relative_error(x, reference);
+        worst.take(dtype, tensor, error);
+        assert!(error <= bound(dtype), "{name}: {tensor} off by {error:.2e}, most at element {at}");
+    };
+    judge("cache_open", &f64s(&out.open), &expected.cache.open);
+    if !out.o.is_empty() {
+        judge("o", &out.o, &expected.o);
+        judge("cache_states", &f64s(&out.states), &expected.cache.states);
+    }
+    if let (Some(lambda), Some(expected)) = (&out.lambda, &expected.lambda) {
+        judge("lambda", &f64s(lambda), expected);
+    }
+    if let Some(keys) = &out.keys {
+        judge("cache_keys", &f64s(keys), &expected.cache.keys);
+    }
+}
+
+/// `DLA_EMULATION_SEEDS` random cases, 24 by default.
+#[test]
+fn random_cases() {
+    let Some(emulate) = emulator() else { return };
+    let setting = |name: &str| std::env::var(name).ok().map(|value| value.parse::<u64>().unwrap());
+    let first = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    let count = setting("DLA_EMULATION_SEEDS").unwrap_or(24);
+    println!("seeds from {first}");
+    let mut worst = Worst::default();
+    for seed in first..first + count {
+        check(emulate, &Case::random(seed), &mut worst);
+    }
+    println!("{:?}", worst.0);
+}
