@@ -24,7 +24,7 @@
 // it the merge link (division, two shuffles, redux) and step 2's walk, which nothing yet overlaps; so 32,768
 // tokens in 3 to 5 ms whatever the heads. The floor is the chain, 70 clocks: 1.3 ms.
 
-#include "common/row.cuh"
+#include "common/replay.cuh"
 
 namespace dla {
 namespace {
@@ -34,8 +34,6 @@ constexpr int PITCH = S + 1;
 
 // A segment that has decayed by more is 0 in f64 too, and so has no direction.
 constexpr float FORGOTTEN = -700.0f;
-
-constexpr uint8_t EXTEND = 0, OPEN = 1, MERGE = 2;
 
 struct Shared {
     float* x;         // [S][PITCH] K K^T, then X, then sums of X over s >= a, then drift by start

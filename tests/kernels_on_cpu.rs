@@ -211,17 +211,123 @@ fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
     };
     launch(emulate, &kernel("segment"), dims.rows(), geometry.segment_shared_bytes(), &segment);
 
+    let p = Array::poisoned(geometry.p_len() * 2);
+    let prepared = || Array::poisoned(if delta { geometry.prepared_len() * 2 } else { 0 });
+    let (qt, w, kh) = (prepared(), prepared(), prepared());
+    let prepare = PrepareParams {
+        extents,
+        q: q.pointer(),
+        k: k.pointer(),
+        g: pointer(&g),
+        beta: pointer(&beta),
+        p: p.pointer(),
+        qt: qt.pointer(),
+        w: w.pointer(),
+        kh: kh.pointer(),
+        scale: problem.scale(),
+        qk_l2norm: options.qk_l2norm.into(),
+    };
+    let recurrence = if delta { "delta" } else { "gated" };
+    let places = geometry.chunks() * shape.value_heads;
+    let name = kernel(&format!("prepare_{recurrence}"));
+    launch(emulate, &name, places, geometry.prepare_shared_bytes(), &prepare);
+
+    let routed = options.read == Read::Routed;
+    let when_routed = |bytes: usize| Array::poisoned(if routed { bytes } else { 0 });
+    let keys = when_routed(dims.rows() * dims.key_bank() * 4);
+    let lambda = match &case.lambda {
+        Some(lambda) => Array::of(lambda),
+        None => Array::poisoned(per_token * shape.capacity * 4),
+    };
+    if let Some(route) = &case.route {
+        let bank_keys = Array::poisoned(places * shape.capacity * shape.dk * 4);
+        let bank_tokens = Array::poisoned(places * shape.capacity * 4);
+        let bank_len = Array::poisoned(places * 4);
+        let bank = RouteBankParams {
+            extents,
+            k: k.pointer(),
+            events: events.pointer(),
+            initial_len: pointer(&initial_len),
+            initial_tokens: pointer(&initial_tokens),
+            initial_keys: pointer(&initial_keys),
+            bank_keys: bank_keys.pointer(),
+            bank_tokens: bank_tokens.pointer(),
+            bank_len: bank_len.pointer(),
+            keys: keys.pointer(),
+            qk_l2norm: options.qk_l2norm.into(),
+            reserved: 0,
+        };
+        let shared_bytes = geometry.route_bank_shared_bytes();
+        launch(emulate, &kernel("route_bank"), dims.rows(), shared_bytes, &bank);
+        let (slope, bias, logits) = (Array::of(&route.slope), Array::of(&route.bias), floats(&route.logits));
+        let route = RouteParams {
+            extents,
+            q: q.pointer(),
+            k: k.pointer(),
+            events: events.pointer(),
+            slope: slope.pointer(),
+            bias: bias.pointer(),
+            logits: pointer(&logits),
+            bank_keys: bank_keys.pointer(),
+            bank_tokens: bank_tokens.pointer(),
+            bank_len: bank_len.pointer(),
+            lambda: lambda.pointer(),
+            logit_columns: problem.logit_columns() as i32,
+            qk_l2norm: options.qk_l2norm.into(),
+        };
+        launch(emulate, &kernel("route"), places, geometry.route_shared_bytes(), &route);
+    }
+
+    let o = Array::poisoned(per_token * shape.dv * dtype.bytes());
+    let states = Array::poisoned(dims.rows() * dims.bank() * 4);
+    let bank = Array::poisoned(geometry.bank_len() * 4);
+    let scan = ScanParams {
+        extents,
+        q: q.pointer(),
+        k: k.pointer(),
+        v: v.pointer(),
+        g: pointer(&g),
+        events: events.pointer(),
+        lambda: lambda.pointer(),
+        p: p.pointer(),
+        qt: qt.pointer(),
+        w: w.pointer(),
+        kh: kh.pointer(),
+        initial_len: pointer(&initial_len),
+        initial_states: pointer(&initial_states),
+        bank: bank.pointer(),
+        o: o.pointer(),
+        states: states.pointer(),
+        lambda_columns: problem.lambda_columns() as i32,
+        scale: problem.scale(),
+        qk_l2norm: options.qk_l2norm.into(),
+        reserved: 0,
+    };
+    let name = kernel(&format!("scan_{recurrence}"));
+    let blocks = dims.rows() * geometry.slices();
+    launch(emulate, &name, blocks, geometry.scan_shared_bytes(), &scan);
+    // Workspaces: nothing past their ends.
+    for array in [&p, &qt, &w, &kh] {
+        array.get::<u16>();
+    }
+    bank.get::<f32>();
+
+    let o = match dtype {
+        Dtype::F32 => o.get::<f32>().iter().map(|&x| x.into()).collect(),
+        Dtype::Bf16 => o.get::<u16>().iter().map(|&x| bf16::from_bits(x).to_f64()).collect(),
+        Dtype::F16 => o.get::<u16>().iter().map(|&x| f16::from_bits(x).to_f64()).collect(),
+    };
     Outputs {
-        o: Vec::new(),
+        o,
         drift: drift.get(),
         events: events.get(),
-        lambda: None,
-        states: Vec::new(),
+        lambda: routed.then(|| lambda.get()),
+        states: states.get(),
         len: len.get(),
         tokens: tokens.get(),
         summed_drift: summed_drift.get(),
         open: open.get(),
-        keys: None,
+        keys: routed.then(|| keys.get()),
     }
 }
 
@@ -313,10 +419,8 @@ fn check_problem(emulate: Emulate, case: &Case, problem: &Problem, worst: &mut W
         assert!(error <= bound(dtype), "{name}: {tensor} off by {error:.2e}, most at element {at}");
     };
     judge("cache_open", &f64s(&out.open), &expected.cache.open);
-    if !out.o.is_empty() {
-        judge("o", &out.o, &expected.o);
-        judge("cache_states", &f64s(&out.states), &expected.cache.states);
-    }
+    judge("o", &out.o, &expected.o);
+    judge("cache_states", &f64s(&out.states), &expected.cache.states);
     if let (Some(lambda), Some(expected)) = (&out.lambda, &expected.lambda) {
         judge("lambda", &f64s(lambda), expected);
     }
@@ -335,7 +439,9 @@ fn random_cases() {
     println!("seeds from {first}");
     let mut worst = Worst::default();
     for seed in first..first + count {
-        check(emulate, &Case::random(seed), &mut worst);
+        let case = Case::random(seed);
+        if case.route.is_some() && std::env::var_os("GIVEN").is_some() { continue; }
+        check(emulate, &case, &mut worst);
     }
     println!("{:?}", worst.0);
 }

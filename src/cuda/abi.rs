@@ -219,4 +219,51 @@ impl Geometry {
         let tile = |width: usize| Self::tile(self.parts, 32, width.next_multiple_of(16));
         tile(self.dk) + tile(self.dv) + 2 * 32 * 33 * 4 + 32 * 4 + 8 * 16 * 4 + 32 * 8 + 4 * 32 * 4 + 32 + 32 + 16
     }
+
+    /// Shared memory of `prepare_*`.
+    pub fn prepare_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let columns = chunk * 8 + 3 * chunk * 4;
+        if self.delta {
+            columns + 3 * Self::tile(2, chunk, 64) + 2 * Self::tile(2, chunk, chunk)
+        } else {
+            columns + 2 * Self::tile(self.parts, chunk, 64)
+        }
+    }
+
+    /// Shared memory of a chunk's replay.
+    fn replay_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        2 * chunk + chunk * (64 + chunk)
+    }
+
+    /// Shared memory of `route_bank_*`.
+    pub fn route_bank_shared_bytes(&self) -> usize {
+        self.replay_shared_bytes() + self.chunk() * 4 + 64 * 4
+    }
+
+    /// Shared memory of `route_*`.
+    pub fn route_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let operands = 2 * Self::tile(self.parts, chunk, 64) + Self::tile(2, 64, 64);
+        let scores = chunk * (64 + chunk + 1) * 4;
+        self.replay_shared_bytes() + 2 * chunk * 4 + operands.max(scores).next_multiple_of(16)
+    }
+
+    /// Shared memory of `scan_*`.
+    pub fn scan_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let pitch = (chunk + 1) * 4;
+        let rows = Self::tile(self.parts, chunk, self.padded_dk());
+        let operands = if self.delta { 2 * rows } else { rows };
+        self.replay_shared_bytes()
+            + 2 * 64 * 2
+            + 64 * 8
+            + chunk * 8
+            + 2 * chunk * 4
+            + 2 * 64
+            + (self.capacity * pitch).next_multiple_of(16)
+            + Self::tile(self.parts, chunk, 16)
+            + operands.max(8 * 16 * pitch).max(Self::tile(self.parts, chunk, chunk))
+    }
 }
