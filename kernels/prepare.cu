@@ -22,21 +22,6 @@
 namespace dla {
 namespace {
 
-constexpr int SLICE = 64;  // columns of dk at a time
-
-// Loads columns `from`.. of a row (null: zeros) times `factor`.
-template <int PARTS, typename T>
-DEVICE void load_slice(const Tile<PARTS>& tile, int row, int group, const T* from, int column, int width,
-                       float factor) {
-    float x[8] = {};
-    if (from && column + group * 8 < width) {
-        load8(from + column + group * 8, x);
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[i] *= factor;
-    }
-    put8(tile, row, group * 8, x);
-}
-
 // Writes a pair of a matrix [rows][width] of planes in global memory.
 template <int PARTS>
 DEVICE void store2(uint16_t* to, int rows, int width, int row, int column, float x0, float x1) {

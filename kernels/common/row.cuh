@@ -95,6 +95,22 @@ DEVICE float load_row(const Tile<PARTS>& tile, int row, const T* from, int width
     return warp_sum(sum);
 }
 
+// Columns of dk that prepare and route work on at a time.
+constexpr int SLICE = 64;
+
+// Eight columns of a slice that begins at `column`, of a row (null: zeros) times `factor`.
+template <int PARTS, typename T>
+DEVICE void load_slice(const Tile<PARTS>& tile, int row, int group, const T* from, int column, int width,
+                       float factor) {
+    float x[8] = {};
+    if (from && column + group * 8 < width) {
+        load8(from + column + group * 8, x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] *= factor;
+    }
+    put8(tile, row, group * 8, x);
+}
+
 // Factor of a row under qk_l2norm, by one warp.
 template <typename T>
 DEVICE float norm_factor(const T* from, int width, bool normalise) {

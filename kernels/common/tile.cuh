@@ -58,7 +58,10 @@ DEVICE void load8(const F32* from, float (&x)[8]) {
     x[4] = high.x, x[5] = high.y, x[6] = high.z, x[7] = high.w;
 }
 
-// Two elements.
+// One element; two.
+DEVICE float load1(const Bf16* from) { return __uint_as_float(static_cast<uint32_t>(from->bits) << 16); }
+DEVICE float load1(const F16* from) { return f16_to_f32(from->bits); }
+DEVICE float load1(const F32* from) { return from->value; }
 DEVICE void load2(const Bf16* from, float& x0, float& x1) {
     const uint32_t pair = *reinterpret_cast<const uint32_t*>(from);
     x0 = low_bf16(pair), x1 = high_bf16(pair);

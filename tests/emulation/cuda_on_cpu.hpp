@@ -149,8 +149,7 @@ inline void start_fiber(Fiber& fiber, unsigned thread) {
     fiber.state = State::Ready;
 #if defined(__x86_64__)
     void** top = reinterpret_cast<void**>(static_cast<unsigned char*>(fiber.stack) + STACK);
-    *--top = nullptr;  // Keeps the stack 16-byte aligned at the call.
-    *--top = nullptr;
+    *--top = nullptr;  // Where a return address would stand: the ABI's alignment at a function's entry.
     *--top = reinterpret_cast<void*>(&fiber_main);
     for (int i = 0; i < 6; i++) *--top = nullptr;
     fiber.sp = top;
