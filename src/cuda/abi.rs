@@ -217,7 +217,16 @@ impl Geometry {
     /// Shared memory of `segment_*`.
     pub fn segment_shared_bytes(&self) -> usize {
         let tile = |width: usize| Self::tile(self.parts, 32, width.next_multiple_of(16));
-        tile(self.dk) + tile(self.dv) + 2 * 32 * 33 * 4 + 32 * 4 + 8 * 16 * 4 + 32 * 8 + 4 * 32 * 4 + 32 + 32 + 16
+        tile(self.dk)
+            + tile(self.dv)
+            + 2 * 32 * 33 * 4
+            + 32 * 4
+            + 8 * 16 * 4
+            + 32 * 8
+            + 4 * 32 * 4
+            + 32
+            + 32
+            + 16
     }
 
     /// Shared memory of `prepare_*`.
