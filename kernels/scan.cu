@@ -1,0 +1,415 @@
+// scan: reads all slots, and writes: transition, merge and append in one (OPERATOR.md, section 4).
+//
+//   O = sum over j of diag(w[:,j]) Qt S_j + (P . Lambda) V,  w_t[j] = lambda_t[pi_t(j)], Lambda_ts = lambda_t[slot_t(s)]
+//   S'_i = sum over j that end in i of transition(S_j) + sum over r that end in i of Kh_r v_r^T
+//   transition(S) = e^{Gamma_C} S (gated),  e^{Gamma_C} S - Kd^T (W S) (gated delta rule)
+//
+// One block of 256 threads per sequence, value head and slice of 16 value columns (grid.x = N HV slices, the slice
+// running fastest), chunk after chunk. Everything is computed transposed: O^T = S^T Qt^T with the slice's 16
+// columns as rows, so that a state, as products leave it (C fragments of S^T), is the left operand of the next
+// product without moving, and W S likewise goes from accumulators straight into the product with Kd. Warp w reads
+// (and lets pass) entry slots w, w + 8, ...; after a barrier it writes exit slots w, w + 8, ...; the warps'
+// parts of O are summed in one order.
+//
+// Bank: f32 masters in global memory (L2), 16 x 16 tiles in fragment order, so that a lane loads 32 contiguous
+// bytes; a slot keeps its place while its rank changes. Under the gated recurrence a slot in which nothing ends is
+// not touched: its decay is a factor in double, put into the weights. Slots are never re-rounded: operands are
+// made from the masters at every read. Everything about where and how states lie is in `Bank`.
+//
+// Numerics: gated reads use q itself (scale, e^Gamma and the slots' decay are in the f32 weights), so bf16 rounds
+// the states, P . Lambda and Kh, and o once at the end.
+//
+// Shared memory: C = 64 / planes; union of operands max(planes C (dk + 8) 2 (x 2, delta), 8 x 16 x (C + 1) x 4)
+// + planes C 24 2 (V) + M (C + 1) 4 (weights) + C (64 + C) + 2.3 KB: bf16, dk = 128, M = 32: 56 KB; most 99 KB.
+// Registers: at the end of the file. Floor: the reading product, 0.73 ms at S3 on an H100. Predicted, not
+// measured, at S3, M = 32: the bank's 17 GB through L2 at about 4 TB/s, 4 ms gated; twice that and the transition's
+// products under the delta rule, 10 ms.
+
+#include "common/replay.cuh"
+
+namespace dla {
+namespace {
+
+// Where the states of one row and slice lie. A tile is 16 keys x 16 columns: lane l holds, of the columns l / 4
+// and l / 4 + 8, keys 2 (l % 4), + 1, and those + 8: x[0..1] (column, key), x[2..3] (column + 8, key), x[4..7] the
+// same of key + 8.
+struct Bank {
+    float* states;  // [M][tiles][32][8]
+    int tiles;      // dk / 16
+
+    METHOD float* tile(int place, int tile) const {
+        return states + ((static_cast<int64_t>(place) * tiles + tile) * 32 + lane_index()) * 8;
+    }
+    METHOD void load(int place, int tile, float (&x)[8]) const {
+        load8(reinterpret_cast<const F32*>(this->tile(place, tile)), x);
+    }
+    METHOD void store(int place, int tile, const float (&x)[8]) const {
+        store8(reinterpret_cast<F32*>(this->tile(place, tile)), x);
+    }
+};
+
+// A tile as the left operand S^T.
+template <int PARTS>
+DEVICE void operand(const float (&x)[8], uint32_t (&a)[PARTS][4]) {
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        uint32_t planes[PARTS];
+        split<PARTS>(x[2 * i], x[2 * i + 1], planes);
+#pragma unroll
+        for (int part = 0; part < PARTS; part++) a[part][i] = planes[part];
+    }
+}
+
+// Accumulators of a [16, C] product.
+template <int C>
+struct Wide {
+    float c[C / 16][2][4];
+    METHOD void clear() {
+#pragma unroll
+        for (int n = 0; n < C / 16; n++) dla::clear(c[n]);
+    }
+};
+
+// Prepared rows [C][width] of planes into shared memory, 16-byte loads.
+template <int PARTS, int C>
+DEVICE void copy_planes(const Tile<PARTS>& tile, const uint16_t* from, int width) {
+    const int groups = width / 8;
+    for (int i = threadIdx.x; i < PARTS * C * groups; i += THREADS) {
+        const int row = i / groups, column = i % groups * 8;
+        *reinterpret_cast<uint4*>(tile.data + row / C * tile.plane + row % C * tile.stride + column) =
+            *reinterpret_cast<const uint4*>(from + static_cast<int64_t>(row) * width + column);
+    }
+}
+
+template <typename T, bool DELTA>
+DEVICE void scan(const ScanParams& p) {
+    constexpr int PARTS = T::PARTS, C = T::CHUNK, BLOCKS = C / 16, PITCH = C + 1;
+    const Extents& e = p.extents;
+    const int dk = e.dk, dv = e.dv, width = padded(dk), capacity = e.capacity, slices = padded(dv) / 16;
+    const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
+    const int g = lane / 4, c2 = lane % 4 * 2;
+    const int64_t index = blockIdx.x / slices;
+    const int slice = blockIdx.x % slices * 16;
+    const Row row = row_of(e, index / e.value_heads, index % e.value_heads);
+    const T* const q = static_cast<const T*>(p.q);
+    const T* const k = static_cast<const T*>(p.k);
+    const T* const v = static_cast<const T*>(p.v);
+    T* const o = static_cast<T*>(p.o);
+
+    Carve carve{dynamic_shared()};
+    Replay<C> replay;
+    replay.take(carve);
+    Exits exits;
+    exits.take(carve);
+    double* const logs = carve.take<double>(MOST_SLOTS);      // decay of every place since it was written
+    Gamma* const gamma = carve.take<Gamma>(C);
+    float* const q_factor = carve.take<float>(C);
+    float* const k_factor = carve.take<float>(C);
+    uint8_t* const order = carve.take<uint8_t>(MOST_SLOTS);   // place of every slot, oldest first
+    uint8_t* const next = carve.take<uint8_t>(MOST_SLOTS);    // the same after the chunk
+    float* const weights = carve.take<float>(capacity * PITCH);  // [entry slot][token]
+    const Tile<PARTS> values = carve.tile<PARTS>(C, 16);
+    // One after another: P . Lambda; Qt; the warps' parts of O; W and Kd; Kh.
+    unsigned char* const reused = carve.next;
+    float* const parts_of_o = carve.take<float>(WARPS * 16 * PITCH);
+    unsigned char* const end_of_parts = carve.next;
+    carve.next = reused;
+    const Tile<PARTS> pairs = carve.tile<PARTS>(C, C);
+    carve.next = reused;
+    const Tile<PARTS> rows = carve.tile<PARTS>(C, width);
+    const Tile<PARTS> more = DELTA ? carve.tile<PARTS>(C, width) : rows;
+    if (carve.next < end_of_parts) carve.next = end_of_parts;
+    carve.check();
+
+    const Bank bank = {p.bank + (index * slices + slice / 16) * capacity * width * 16, width / 16};
+    const int64_t state = static_cast<int64_t>(dk) * dv;
+    int m = p.initial_len ? p.initial_len[index] : 0;
+    // The initial states.
+    for (int i = warp; i < m * bank.tiles; i += WARPS) {
+        const int slot = i / bank.tiles, tile = i % bank.tiles;
+        const float* from = p.initial_states + (index * capacity + slot) * state;
+        float x[8];
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            const int key = tile * 16 + n / 4 * 8 + c2 + n % 2, column = slice + g + n / 2 % 2 * 8;
+            x[n] = key < dk && column < dv ? from[static_cast<int64_t>(key) * dv + column] : 0.0f;
+        }
+        bank.store(slot, tile, x);
+    }
+    for (int i = thread; i < MOST_SLOTS; i += THREADS) order[i] = i, logs[i] = 0;
+
+    for (int64_t first = 0; first < row.len; first += C) {
+        const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
+        const int64_t chunk = (first_chunk(row, C) + first / C) * e.value_heads + row.head;
+        __syncthreads();
+
+        // The chunk's log, decays and values.
+        if (warp == 0) load_gamma(p.g, row, first, len, C, gamma);
+        for (int t = warp; t < C; t += WARPS) {
+            const bool live = t < len;
+            const float qf = norm_factor(!DELTA && live ? q + row.key_at(first + t) * dk : nullptr, dk, !DELTA && p.qk_l2norm);
+            const float kf = norm_factor(live ? k + row.key_at(first + t) * dk : nullptr, dk, p.qk_l2norm);
+            if (lane == 0) q_factor[t] = qf, k_factor[t] = kf;
+        }
+        for (int i = thread; i < C * 2; i += THREADS) {
+            const int t = i / 2, column = i % 2 * 8;
+            float x[8] = {};
+            if (t < len && slice + column < dv) load8(v + row.at(first + t) * dv + slice + column, x);
+            put8(values, t, column, x);
+        }
+        replay.run(p.events, row, first, len, m);
+        exits.find(replay, len, m);
+        const int exit_count = replay.len[len - 1];
+        const Gamma total = gamma[C - 1];
+
+        // Weights of entry slots and of pairs.
+        const float* const lambda = p.lambda;
+        for (int i = thread; i < m * C; i += THREADS) {
+            const int j = i / C, t = i % C;
+            float weight = 0;
+            if (t < len) {
+                const int column = column_of(e, replay.of_slot(t, j), replay.len[t]);
+                weight = lambda[row.at(first + t) * p.lambda_columns + column];
+                if constexpr (!DELTA) {
+                    const double log = static_cast<double>(gamma[t].high) + gamma[t].low + logs[order[j]];
+                    weight *= p.scale * q_factor[t] * expf(static_cast<float>(log));
+                }
+            }
+            weights[j * PITCH + t] = weight;
+        }
+        const uint16_t* const p_in = p.p + chunk * PARTS * C * C;
+        for (int i = thread; i < C * C / 2; i += THREADS) {
+            const int t = i / (C / 2), s = i % (C / 2) * 2;
+            float x[2] = {0, 0};
+#pragma unroll
+            for (int n = 0; n < 2; n++) {
+                if (t >= len || s + n > t) continue;
+#pragma unroll
+                for (int part = 0; part < PARTS; part++)
+                    x[n] += __uint_as_float(static_cast<uint32_t>(p_in[(part * C + t) * C + s + n]) << 16);
+                const int column = column_of(e, replay.of_token(t, s + n), replay.len[t]);
+                x[n] *= lambda[row.at(first + t) * p.lambda_columns + column];
+            }
+            put2(pairs, t, s, x[0], x[1]);
+        }
+        __syncthreads();
+
+        // O^T = V^T (P . Lambda)^T: warp w takes tokens 16 w.. of the sum.
+        Wide<C> out;
+        out.clear();
+        if (warp < BLOCKS) {
+            uint32_t a[PARTS][4], b[PARTS][4];
+            load_a_trans(values, 0, warp * 16, a);
+#pragma unroll
+            for (int n = 0; n < BLOCKS; n++) {
+                load_b(pairs, n * 16, warp * 16, b);
+                multiply<PARTS, PARTS>(out.c[n], a, b);
+            }
+        }
+        __syncthreads();
+
+        // O^T += sum over j of S_j^T Qt^T diag(w[:,j]).
+        const int64_t prepared = chunk * PARTS * C * width;
+        if constexpr (DELTA) copy_planes<PARTS, C>(rows, p.qt + prepared, width);
+        else
+            for (int t = warp; t < C; t += WARPS)
+                load_row(rows, t, t < len ? q + row.key_at(first + t) * dk : nullptr, dk, 1.0f);
+        __syncthreads();
+        for (int j = warp; j < m; j += WARPS) {
+            Wide<C> read;
+            read.clear();
+            for (int tile = 0; tile < bank.tiles; tile++) {
+                float x[8];
+                uint32_t a[PARTS][4], b[PARTS][4];
+                bank.load(order[j], tile, x);
+                operand<PARTS>(x, a);
+#pragma unroll
+                for (int n = 0; n < BLOCKS; n++) {
+                    load_b(rows, n * 16, tile * 16, b);
+                    multiply<PARTS, PARTS>(read.c[n], a, b);
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < BLOCKS; n++)
+#pragma unroll
+                for (int half = 0; half < 2; half++)
+#pragma unroll
+                    for (int i = 0; i < 4; i++)
+                        out.c[n][half][i] += weights[j * PITCH + n * 16 + half * 8 + c2 + i % 2] * read.c[n][half][i];
+        }
+        __syncthreads();
+#pragma unroll
+        for (int n = 0; n < BLOCKS; n++)
+            each_pair(out.c[n], [&](int column, int t, float x0, float x1) {
+                float* at = parts_of_o + (warp * 16 + column) * PITCH + n * 16 + t;
+                at[0] = x0, at[1] = x1;
+            });
+        __syncthreads();
+        for (int i = thread; i < 2 * len; i += THREADS) {
+            const int t = i % len, column = i / len * 8;
+            if (slice + column >= dv) continue;
+            float x[8];
+#pragma unroll
+            for (int n = 0; n < 8; n++) {
+                x[n] = 0;
+#pragma unroll
+                for (int w = 0; w < WARPS; w++) x[n] += parts_of_o[(w * 16 + column + n) * PITCH + t];
+            }
+            store8(o + row.at(first + t) * dv + slice + column, x);
+        }
+        __syncthreads();
+
+        // Transition: S_j <- e^{Gamma_C} S_j - Kd^T (W S_j).
+        if constexpr (DELTA) {
+            copy_planes<PARTS, C>(rows, p.w + prepared, width);
+            for (int t = warp; t < C; t += WARPS)
+                load_row(more, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
+                         expf(minus(total, gamma[t])) * k_factor[t]);
+            __syncthreads();
+            const float decay = expf(value(total));
+            for (int j = warp; j < m; j += WARPS) {
+                Wide<C> held;  // (W S)^T
+                held.clear();
+                for (int tile = 0; tile < bank.tiles; tile++) {
+                    float x[8];
+                    uint32_t a[PARTS][4], b[PARTS][4];
+                    bank.load(order[j], tile, x);
+                    operand<PARTS>(x, a);
+#pragma unroll
+                    for (int n = 0; n < BLOCKS; n++) {
+                        load_b(rows, n * 16, tile * 16, b);
+                        multiply<PARTS, PARTS>(held.c[n], a, b);
+                    }
+                }
+                uint32_t a[BLOCKS][PARTS][4];
+#pragma unroll
+                for (int n = 0; n < BLOCKS; n++) {
+                    float x[8];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) x[i] = -held.c[n][i / 4][i % 4];
+                    operand<PARTS>(x, a[n]);
+                }
+                for (int tile = 0; tile < bank.tiles; tile++) {
+                    float x[8], c[2][4];
+                    bank.load(order[j], tile, x);
+#pragma unroll
+                    for (int i = 0; i < 8; i++) c[i / 4][i % 4] = decay * x[i];
+#pragma unroll
+                    for (int n = 0; n < BLOCKS; n++) {
+                        uint32_t b[PARTS][4];
+                        load_b_trans(more, tile * 16, n * 16, b);
+                        multiply<PARTS, PARTS>(c, a[n], b);
+                    }
+#pragma unroll
+                    for (int i = 0; i < 8; i++) x[i] = c[i / 4][i % 4];
+                    bank.store(order[j], tile, x);
+                }
+            }
+            __syncthreads();
+        }
+
+        // Exit: what ends together is added where its oldest part stands; a new slot takes a place that is free
+        // once all that is merged away has been read.
+        if constexpr (DELTA) copy_planes<PARTS, C>(rows, p.kh + prepared, width);
+        else
+            for (int t = warp; t < C; t += WARPS)
+                load_row(rows, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
+                         expf(minus(total, gamma[t])) * k_factor[t]);
+        if (thread == 0) {
+            uint64_t taken = 0;
+            for (int i = 0; i < exit_count; i++) {
+                const Exits::Range from = exits.entries[i];
+                if (from.from < from.to) next[i] = order[from.from], taken |= uint64_t{1} << next[i];
+            }
+            for (int i = 0; i < exit_count; i++) {
+                const Exits::Range from = exits.entries[i];
+                if (from.from < from.to) continue;
+                next[i] = __ffsll(~taken) - 1;
+                taken |= uint64_t{1} << next[i];
+            }
+        }
+        __syncthreads();
+        const double total_log = static_cast<double>(total.high) + total.low;
+#pragma unroll 1
+        for (int opened = 0; opened < 2; opened++) {
+            for (int i = warp; i < exit_count; i += WARPS) {
+                const Exits::Range entries = exits.entries[i], tokens = exits.tokens[i];
+                const int kept = entries.to - entries.from, added = tokens.to - tokens.from;
+                if ((kept == 0) != (opened == 1) || (kept == 1 && added == 0)) continue;
+                for (int tile = 0; tile < bank.tiles; tile++) {
+                    float c[2][4];
+                    clear(c);
+                    for (int j = entries.from; j < entries.to; j++) {
+                        const float factor = DELTA ? 1.0f : expf(static_cast<float>(logs[order[j]] + total_log));
+                        float x[8];
+                        bank.load(order[j], tile, x);
+#pragma unroll
+                        for (int n = 0; n < 8; n++) c[n / 4][n % 4] += factor * x[n];
+                    }
+                    for (int s = tokens.from / 16 * 16; s < tokens.to; s += 16) {
+                        uint32_t a[PARTS][4], b[PARTS][4];
+                        load_a_trans(values, 0, s, a);
+                        load_b_trans(rows, tile * 16, s, b);
+                        // Tokens of other slots have no part in this one.
+#pragma unroll
+                        for (int n = 0; n < 4; n++) {
+                            const int t = s + n / 2 * 8 + c2;
+                            uint32_t mask = 0;
+                            if (t >= tokens.from && t < tokens.to) mask |= 0x0000ffffu;
+                            if (t + 1 >= tokens.from && t + 1 < tokens.to) mask |= 0xffff0000u;
+#pragma unroll
+                            for (int part = 0; part < PARTS; part++) a[part][n] &= mask;
+                        }
+                        multiply<PARTS, PARTS>(c, a, b);
+                    }
+                    float x[8];
+#pragma unroll
+                    for (int n = 0; n < 8; n++) x[n] = c[n / 4][n % 4];
+                    bank.store(next[i], tile, x);
+                }
+            }
+            __syncthreads();
+        }
+        if (!DELTA) {
+            for (int i = thread; i < exit_count; i += THREADS) {
+                const Exits::Range entries = exits.entries[i], tokens = exits.tokens[i];
+                const bool touched = entries.to - entries.from != 1 || tokens.to > tokens.from;
+                // Places of exit slots are distinct: each is written by one thread.
+                logs[next[i]] = touched ? 0.0 : logs[next[i]] + total_log;
+            }
+        }
+        for (int i = thread; i < exit_count; i += THREADS) order[i] = next[i];
+        m = exit_count;
+    }
+
+    // The cache, oldest first; unused slots zero.
+    __syncthreads();
+    if (!p.states) return;
+    for (int i = warp; i < capacity * bank.tiles; i += WARPS) {
+        const int slot = i / bank.tiles, tile = i % bank.tiles;
+        float x[8] = {};
+        float factor = 0;
+        if (slot < m) {
+            bank.load(order[slot], tile, x);
+            factor = DELTA ? 1.0f : expf(static_cast<float>(logs[order[slot]]));
+        }
+        float* to = p.states + (index * capacity + slot) * state;
+#pragma unroll
+        for (int n = 0; n < 8; n++) {
+            const int key = tile * 16 + n / 4 * 8 + c2 + n % 2, column = slice + g + n / 2 % 2 * 8;
+            if (key < dk && column < dv) to[static_cast<int64_t>(key) * dv + column] = factor * x[n];
+        }
+    }
+}
+
+}  // namespace
+}  // namespace dla
+
+#define SCAN(name, T, DELTA) \
+    KERNEL BLOCK_OF(dla::THREADS) name(const __grid_constant__ dla::ScanParams p) { dla::scan<dla::T, DELTA>(p); }
+SCAN(scan_gated_bf16, Bf16, false)
+SCAN(scan_gated_f16, F16, false)
+SCAN(scan_gated_f32, F32, false)
+SCAN(scan_delta_bf16, Bf16, true)
+SCAN(scan_delta_f16, F16, true)
+SCAN(scan_delta_f32, F32, true)

@@ -1,0 +1,563 @@
+//! The CUDA kernels' own sources on the CPU: compiled as C++ with a small emulator (tests/emulation), every
+//! thread a fiber, and judged against the f64 reference with the kernels' own event log. Needs g++ with
+//! C++20; without it every test here says that it is skipped. `DLA_EMULATION=require` fails instead.
+
+#[path = "../src/cuda/abi.rs"]
+#[allow(dead_code)]
+mod abi;
+
+use abi::{
+    DevicePointer, Extents, Geometry, PrepareParams, RouteBankParams, RouteParams, ScanParams, SegmentParams,
+};
+use dla::check::{Case, Recipe, relative_error};
+use dla::events::{EXTEND, Ledger, OPEN, plan};
+use dla::reference::{self, Arguments};
+use dla::{Cache, Dtype, Merge, Options, Problem, Read, Recurrence, SlotOrder};
+use half::{bf16, f16};
+use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
+use std::path::PathBuf;
+use std::process::Command;
+use std::sync::OnceLock;
+
+unsafe extern "C" {
+    fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
+    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+}
+
+type Emulate =
+    unsafe extern "C" fn(*const c_char, c_uint, c_uint, *const c_void, *mut c_char, usize) -> c_int;
+
+/// Compiles and opens the kernels; `None` where there is no compiler.
+fn emulator() -> Option<Emulate> {
+    static LIBRARY: OnceLock<Option<Emulate>> = OnceLock::new();
+    *LIBRARY.get_or_init(|| {
+        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+        // Under its own name first: another run may have the library open.
+        let library = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("kernels_on_cpu.so");
+        let fresh = library.with_extension(format!("{}.so", std::process::id()));
+        let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".to_owned());
+        let build = Command::new(&compiler)
+            .args(["-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared"])
+            .args(["-Wall", "-Wno-unknown-pragmas", "-DDLA_ON_CPU", "-x", "c++"])
+            .arg("-I")
+            .arg(root.join("tests/emulation"))
+            .arg(root.join("tests/emulation/kernels.cpp"))
+            .arg("-o")
+            .arg(&fresh)
+            .output();
+        let build = match build {
+            Ok(build) => build,
+            Err(error) => {
+                println!("SKIPPED: the kernels are not checked, {compiler} does not run: {error}");
+                assert!(std::env::var_os("DLA_EMULATION").is_none_or(|value| value != "require"));
+                return None;
+            }
+        };
+        assert!(build.status.success(), "{}", String::from_utf8_lossy(&build.stderr));
+        std::fs::rename(&fresh, &library).unwrap();
+        let path = CString::new(library.to_str().unwrap()).unwrap();
+        // SAFETY: the library was built above from this repository; its one symbol has this type.
+        unsafe {
+            let library = dlopen(path.as_ptr(), 2);
+            assert!(!library.is_null(), "dlopen {path:?}");
+            let symbol = dlsym(library, c"dla_emulate".as_ptr());
+            assert!(!symbol.is_null());
+            Some(std::mem::transmute::<*mut c_void, Emulate>(symbol))
+        }
+    })
+}
+
+fn launch<P>(emulate: Emulate, name: &str, grid: usize, shared_bytes: usize, params: &P) {
+    let name = CString::new(name).unwrap();
+    let mut error = [0u8; 512];
+    // SAFETY: `params` is the twin of the struct that this kernel takes, and its pointers lie in live buffers
+    // of the sizes that abi.cuh asks for.
+    let code = unsafe {
+        emulate(
+            name.as_ptr(),
+            grid as c_uint,
+            shared_bytes as c_uint,
+            std::ptr::from_ref(params).cast(),
+            error.as_mut_ptr().cast(),
+            error.len(),
+        )
+    };
+    assert_eq!(code, 0, "{}", CStr::from_bytes_until_nul(&error).unwrap().to_string_lossy());
+}
+
+/// A poisoned array on "the device", 16-byte aligned, with a canary behind it.
+struct Array {
+    words: Vec<u128>,
+    bytes: usize,
+}
+
+const POISON: u8 = 0xff;
+const CANARY: usize = 64;
+
+impl Array {
+    fn poisoned(bytes: usize) -> Self {
+        let words = vec![u128::from_ne_bytes([POISON; 16]); (bytes + CANARY).div_ceil(16) + 1];
+        Array { words, bytes }
+    }
+
+    fn of<T: bytemuck::Pod>(x: &[T]) -> Self {
+        let mut array = Array::poisoned(size_of_val(x));
+        bytemuck::cast_slice_mut::<u128, u8>(&mut array.words)[..size_of_val(x)]
+            .copy_from_slice(bytemuck::cast_slice(x));
+        array
+    }
+
+    fn of_buffer(x: &dla::Buffer) -> Self {
+        match x {
+            dla::Buffer::F32(x) => Array::of(x),
+            dla::Buffer::Bf16(x) => Array::of(&x.iter().map(|x| x.to_bits()).collect::<Vec<_>>()),
+            dla::Buffer::F16(x) => Array::of(&x.iter().map(|x| x.to_bits()).collect::<Vec<_>>()),
+        }
+    }
+
+    fn pointer(&self) -> DevicePointer {
+        self.words.as_ptr() as DevicePointer
+    }
+
+    fn get<T: bytemuck::Pod>(&self) -> Vec<T> {
+        let bytes: &[u8] = bytemuck::cast_slice(&self.words);
+        assert!(bytes[self.bytes..].iter().all(|&byte| byte == POISON), "written past the end of an array");
+        bytes[..self.bytes].chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
+    }
+}
+
+fn pointer(array: &Option<Array>) -> DevicePointer {
+    array.as_ref().map_or(0, Array::pointer)
+}
+
+/// What the kernels made of a case.
+struct Outputs {
+    o: Vec<f64>,
+    drift: Vec<f32>,
+    events: Vec<u8>,
+    lambda: Option<Vec<f32>>,
+    states: Vec<f32>,
+    len: Vec<u32>,
+    tokens: Vec<u32>,
+    summed_drift: Vec<u32>,
+    open: Vec<f32>,
+    keys: Option<Vec<f32>>,
+}
+
+fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
+    let shape = *problem.shape();
+    let options = problem.options();
+    let dims = shape.cache_dims();
+    let dtype = problem.dtype();
+    let per_token = shape.tokens() * shape.value_heads;
+    let delta = options.recurrence == Recurrence::GatedDelta;
+    let geometry = Geometry {
+        parts: if dtype == Dtype::Bf16 { 1 } else { 2 },
+        sequences: shape.sequences,
+        tokens: shape.tokens(),
+        value_heads: shape.value_heads,
+        dk: shape.dk,
+        dv: shape.dv,
+        capacity: shape.capacity,
+        delta,
+    };
+    let floats = |x: &Option<Vec<f32>>| x.as_ref().map(|x| Array::of(x));
+    let cu_seqlens = case.cu_seqlens.as_ref().map(|x| Array::of(x));
+    let extents = Extents {
+        cu_seqlens: pointer(&cu_seqlens),
+        sequences: shape.sequences as i64,
+        time: shape.time as i64,
+        heads: shape.heads as i32,
+        value_heads: shape.value_heads as i32,
+        dk: shape.dk as i32,
+        dv: shape.dv as i32,
+        capacity: shape.capacity as i32,
+        newest_first: (options.slot_order == SlotOrder::NewestFirst).into(),
+    };
+    let (q, k, v) = (Array::of_buffer(&case.q), Array::of_buffer(&case.k), Array::of_buffer(&case.v));
+    let (g, beta) = (floats(&case.g), floats(&case.beta));
+    let tau: Vec<f32> = (0..shape.value_heads).map(|head| options.tau.of(head)).collect();
+    let tau = Array::of(&tau);
+    let log = problem.inputs().events.map(Array::of);
+    let cache = case.cache.as_ref();
+    let initial_len = cache.map(|cache| Array::of(&cache.len));
+    let initial_tokens = cache.map(|cache| Array::of(&cache.tokens));
+    let initial_drift = cache.map(|cache| Array::of(&cache.drift));
+    let initial_open = cache.map(|cache| Array::of(&cache.open));
+    let initial_states = cache.map(|cache| Array::of(&cache.states));
+    let initial_keys = cache.and_then(|cache| cache.keys.as_ref()).map(|keys| Array::of(keys));
+    let slots = dims.rows() * dims.capacity;
+    let drift = Array::poisoned(per_token * 4);
+    let events = Array::poisoned(per_token);
+    let (len, tokens) = (Array::poisoned(dims.rows() * 4), Array::poisoned(slots * 4));
+    let summed_drift = Array::poisoned(slots * 4);
+    let open = Array::poisoned(dims.rows() * dims.state() * 4);
+    let kernel = |stem: &str| format!("{stem}_{dtype}");
+
+    let segment = SegmentParams {
+        extents,
+        k: k.pointer(),
+        v: v.pointer(),
+        g: pointer(&g),
+        tau: tau.pointer(),
+        log: pointer(&log),
+        initial_len: pointer(&initial_len),
+        initial_tokens: pointer(&initial_tokens),
+        initial_drift: pointer(&initial_drift),
+        initial_open: pointer(&initial_open),
+        drift: drift.pointer(),
+        events: events.pointer(),
+        len: len.pointer(),
+        tokens: tokens.pointer(),
+        summed_drift: summed_drift.pointer(),
+        open: open.pointer(),
+        mass: (options.merge == Merge::Mass).into(),
+        qk_l2norm: options.qk_l2norm.into(),
+    };
+    launch(emulate, &kernel("segment"), dims.rows(), geometry.segment_shared_bytes(), &segment);
+
+    let p = Array::poisoned(geometry.p_len() * 2);
+    let prepared = || Array::poisoned(if delta { geometry.prepared_len() * 2 } else { 0 });
+    let (qt, w, kh) = (prepared(), prepared(), prepared());
+    let prepare = PrepareParams {
+        extents,
+        q: q.pointer(),
+        k: k.pointer(),
+        g: pointer(&g),
+        beta: pointer(&beta),
+        p: p.pointer(),
+        qt: qt.pointer(),
+        w: w.pointer(),
+        kh: kh.pointer(),
+        scale: problem.scale(),
+        qk_l2norm: options.qk_l2norm.into(),
+    };
+    let recurrence = if delta { "delta" } else { "gated" };
+    let places = geometry.chunks() * shape.value_heads;
+    let name = kernel(&format!("prepare_{recurrence}"));
+    launch(emulate, &name, places, geometry.prepare_shared_bytes(), &prepare);
+
+    let routed = options.read == Read::Routed;
+    let when_routed = |bytes: usize| Array::poisoned(if routed { bytes } else { 0 });
+    let keys = when_routed(dims.rows() * dims.key_bank() * 4);
+    let lambda = match &case.lambda {
+        Some(lambda) => Array::of(lambda),
+        None => Array::poisoned(per_token * shape.capacity * 4),
+    };
+    if let Some(route) = &case.route {
+        let bank_keys = Array::poisoned(places * shape.capacity * shape.dk * 4);
+        let bank_tokens = Array::poisoned(places * shape.capacity * 4);
+        let bank_len = Array::poisoned(places * 4);
+        let bank = RouteBankParams {
+            extents,
+            k: k.pointer(),
+            events: events.pointer(),
+            initial_len: pointer(&initial_len),
+            initial_tokens: pointer(&initial_tokens),
+            initial_keys: pointer(&initial_keys),
+            bank_keys: bank_keys.pointer(),
+            bank_tokens: bank_tokens.pointer(),
+            bank_len: bank_len.pointer(),
+            keys: keys.pointer(),
+            qk_l2norm: options.qk_l2norm.into(),
+            reserved: 0,
+        };
+        let shared_bytes = geometry.route_bank_shared_bytes();
+        launch(emulate, &kernel("route_bank"), dims.rows(), shared_bytes, &bank);
+        let (slope, bias, logits) = (Array::of(&route.slope), Array::of(&route.bias), floats(&route.logits));
+        let route = RouteParams {
+            extents,
+            q: q.pointer(),
+            k: k.pointer(),
+            events: events.pointer(),
+            slope: slope.pointer(),
+            bias: bias.pointer(),
+            logits: pointer(&logits),
+            bank_keys: bank_keys.pointer(),
+            bank_tokens: bank_tokens.pointer(),
+            bank_len: bank_len.pointer(),
+            lambda: lambda.pointer(),
+            logit_columns: problem.logit_columns() as i32,
+            qk_l2norm: options.qk_l2norm.into(),
+        };
+        launch(emulate, &kernel("route"), places, geometry.route_shared_bytes(), &route);
+    }
+
+    let o = Array::poisoned(per_token * shape.dv * dtype.bytes());
+    let states = Array::poisoned(dims.rows() * dims.bank() * 4);
+    let bank = Array::poisoned(geometry.bank_len() * 4);
+    let scan = ScanParams {
+        extents,
+        q: q.pointer(),
+        k: k.pointer(),
+        v: v.pointer(),
+        g: pointer(&g),
+        events: events.pointer(),
+        lambda: lambda.pointer(),
+        p: p.pointer(),
+        qt: qt.pointer(),
+        w: w.pointer(),
+        kh: kh.pointer(),
+        initial_len: pointer(&initial_len),
+        initial_states: pointer(&initial_states),
+        bank: bank.pointer(),
+        o: o.pointer(),
+        states: states.pointer(),
+        lambda_columns: problem.lambda_columns() as i32,
+        scale: problem.scale(),
+        qk_l2norm: options.qk_l2norm.into(),
+        reserved: 0,
+    };
+    let name = kernel(&format!("scan_{recurrence}"));
+    let blocks = dims.rows() * geometry.slices();
+    launch(emulate, &name, blocks, geometry.scan_shared_bytes(), &scan);
+    // Workspaces: nothing past their ends.
+    for array in [&p, &qt, &w, &kh] {
+        array.get::<u16>();
+    }
+    bank.get::<f32>();
+
+    let o = match dtype {
+        Dtype::F32 => o.get::<f32>().iter().map(|&x| x.into()).collect(),
+        Dtype::Bf16 => o.get::<u16>().iter().map(|&x| bf16::from_bits(x).to_f64()).collect(),
+        Dtype::F16 => o.get::<u16>().iter().map(|&x| f16::from_bits(x).to_f64()).collect(),
+    };
+    Outputs {
+        o,
+        drift: drift.get(),
+        events: events.get(),
+        lambda: routed.then(|| lambda.get()),
+        states: states.get(),
+        len: len.get(),
+        tokens: tokens.get(),
+        summed_drift: summed_drift.get(),
+        open: open.get(),
+        keys: routed.then(|| keys.get()),
+    }
+}
+
+/// Largest relative error of o, lambda and the cache by dtype of the inputs.
+fn bound(dtype: Dtype) -> f64 {
+    match dtype {
+        Dtype::Bf16 => 4e-3,
+        Dtype::F16 => 1e-3,
+        Dtype::F32 => 1e-4,
+    }
+}
+
+/// The slots that a cache row holds, by way of the public interface: a token that opens each with its whole
+/// drift, the others with none.
+fn ledger_of(cache: Option<&Cache>, row: usize) -> Ledger {
+    let mut ledger = Ledger::default();
+    let Some(cache) = cache else { return ledger };
+    for i in 0..cache.len[row] as usize {
+        let slot = row * cache.dims.capacity + i;
+        ledger.apply(OPEN, cache.drift[slot] as f32 / 4096.0);
+        (1..cache.tokens[slot]).for_each(|_| ledger.apply(EXTEND, 0.0));
+    }
+    ledger
+}
+
+/// Largest errors over the cases of a test.
+#[derive(Default)]
+struct Worst(std::collections::BTreeMap<String, f64>);
+
+impl Worst {
+    fn take(&mut self, dtype: Dtype, tensor: &str, error: f64) {
+        let worst = self.0.entry(format!("{dtype} {tensor}")).or_default();
+        *worst = worst.max(error);
+    }
+}
+
+fn check(emulate: Emulate, case: &Case, worst: &mut Worst) {
+    let problem = case.problem().unwrap();
+    check_problem(emulate, case, &problem, worst);
+}
+
+fn check_problem(emulate: Emulate, case: &Case, problem: &Problem, worst: &mut Worst) {
+    let out = forward(emulate, case, problem);
+    let shape = *problem.shape();
+    let options = problem.options();
+    let dtype = problem.dtype();
+    let name = case.describe();
+    let f64s = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| x.into()).collect() };
+
+    // The log is what the kernels' own drift asks for, byte for byte, or the caller's.
+    for (n, sequence) in problem.sequences().iter().enumerate() {
+        for head in 0..shape.value_heads {
+            let row = n * shape.value_heads + head;
+            let at = |t: usize| (sequence.start + t) * shape.value_heads + head;
+            let drift: Vec<f32> = (0..sequence.len).map(|t| out.drift[at(t)]).collect();
+            let events: Vec<u8> = (0..sequence.len).map(|t| out.events[at(t)]).collect();
+            let mut ledger = ledger_of(case.cache.as_ref(), row);
+            match problem.inputs().events {
+                Some(log) => {
+                    assert!(events.iter().enumerate().all(|(t, &event)| event == log[at(t)]), "{name}: log");
+                    events.iter().zip(&drift).for_each(|(&event, &drift)| ledger.apply(event, drift));
+                }
+                None => {
+                    let tau = options.tau.of(head);
+                    let planned = plan(&drift, tau, shape.capacity, options.merge, &mut ledger);
+                    assert_eq!(events, planned, "{name}: events of row {row}");
+                }
+            }
+            let slots = row * shape.capacity..(row + 1) * shape.capacity;
+            let padded = |x: &[u32]| {
+                let mut x = x.to_vec();
+                x.resize(shape.capacity, 0);
+                x
+            };
+            assert_eq!(out.len[row] as usize, ledger.len(), "{name}: cache_len of row {row}");
+            assert_eq!(out.tokens[slots.clone()], padded(ledger.tokens()), "{name}: cache_tokens of {row}");
+            assert_eq!(out.summed_drift[slots], padded(ledger.drift()), "{name}: cache_drift of {row}");
+        }
+    }
+
+    let expected = reference::forward(problem, &Arguments::of(problem), Some(&out.events), None);
+    let off = out.drift.iter().zip(&expected.drift).map(|(&x, r)| (f64::from(x) - r).abs());
+    let off = off.fold(0.0, |worst, x| if x > worst || x.is_nan() { x } else { worst });
+    worst.take(dtype, "drift", off);
+    assert!(off <= 2e-3, "{name}: drift off by {off:.2e}");
+    let mut judge = |tensor: &str, x: &[f64], reference: &[f64]| {
+        let (error, at) = relative_error(x, reference);
+        worst.take(dtype, tensor, error);
+        assert!(error <= bound(dtype), "{name}: {tensor} off by {error:.2e}, most at element {at}");
+    };
+    judge("cache_open", &f64s(&out.open), &expected.cache.open);
+    judge("o", &out.o, &expected.o);
+    judge("cache_states", &f64s(&out.states), &expected.cache.states);
+    if let (Some(lambda), Some(expected)) = (&out.lambda, &expected.lambda) {
+        judge("lambda", &f64s(lambda), expected);
+    }
+    if let Some(keys) = &out.keys {
+        judge("cache_keys", &f64s(keys), &expected.cache.keys);
+    }
+}
+
+/// Every dtype and recurrence with both reads, over capacities, head sizes, boundary rates, ragged and packed
+/// lengths, resumed caches and grouped heads: each value of each at least twice.
+#[test]
+fn every_kernel() {
+    let Some(emulate) = emulator() else { return };
+    let seed = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    println!("seeds from {seed}");
+    let mut worst = Worst::default();
+    let sizes = [(8, 24), (24, 8), (64, 72), (72, 64), (128, 16), (16, 128), (40, 40)];
+    let mut at = 0;
+    for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+        for recurrence in [Recurrence::Gated, Recurrence::GatedDelta] {
+            for read in [Read::Given, Read::Routed] {
+                for packed in [false, true] {
+                    let (dk, dv) = sizes[at % sizes.len()];
+                    let options = Options {
+                        recurrence,
+                        capacity: [30, 3, 2, 64, 1][at % 5],
+                        merge: if at % 3 == 0 { Merge::Mass } else { Merge::Density },
+                        read,
+                        slot_order: if at % 4 < 2 { SlotOrder::OldestFirst } else { SlotOrder::NewestFirst },
+                        qk_l2norm: at % 5 == 2,
+                        ..Options::default()
+                    };
+                    let recipe = Recipe {
+                        options,
+                        time: if packed { 134 } else { [131, 64, 70][at % 3] },
+                        heads: 1 + at % 2,
+                        value_heads: 2,
+                        dk,
+                        dv,
+                        dtype,
+                        boundary_rate: [1.0, 0.25, 0.01][at / 2 % 3],
+                        decay: [Some(0.1), None, Some(1.0), Some(50.0)][at / 3 % 4],
+                        logits: at % 2 == 0,
+                        extra_columns: at % 3,
+                        packed: packed.then(|| vec![0, 1, 66, 0, 33, 34, 0]),
+                        resumed: at % 3 != 1,
+                        ..Recipe::default()
+                    };
+                    check(emulate, &recipe.draw(seed + at as u64), &mut worst);
+                    at += 1;
+                }
+            }
+        }
+    }
+    println!("{:?}", worst.0);
+}
+
+/// A caller's own log, and the wide heads.
+#[test]
+fn own_log_and_wide_heads() {
+    let Some(emulate) = emulator() else { return };
+    let mut worst = Worst::default();
+    let options = Options { capacity: 4, ..Options::default() };
+    let recipe = Recipe { options, time: 90, value_heads: 2, resumed: true, ..Recipe::default() };
+    for dtype in [Dtype::Bf16, Dtype::F32] {
+        let case = Recipe { dtype, ..recipe.clone() }.draw(rand::random());
+        let dims = case.problem().unwrap().shape().cache_dims();
+        let mut log = vec![0; 90 * dims.value_heads];
+        for row in 0..dims.rows() {
+            let mut ledger = ledger_of(case.cache.as_ref(), row);
+            for t in 0..90 {
+                let choices =
+                    (0..6).filter(|&event| ledger.allows(event, dims.capacity)).collect::<Vec<u8>>();
+                let event = choices[rand::random_range(0..choices.len())];
+                ledger.apply(event, 0.0);
+                log[t * dims.value_heads + row] = event;
+            }
+        }
+        let mut inputs = case.inputs();
+        inputs.events = Some(&log);
+        let problem = Problem::new(&case.recipe.options, inputs).unwrap();
+        check_problem(emulate, &case, &problem, &mut worst);
+    }
+    for (dtype, recurrence) in [(Dtype::Bf16, Recurrence::GatedDelta), (Dtype::F32, Recurrence::GatedDelta)] {
+        let options =
+            Options { recurrence, capacity: 3, read: Read::Routed, qk_l2norm: true, ..Options::default() };
+        let recipe = Recipe { options, time: 40, dk: 256, dv: 256, dtype, ..Recipe::default() };
+        check(emulate, &recipe.draw(rand::random()), &mut worst);
+    }
+    println!("{:?}", worst.0);
+}
+
+/// Shared memory of every kernel fits the smallest cards that are built for (99 KiB a block) at any size.
+#[test]
+fn shared_memory_fits() {
+    for (parts, delta) in [(1, false), (1, true), (2, false), (2, true)] {
+        let geometry = Geometry {
+            parts,
+            sequences: 1,
+            tokens: 1,
+            value_heads: 1,
+            dk: 256,
+            dv: 256,
+            capacity: 64,
+            delta,
+        };
+        let bytes = [
+            geometry.segment_shared_bytes(),
+            geometry.prepare_shared_bytes(),
+            geometry.route_bank_shared_bytes(),
+            geometry.route_shared_bytes(),
+            geometry.scan_shared_bytes(),
+        ];
+        println!("{parts} parts, delta {delta}: segment, prepare, route_bank, route, scan {bytes:?}");
+        assert!(bytes.iter().all(|&bytes| bytes <= 99 * 1024), "{geometry:?}: {bytes:?}");
+    }
+}
+
+fn setting(name: &str) -> Option<u64> {
+    std::env::var(name).ok().map(|value| value.parse().unwrap())
+}
+
+/// `DLA_EMULATION_SEEDS` random cases, 4 by default, from seed `DLA_EMULATION_FIRST`.
+#[test]
+fn random_cases() {
+    let Some(emulate) = emulator() else { return };
+    let first = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    let count = setting("DLA_EMULATION_SEEDS").unwrap_or(4);
+    println!("seeds from {first}");
+    let mut worst = Worst::default();
+    for seed in first..first + count {
+        check(emulate, &Case::random(seed), &mut worst);
+    }
+    println!("{:?}", worst.0);
+}
