@@ -28,6 +28,7 @@ mod cache;
 #[cfg(feature = "check")]
 pub mod check;
 pub mod cpu;
+pub mod cuda;
 mod engine;
 mod error;
 pub mod events;

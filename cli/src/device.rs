@@ -23,7 +23,10 @@ impl Device {
         Ok(match self {
             Device::Auto | Device::Cpu => Box::new(dla::cpu::Engine),
             Device::Reference => Box::new(dla::reference::Engine),
-            Device::Cuda => bail!("this build has no CUDA engine yet: use --device cpu"),
+            Device::Cuda => bail!(match dla::cuda::available() {
+                Err(error) => error.to_string(),
+                Ok(()) => "device: this command line does not drive the GPU yet".to_owned(),
+            }),
         })
     }
 }

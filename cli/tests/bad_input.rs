@@ -460,7 +460,7 @@ fn nothing_panics() {
 fn there_is_no_cuda_engine_yet() {
     for command in [&["run", "in", "-o", "out"][..], &["check"], &["bench"]] {
         let ran = dla(command.iter().chain(&["--device", "cuda"]));
-        one_line(&ran, "this build has no CUDA engine yet: use --device cpu");
+        one_line(&ran, "no engine that launches them yet: use the cpu engine");
     }
 }
 
