@@ -4,6 +4,9 @@
 //! Also what a launch of each kernel takes beside its parameters: grid and shared memory. Blocks have
 //! [`THREADS`] threads.
 
+// Fields are described once, in abi.cuh.
+#![allow(missing_docs)]
+
 use std::mem::{offset_of, size_of};
 
 /// Threads of every block.
@@ -273,6 +276,6 @@ impl Geometry {
             + 2 * 64
             + (self.capacity * pitch).next_multiple_of(16)
             + Self::tile(self.parts, chunk, 16)
-            + operands.max(8 * 16 * pitch).max(Self::tile(self.parts, chunk, chunk))
+            + operands.max(8 * 16 * pitch).max(Self::tile(2, chunk, chunk))
     }
 }
