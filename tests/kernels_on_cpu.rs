@@ -2,14 +2,10 @@
 //! thread a fiber, and judged against the f64 reference with the kernels' own event log. Needs g++ with
 //! C++20; without it every test here says that it is skipped. `DLA_EMULATION=require` fails instead.
 
-#[path = "../src/cuda/abi.rs"]
-#[allow(dead_code)]
-mod abi;
-
-use abi::{
+use dla::check::{Case, Recipe, relative_error};
+use dla::cuda::abi::{
     DevicePointer, Extents, Geometry, PrepareParams, RouteBankParams, RouteParams, ScanParams, SegmentParams,
 };
-use dla::check::{Case, Recipe, relative_error};
 use dla::events::{EXTEND, Ledger, OPEN, plan};
 use dla::reference::{self, Arguments};
 use dla::{Cache, Dtype, Merge, Options, Problem, Read, Recurrence, SlotOrder};

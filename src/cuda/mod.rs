@@ -1,6 +1,8 @@
 //! The GPU: kernels as this build compiled them. No engine launches them yet: they are checked on the CPU,
 //! by `tests/kernels_on_cpu.rs`, and have not run on a card.
 
+#[doc(hidden)]
+pub mod abi;
 mod module;
 
 pub use module::{FATBINS, Fatbin};
