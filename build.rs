@@ -43,9 +43,16 @@ fn main() {
 }
 
 fn run() -> Result<(), String> {
-    for name in
-        ["DLA_NVCC", "DLA_CUDA_ARCHS", "DLA_CUDA_CHECK", "CUDA_HOME", "CUDA_PATH", "VIRTUAL_ENV", "DOCS_RS"]
-    {
+    for name in [
+        "DLA_NVCC",
+        "DLA_CUDA_ARCHS",
+        "DLA_CUDA_CHECK",
+        "CUDA_HOME",
+        "CUDA_PATH",
+        "VIRTUAL_ENV",
+        "CONDA_PREFIX",
+        "DOCS_RS",
+    ] {
         println!("cargo::rerun-if-env-changed={name}");
     }
     for path in ["build.rs", "build", "kernels"] {
