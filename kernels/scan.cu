@@ -26,7 +26,7 @@
 // delta, dk = 256, M = 64) 97,536 bytes.
 // Registers: at the end of the file. Floor: the reading product, 0.73 ms at S3 on an H100. Predicted, not
 // measured, at S3, M = 32: the bank's 17 GB through L2 at about 4 TB/s, 4 ms gated; twice that and the transition's
-// products under the delta rule, 10 ms.
+// products, in two planes, under the delta rule: more than 10 ms.
 
 #include "common/replay.cuh"
 

@@ -390,7 +390,7 @@ impl Reverse {
             });
         });
         let mut d_weights = vec![0.0f32; len * capacity];
-        let mut adjoint = clock.time(Stage::Scan, || {
+        let adjoint = clock.time(Stage::Scan, || {
             // Slices in their order, so that sums do not depend on threads.
             let sum = |of: &dyn Fn(&BankAdjoint) -> &[f32], width: usize| -> Vec<f32> {
                 let mut out = vec![0.0; if of(&self.banks[0]).is_empty() { 0 } else { len * width }];
@@ -451,7 +451,6 @@ impl Reverse {
         let out = &mut self.gradients;
         out.clear();
         clock.time(Stage::Prepare, || {
-            adjoint.kd.resize(if adjoint.kd.is_empty() { 0 } else { len * dk }, 0.0);
             prepare_backward(chunk, prepared, read_scale, adjoint, out);
         });
         if let Some(routing) = routing {

@@ -1,5 +1,5 @@
-//! **step**: one token per sequence, in place (OPERATOR.md, section 5). Every slot is transitioned, moved to
-//! its new place and read in turn, while it is in the cache of its core.
+//! **step**: one token per sequence, in place (OPERATOR.md, section 5). One pass transitions every slot and moves it
+//! to its new place, a second reads them all.
 
 use super::matrix::{add_scaled, dot, dot_f64, scale};
 use super::route::Route;
