@@ -115,6 +115,68 @@ struct ScanParams {
     int32_t reserved;
 };
 
+// What a chunk of the scan on Hopper does to its slots. Slots stand in places (SegmentParams) and stay there.
+struct ChunkPlan {
+    // Exit slots that are not an entry slot as it was, oldest first: place | entry slots from << 8, to << 16 |
+    // tokens from << 24, to << 32. Those without entry slots come last.
+    uint64_t changed[64];
+    float factor[64];         // decay of entry slot j until the chunk's end
+    float value_factor[64];   // of token s until the chunk's end, times its key's norm factor
+    uint8_t entry_place[64];  // of entry slot j
+    uint32_t changes;         // entries of `changed`
+    uint32_t reserved[3];
+    // From here on for a row's last chunk alone.
+    uint32_t exit_len;        // slots held after the chunk
+    uint32_t reserved_too[3];
+    float exit_factor[64];    // decay of exit slot i until the chunk's end
+    uint8_t exit_place[64];   // of exit slot i
+};
+
+// q, k, g, events, lambda -> what the scan on Hopper takes of a chunk. Grid: (cu_seqlens ? B T / C + N : N x chunks of
+// the window) x HV.
+struct PrepareSm90Params {
+    Extents extents;
+    const void* q;                // [B,T,H,dk]
+    const void* k;                // [B,T,H,dk]
+    const float* g;               // [B,T,HV], or null: 0
+    const uint8_t* events;        // [B,T,HV]
+    const float* lambda;          // [B,T,HV,lambda_columns]
+    const uint32_t* chunk_len;    // as segment leaves them
+    const uint8_t* chunk_place;
+    const float* chunk_log;
+    uint32_t* pairs;              // [B T / C + N, HV, 10, 32, 4] bf16 pairs out: P . Lambda, lower blocks, as left operands
+    float* weights;               // [B T / C + N, HV, 4, slots / 4, 2, 8, 4] out: by warp, place / 4, half, row, place % 4
+    ChunkPlan* plans;             // [B T / C + N, HV] out
+    int64_t from, to;             // window of every sequence, multiples of C
+    int32_t lambda_columns;       // M or more
+    int32_t slots;                // places that have weights, a multiple of 4
+    float scale;
+    int32_t qk_l2norm;
+};
+
+// Everything -> o and the states of the cache, on Hopper. Grid N x HV x dv / columns of a block.
+struct ScanSm90Params {
+    Extents extents;
+    const void* q;                  // [B,T,H,dk]
+    const void* k;                  // [B,T,H,dk]
+    const void* v;                  // [B,T,HV,dv]
+    const uint32_t* pairs;          // as prepare_sm90 leaves them
+    const float* weights;
+    const ChunkPlan* plans;
+    const uint32_t* initial_len;    // [N,HV], or null: no initial cache
+    const float* initial_states;    // [N,HV,M,dk,dv]
+    const uint32_t* chunk_len;      // as segment leaves them; read where from > 0
+    const uint8_t* chunk_place;
+    void* o;                        // [B,T,HV,dv] out
+    float* states;                  // [N,HV,M,dk,dv] out, unused slots 0; null only where the window is everything
+    int64_t from, to;               // window of every sequence, multiples of C
+};
+
+static_assert(sizeof(ChunkPlan) == 1440 && offsetof(ChunkPlan, entry_place) == 1024 && offsetof(ChunkPlan, exit_len) == 1104);
+static_assert(sizeof(PrepareSm90Params) == 168 && offsetof(PrepareSm90Params, pairs) == 112 &&
+              offsetof(PrepareSm90Params, lambda_columns) == 152);
+static_assert(sizeof(ScanSm90Params) == 160 && offsetof(ScanSm90Params, initial_len) == 96 &&
+              offsetof(ScanSm90Params, from) == 144);
 static_assert(sizeof(Extents) == 48 && offsetof(Extents, heads) == 24 && offsetof(Extents, newest_first) == 44);
 static_assert(sizeof(SegmentParams) == 176 && offsetof(SegmentParams, k) == 48 && offsetof(SegmentParams, drift) == 120 &&
               offsetof(SegmentParams, open) == 160 && offsetof(SegmentParams, qk_l2norm) == 172);

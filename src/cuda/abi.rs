@@ -134,7 +134,59 @@ pub struct ScanParams {
     pub reserved: i32,
 }
 
+/// Bytes of a `ChunkPlan`.
+pub const CHUNK_PLAN_BYTES: usize = 1440;
+
+/// Parameters of `prepare_sm90_bf16`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PrepareSm90Params {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub g: DevicePointer,
+    pub events: DevicePointer,
+    pub lambda: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_place: DevicePointer,
+    pub chunk_log: DevicePointer,
+    pub pairs: DevicePointer,
+    pub weights: DevicePointer,
+    pub plans: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub lambda_columns: i32,
+    pub slots: i32,
+    pub scale: f32,
+    pub qk_l2norm: i32,
+}
+
+/// Parameters of `scan_sm90_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ScanSm90Params {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub pairs: DevicePointer,
+    pub weights: DevicePointer,
+    pub plans: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub initial_states: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_place: DevicePointer,
+    pub o: DevicePointer,
+    pub states: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+}
+
 const _: () = {
+    assert!(size_of::<PrepareSm90Params>() == 168 && offset_of!(PrepareSm90Params, pairs) == 112);
+    assert!(offset_of!(PrepareSm90Params, lambda_columns) == 152);
+    assert!(size_of::<ScanSm90Params>() == 160 && offset_of!(ScanSm90Params, initial_len) == 96);
+    assert!(offset_of!(ScanSm90Params, from) == 144);
     assert!(size_of::<Extents>() == 48 && offset_of!(Extents, heads) == 24);
     assert!(offset_of!(Extents, newest_first) == 44);
     assert!(size_of::<SegmentParams>() == 176 && offset_of!(SegmentParams, k) == 48);
@@ -277,5 +329,122 @@ impl Geometry {
             + (self.capacity * pitch).next_multiple_of(16)
             + Self::tile(self.parts, chunk, 16)
             + operands.max(8 * 16 * pitch).max(Self::tile(2, chunk, chunk))
+    }
+}
+
+/// One of the scans on Hopper (the table at the end of scan_sm90.cu): `scan_sm90_{dk}_{slots}_{groups}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScanSm90 {
+    /// Key dimension as computed.
+    pub dk: usize,
+    /// Places for slots.
+    pub slots: usize,
+    /// Groups of 128 threads, each with 8 columns of dv.
+    pub groups: usize,
+}
+
+impl ScanSm90 {
+    const TABLE: [(usize, usize, usize); 11] = [
+        (64, 16, 2),
+        (64, 30, 2),
+        (64, 32, 2),
+        (64, 64, 1),
+        (128, 16, 2),
+        (128, 30, 2),
+        (128, 30, 1),
+        (128, 32, 1),
+        (128, 64, 1),
+        (256, 16, 1),
+        (256, 30, 1),
+    ];
+
+    /// The scan for a problem on a card of `processors` multiprocessors; `None` where the portable one computes it: inputs
+    /// other than bf16, the delta rule, dk = 256 with more than 30 slots.
+    pub fn choose(geometry: &Geometry, processors: usize) -> Option<Self> {
+        if geometry.parts != 1 || geometry.delta {
+            return None;
+        }
+        let fits =
+            |&&(dk, slots, _): &&(usize, usize, usize)| dk >= geometry.dk && slots >= geometry.capacity;
+        // Two groups a block where that leaves no multiprocessor idle.
+        let crowded = geometry.rows() * geometry.dv.div_ceil(16) * 2 > processors;
+        let mut fitting = Self::TABLE.iter().filter(fits);
+        let &(dk, slots, groups) = fitting.next()?;
+        let scan = ScanSm90 { dk, slots, groups };
+        let thin = Self::TABLE.contains(&(dk, slots, 1));
+        Some(if crowded || !thin { scan } else { ScanSm90 { groups: 1, ..scan } })
+    }
+
+    /// Name of the kernel.
+    pub fn name(&self) -> String {
+        format!("scan_sm90_{}_{}_{}", self.dk, self.slots, self.groups)
+    }
+
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        if self.groups == 2 { 384 } else { 160 }
+    }
+
+    /// Columns of dv of a block.
+    pub fn columns(&self) -> usize {
+        8 * self.groups
+    }
+
+    /// Places that have weights.
+    pub fn weight_slots(&self) -> usize {
+        self.slots.next_multiple_of(4)
+    }
+
+    /// Shared memory.
+    pub fn shared_bytes(&self) -> usize {
+        // Q and K share a buffer where two do not fit.
+        let buffers = if self.dk * self.slots > 4096 { 1 } else { 2 };
+        self.groups * self.slots * self.dk * 24
+            + buffers * 64 * self.dk * 2
+            + 64 * self.weight_slots() * 4
+            + self.groups * 64 * 8 * 2
+            + self.groups * 1104
+            + 96
+    }
+
+    /// Shared memory of `prepare_sm90_bf16`.
+    pub fn prepare_shared_bytes(&self, geometry: &Geometry) -> usize {
+        geometry.replay_shared_bytes()
+            + 2 * 64 * 2
+            + 64 * 8
+            + 3 * 64 * 4
+            + 3 * 64
+            + 2 * Geometry::tile(1, 64, 64)
+            + 64 * geometry.capacity * 4
+    }
+
+    /// Elements (u32) of P . Lambda.
+    pub fn pairs_len(&self, geometry: &Geometry) -> usize {
+        geometry.chunks() * geometry.value_heads * 10 * 32 * 4
+    }
+
+    /// Elements (f32) of the weights.
+    pub fn weights_len(&self, geometry: &Geometry) -> usize {
+        geometry.chunks() * geometry.value_heads * 64 * self.weight_slots()
+    }
+
+    /// Bytes of the plans.
+    pub fn plans_bytes(&self, geometry: &Geometry) -> usize {
+        geometry.chunks() * geometry.value_heads * CHUNK_PLAN_BYTES
+    }
+
+    /// Blocks of `prepare_sm90_bf16` for the window `from..to` of every sequence; `packed`: there are cu_seqlens.
+    pub fn prepare_blocks(geometry: &Geometry, time: usize, packed: bool, from: usize, to: usize) -> usize {
+        let places = if packed {
+            geometry.chunks()
+        } else {
+            geometry.sequences * to.min(time).saturating_sub(from).div_ceil(64)
+        };
+        places * geometry.value_heads
+    }
+
+    /// Blocks of the scan.
+    pub fn blocks(&self, geometry: &Geometry) -> usize {
+        geometry.rows() * geometry.dv.div_ceil(self.columns())
     }
 }

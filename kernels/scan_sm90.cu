@@ -1,0 +1,426 @@
+// scan on Hopper, gated, bf16: reads all slots, then transition, merge and append (OPERATOR.md, section 4).
+//
+//   O = sum_j diag(w[:,j]) Q S_j + (P . Lambda) V
+//   S'_i = sum over j that end in i of decay_j S_j + sum over s that end in i of decay_s k_s v_s^T
+//
+// A block has WARPGROUPS groups of 128 threads, each with 8 columns of dv and all slots of them, and a warp that
+// brings what they read (two groups: the first of a third warpgroup, which leaves its registers to them). Grid: N HV x dv / (8 WARPGROUPS), slices of a row next to each other.
+//
+// Read. The slots are one operand [dk][8 SLOTS] in shared memory: a chunk of 64 tokens is a chain of dk / 16
+// wgmma m64n(8 SLOTS)k16 with Q in registers. A thread's accumulators 4 j .. 4 j + 3 are slot j's, so the sum over slots
+// is arithmetic inside the thread; (P . Lambda) V is added by mma. Where there are two groups they take turns at
+// the tensor cores: while one reads, the other sums and writes.
+// Write. Only slots that the chunk changes are touched (by the plan; 3 of 30 under mass, 9 under density, where every
+// token opens one): K^T V by mma, a slot's tokens masked in, then what it merges.
+//
+// Slots stand in places and never move. A state is kept relative to the chunk in which it was last written; its decay since
+// is in the weights. It has 16 bits of mantissa: the upper 8 are the operand, a bf16 rounded to nearest; the others,
+// signed, a plane of bytes. So a slot that merges in every chunk loses 2^-17 each time, not 2^-9.
+//
+// Shared memory (bytes; W = WARPGROUPS): slots W SLOTS dk 24; Q and K 256 dk, or 128 dk where they share it; weights
+// 256 SLOTS to a multiple of 4; V W 1024; plans W 1,104; barriers 96. At dk = 128: 30 slots, W = 2: 229,632.
+// Floor: 2 dk SLOTS 8 x 64 FLOP a group and chunk, 1,024 clocks of the tensor cores at dk = 128, M = 30.
+// Numerics: q, k exact, states bf16 in the read, P . Lambda bf16, v with its decay in two planes; sums f32.
+
+#include "common/hopper.cuh"
+#include "common/replay.cuh"
+
+namespace dla {
+namespace {
+
+constexpr int GROUP = 128;   // threads of a group
+constexpr int COLUMNS = 8;   // of dv, a group
+constexpr int PLAN = 1104;   // bytes of a plan that every chunk needs
+
+DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
+
+// A matrix [64][DK] of bf16, its 16-byte units permuted within a row so that eight rows' same unit lie in
+// different banks.
+template <int DK>
+struct Rows {
+    uint16_t* data;
+    METHOD uint16_t* unit(int row, int unit) const { return data + row * DK + (unit ^ (row & 7)) * 8; }
+};
+
+// The slots of a group: element (k, column) of a place in the plane of upper halves at (k / 8) 128 + (k % 8) 16 + 2 column
+// bytes from the place's start, in that of bytes at half of it.
+template <int DK>
+struct Slots {
+    unsigned char *upper, *lower;
+
+    METHOD unsigned char* upper_at(int place, int k, int column) const { return upper + place * DK * 16 + k * 16 + column * 2; }
+    METHOD unsigned char* lower_at(int place, int k, int column) const { return lower + place * DK * 8 + k * 8 + column; }
+
+    // Two neighbours in a row.
+    METHOD void load2(int place, int k, int column, float& x0, float& x1) const {
+        const uint32_t high = *reinterpret_cast<const uint32_t*>(upper_at(place, k, column));
+        const uint32_t low = *reinterpret_cast<const uint16_t*>(lower_at(place, k, column));
+        const uint32_t a = high << 16 | (low & 0xff) << 8, b = (high & 0xffff0000u) | (low & 0xff00);
+        x0 = __uint_as_float(a - ((a & 0x8000) << 1)), x1 = __uint_as_float(b - ((b & 0x8000) << 1));
+    }
+    METHOD void store2(int place, int k, int column, float x0, float x1) const {
+        const uint32_t a = __float_as_uint(x0) + 0x80, b = __float_as_uint(x1) + 0x80;
+        *reinterpret_cast<uint32_t*>(upper_at(place, k, column)) = (a + 0x8000) >> 16 | ((b + 0x8000) & 0xffff0000u);
+        *reinterpret_cast<uint16_t*>(lower_at(place, k, column)) =
+            static_cast<uint16_t>((a >> 8 & 0xff) | (b & 0xff00));
+    }
+};
+
+// Bits that keep the elements of a right operand's fragment whose tokens (bit 0, bit 1 of `in`) are in.
+DEVICE uint32_t mask_of(uint32_t in) { return (in & 1 ? 0xffffu : 0u) | (in & 2 ? 0xffff0000u : 0u); }
+
+template <int DK, int SLOTS, int WARPGROUPS>
+struct Scan {
+    static constexpr int C = Bf16::CHUNK;
+    static constexpr int PARTS = SLOTS > 32 ? 2 : 1;       // products of a read
+    static constexpr int AT_ONCE = SLOTS / PARTS;          // slots of one
+    static constexpr int QUADS = (SLOTS + 3) / 4;
+    static constexpr int TILES = DK / 64;                  // of 16 rows of dk, a warp
+    static constexpr bool ONE_BUFFER = DK * SLOTS > 4096;  // Q and K take turns, for want of room
+    static constexpr int PLANS = WARPGROUPS;               // groups are up to a chunk apart
+
+    // Phases: `full` when the copies have come, `empty` when every warp that reads them has.
+    struct Barriers {
+        Barrier q_full, kv_full, weights_full, plan_full[2];
+        Barrier q_empty, kv_empty, weights_empty, plan_empty[2];
+        Barrier turn[2];  // the other group may read
+    };
+
+    Slots<DK> slots;
+    Rows<DK> q_rows, k_rows;
+    float4* weights;
+    uint16_t* values;  // [WARPGROUPS][64][8]
+    unsigned char* plans;  // [PLANS][PLAN]
+    Barriers* barriers;
+
+    METHOD void take(Carve& carve) {
+        slots.upper = carve.take<unsigned char>(WARPGROUPS * SLOTS * DK * 16);
+        slots.lower = carve.take<unsigned char>(WARPGROUPS * SLOTS * DK * 8);
+        q_rows.data = carve.take<uint16_t>(C * DK);
+        k_rows.data = ONE_BUFFER ? q_rows.data : carve.take<uint16_t>(C * DK);
+        weights = carve.take<float4>(C * QUADS);
+        values = carve.take<uint16_t>(WARPGROUPS * C * COLUMNS);
+        plans = carve.take<unsigned char>(PLANS * PLAN);
+        barriers = carve.take<Barriers>(1);
+        carve.check();
+    }
+
+    METHOD void init_barriers() const {
+        constexpr int WARPS_READING = 4 * WARPGROUPS;
+#pragma unroll
+        for (int i = 0; i < 5; i++) barrier_init(&barriers->q_full + i, 32);
+#pragma unroll
+        for (int i = 0; i < 5; i++) barrier_init(&barriers->q_empty + i, WARPS_READING);
+#pragma unroll
+        for (int i = 0; i < 2; i++) barrier_init(&barriers->turn[i], 4);
+        fence_barriers();
+    }
+
+    // The warp that brings a chunk's rows.
+    METHOD void bring(const ScanSm90Params& p, const Row& row, int slice, int64_t from, int64_t to) const {
+        const Extents& e = p.extents;
+        const int lane = lane_index(), dk = e.dk, dv = e.dv;
+        const Bf16* const q = static_cast<const Bf16*>(p.q);
+        const Bf16* const k = static_cast<const Bf16*>(p.k);
+        const Bf16* const v = static_cast<const Bf16*>(p.v);
+        constexpr int UNITS = DK / 8;
+        const int unit = lane % UNITS;
+        const int64_t chunk0 = first_chunk(row, C);
+        int64_t n = 0;
+        for (int64_t first = from; first < to; first += C, n++) {
+            const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
+            const int64_t index = (chunk0 + first / C) * e.value_heads + row.head;
+            const auto rows = [&](const Rows<DK>& into, const Bf16* tensor) {
+                const Bf16* at = tensor + row.key_at(first + lane / UNITS) * dk + unit * 8;
+#pragma unroll 8
+                for (int t = lane / UNITS; t < C; t += 32 / UNITS) {
+                    copy_async_16(into.unit(t, unit), at, t < len && unit * 8 < dk);
+                    if (t + 32 / UNITS < len) at += static_cast<int64_t>(32 / UNITS) * row.heads * dk;
+                }
+            };
+            barrier_wait(&barriers->q_empty, phase(n + 1));
+            if (ONE_BUFFER) barrier_wait(&barriers->kv_empty, phase(n + 1));
+            rows(q_rows, q);
+            copies_arrive(&barriers->q_full);
+
+            barrier_wait(&barriers->plan_empty[n % PLANS], phase(n / PLANS + 1));
+            for (int i = lane; i < PLAN / 16; i += 32)
+                copy_async_16(plans + n % PLANS * PLAN + i * 16,
+                              reinterpret_cast<const unsigned char*>(p.plans + index) + i * 16, true);
+            copies_arrive(&barriers->plan_full[n % PLANS]);
+
+            barrier_wait(&barriers->weights_empty, phase(n + 1));
+            const float4* const weights_in = reinterpret_cast<const float4*>(p.weights) + index * C * QUADS;
+            for (int i = lane; i < C * QUADS; i += 32) copy_async_16(weights + i, weights_in + i, true);
+            copies_arrive(&barriers->weights_full);
+
+            barrier_wait(&barriers->kv_empty, phase(n + 1));
+            if (ONE_BUFFER) barrier_wait(&barriers->q_empty, phase(n));
+            rows(k_rows, k);
+            for (int i = lane; i < C * WARPGROUPS; i += 32) {
+                const int t = i / WARPGROUPS, group = i % WARPGROUPS, column = slice + group * COLUMNS;
+                const bool live = t < len && column < dv;
+                copy_async_16(values + (group * C + t) * COLUMNS, v + row.at(first + (live ? t : 0)) * dv + (live ? column : 0), live);
+            }
+            copies_arrive(&barriers->kv_full);
+        }
+    }
+
+    // One group: 8 columns of dv from `column` on.
+    METHOD void compute(const ScanSm90Params& p, const Row& row, int group, int column, int64_t from, int64_t to) const {
+        const Extents& e = p.extents;
+        const int dk = e.dk, dv = e.dv, capacity = e.capacity;
+        const int lane = lane_index(), warp = warp_index() % 4, g = lane / 4, c2 = lane % 4 * 2;
+        const Slots<DK> mine = {slots.upper + group * SLOTS * DK * 16, slots.lower + group * SLOTS * DK * 8};
+        const uint16_t* const v_rows = values + group * C * COLUMNS;
+        const bool live_columns = column < dv;
+        const int64_t chunk0 = first_chunk(row, C), state = static_cast<int64_t>(dk) * dv;
+        float* const states = p.states ? p.states + row.index() * capacity * state : nullptr;
+        // Row of dk and column of this thread's elements (tile, half) of a slot.
+        const auto k_of = [&](int tile, int half) { return (warp * TILES + tile) * 16 + half * 8 + g; };
+
+        // The slots that the window begins with; every other place zero, for a read multiplies them all.
+        const bool resumed = from > 0;
+        int held = 0;
+        if (resumed) held = static_cast<int>(p.chunk_len[(chunk0 + from / C) * e.value_heads + row.head]);
+        else if (p.initial_len) held = static_cast<int>(p.initial_len[row.index()]);
+        for (int i = threadIdx.x % GROUP; i < SLOTS * DK; i += GROUP) {
+            reinterpret_cast<uint4*>(mine.upper)[i] = make_uint4(0, 0, 0, 0);
+            reinterpret_cast<uint2*>(mine.lower)[i] = make_uint2(0, 0);
+        }
+        group_barrier(1 + group, GROUP);
+        for (int i = 0; i < held; i++) {
+            const float* const in = resumed ? states + i * state
+                                            : p.initial_states + (row.index() * capacity + i) * state;
+            const int place = resumed ? p.chunk_place[((chunk0 + from / C) * e.value_heads + row.head) * capacity + i] : i;
+#pragma unroll
+            for (int n = 0; n < TILES * 2; n++) {
+                const int k = k_of(n / 2, n % 2);
+                float2 x = make_float2(0, 0);
+                if (k < dk && live_columns)
+                    x = *reinterpret_cast<const float2*>(in + static_cast<int64_t>(k) * dv + column + c2);
+                mine.store2(place, k, c2, x.x, x.y);
+            }
+        }
+        fence_async();
+        group_barrier(1 + group, GROUP);
+
+        int64_t n = 0;
+        for (int64_t first = from; first < to; first += C, n++) {
+            const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
+            const int64_t index = (chunk0 + first / C) * e.value_heads + row.head;
+
+            // Read.
+            uint32_t q[DK / 16][4];
+            barrier_wait(&barriers->q_full, phase(n));
+#pragma unroll
+            for (int step = 0; step < DK / 16; step++)
+                ldmatrix_x4(q[step], q_rows.unit(warp * 16 + lane % 16, step * 2 + lane / 16));
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->q_empty);
+
+            float out[4] = {};
+            uint4 pairs[4];
+            if (WARPGROUPS == 2) barrier_wait(&barriers->turn[group], phase(n + 1 - group));
+#pragma unroll 1
+            for (int part = 0; part < PARTS; part++) {
+                float read[AT_ONCE * 4];  // the first product overwrites it
+                wgmma_begin();
+#pragma unroll
+                for (int step = 0; step < DK / 16; step++)
+                    wgmma_bf16(read, q[step], wgmma_operand(mine.upper_at(part * AT_ONCE, step * 16, 0), DK * 16), step > 0);
+                wgmma_commit();
+                if (part == PARTS - 1) {
+#pragma unroll
+                    for (int s = 0; s < 4; s++)
+                        if (s <= warp)
+                            pairs[s] = reinterpret_cast<const uint4*>(p.pairs)[(index * 10 + warp * (warp + 1) / 2 + s) * 32 + lane];
+                }
+                wgmma_wait();
+                if (part == PARTS - 1 && WARPGROUPS == 2) {
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(&barriers->turn[1 - group]);
+                }
+                if (part == 0) barrier_wait(&barriers->weights_full, phase(n));
+#pragma unroll
+                for (int quad = 0; quad < (AT_ONCE + 3) / 4; quad++) {
+                    const float4* const at = weights + (warp * QUADS + part * AT_ONCE / 4 + quad) * 16 + g;
+                    const float4 top = at[0], bottom = at[8];
+                    const float w[2][4] = {{top.x, top.y, top.z, top.w}, {bottom.x, bottom.y, bottom.z, bottom.w}};
+#pragma unroll
+                    for (int i = 0; i < 4; i++) {
+                        const int slot = quad * 4 + i;
+                        if (slot >= AT_ONCE) continue;
+#pragma unroll
+                        for (int x = 0; x < 4; x++) out[x] += w[x / 2][i] * read[slot * 4 + x];
+                    }
+                }
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->weights_empty);
+
+            // The chunk's own tokens; o.
+            barrier_wait(&barriers->kv_full, phase(n));
+            uint32_t v[2][4];  // right operands of 32 tokens each
+#pragma unroll
+            for (int half = 0; half < 2; half++) ldmatrix_x4_trans(v[half], v_rows + (half * 32 + lane) * COLUMNS);
+            uint32_t k[TILES][4][4];
+#pragma unroll
+            for (int tile = 0; tile < TILES; tile++)
+#pragma unroll
+                for (int s = 0; s < 4; s++)
+                    ldmatrix_x4_trans(k[tile][s], k_rows.unit(s * 16 + lane % 8 + lane / 16 * 8,
+                                                              (warp * TILES + tile) * 2 + lane / 8 % 2));
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->kv_empty);
+#pragma unroll
+            for (int s = 0; s < 4; s++) {
+                if (s > warp) continue;
+                const uint32_t a[4] = {pairs[s].x, pairs[s].y, pairs[s].z, pairs[s].w};
+                mma_bf16(out, a, v[s / 2][s % 2 * 2], v[s / 2][s % 2 * 2 + 1]);
+            }
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int t = warp * 16 + half * 8 + g;
+                if (t < len && live_columns)
+                    *reinterpret_cast<uint32_t*>(static_cast<Bf16*>(p.o) + row.at(first + t) * dv + column + c2) =
+                        pack_bf16(out[half * 2], out[half * 2 + 1]);
+            }
+
+            // Write: v with its decay, in two planes.
+            barrier_wait(&barriers->plan_full[n % PLANS], phase(n / PLANS));
+            const ChunkPlan& plan = *reinterpret_cast<const ChunkPlan*>(plans + n % PLANS * PLAN);
+            uint32_t vd[2][4][2];
+#pragma unroll
+            for (int s = 0; s < 4; s++)
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const uint32_t pair = v[s / 2][s % 2 * 2 + i];
+                    const float2 factor = *reinterpret_cast<const float2*>(plan.value_factor + s * 16 + i * 8 + c2);
+                    uint32_t planes[2];
+                    split<2>(factor.x * low_bf16(pair), factor.y * high_bf16(pair), planes);
+                    vd[0][s][i] = planes[0], vd[1][s][i] = planes[1];
+                }
+            const int changes = static_cast<int>(plan.changes);
+            group_barrier(1 + group, GROUP);  // every warp has read the slots
+#pragma unroll 1
+            for (int change = 0; change < changes; change++) {
+                const uint64_t what = plan.changed[change];
+                const int place = what & 0xff, entries_from = what >> 8 & 0xff, entries_to = what >> 16 & 0xff;
+                const uint32_t tokens_from = what >> 24 & 0xff, tokens_to = what >> 32 & 0xff;
+                const uint64_t below_to = tokens_to == 64 ? ~uint64_t{0} : (uint64_t{1} << tokens_to) - 1;
+                const uint64_t tokens = below_to & ~(tokens_from == 64 ? ~uint64_t{0} : (uint64_t{1} << tokens_from) - 1);
+                float sum[TILES][4];
+#pragma unroll
+                for (int i = 0; i < TILES * 4; i++) sum[i / 4][i % 4] = 0;
+#pragma unroll
+                for (int s = 0; s < 4; s++) {
+                    const uint32_t in = static_cast<uint32_t>(tokens >> (s * 16)) & 0xffff;
+                    if (in == 0) continue;
+                    const uint32_t low = mask_of(in >> c2), high = mask_of(in >> (8 + c2));
+#pragma unroll
+                    for (int plane = 1; plane >= 0; plane--)
+#pragma unroll
+                        for (int tile = 0; tile < TILES; tile++)
+                            mma_bf16(sum[tile], k[tile][s], vd[plane][s][0] & low, vd[plane][s][1] & high);
+                }
+#pragma unroll 1
+                for (int j = entries_from; j < entries_to; j++) {
+                    const int from_place = plan.entry_place[j];
+                    const float factor = plan.factor[j];
+#pragma unroll
+                    for (int i = 0; i < TILES * 2; i++) {
+                        float x0, x1;
+                        mine.load2(from_place, k_of(i / 2, i % 2), c2, x0, x1);
+                        sum[i / 2][i % 2 * 2] += factor * x0, sum[i / 2][i % 2 * 2 + 1] += factor * x1;
+                    }
+                }
+                // Adding to the bits of the NaN that sums make would turn it into a zero.
+                float all = 0;
+#pragma unroll
+                for (int i = 0; i < TILES * 4; i++) all += sum[i / 4][i % 4];
+                if (all != all) {
+#pragma unroll
+                    for (int i = 0; i < TILES * 4; i++)
+                        if (sum[i / 4][i % 4] != sum[i / 4][i % 4]) sum[i / 4][i % 4] = __uint_as_float(0x7fc00000u);
+                }
+#pragma unroll
+                for (int i = 0; i < TILES * 2; i++)
+                    mine.store2(place, k_of(i / 2, i % 2), c2, sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->plan_empty[n % PLANS]);
+            fence_async();
+            group_barrier(1 + group, GROUP);
+        }
+
+        // The states: the cache's where the row ends, else as they are, for the next window.
+        if (!states) return;
+        const bool ends = to == row.len || row.len == 0;
+        const ChunkPlan* last = nullptr;
+        if (to > from) {
+            last = p.plans + (chunk0 + (to - 1) / C) * e.value_heads + row.head;
+            held = static_cast<int>(last->exit_len);
+        }
+        for (int i = 0; i < capacity; i++) {
+            const int place = i >= held ? 0 : last ? last->exit_place[i] : i;
+            const float factor = i >= held ? 0.0f : last && ends ? last->exit_factor[i] : 1.0f;
+#pragma unroll
+            for (int n = 0; n < TILES * 2; n++) {
+                const int k = k_of(n / 2, n % 2);
+                float2 x = make_float2(0, 0);
+                if (i < held) mine.load2(place, k, c2, x.x, x.y);
+                if (k < dk && live_columns)
+                    *reinterpret_cast<float2*>(states + i * state + static_cast<int64_t>(k) * dv + column + c2) =
+                        make_float2(factor * x.x, factor * x.y);
+            }
+        }
+    }
+};
+
+template <int DK, int SLOTS, int WARPGROUPS>
+DEVICE void scan_sm90(const ScanSm90Params& p) {
+    const Extents& e = p.extents;
+    constexpr int WIDTH = WARPGROUPS * COLUMNS;
+    const int slices = (e.dv + WIDTH - 1) / WIDTH, slice = blockIdx.x % slices * WIDTH;
+    const int64_t index = blockIdx.x / slices;
+    const Row row = row_of(e, index / e.value_heads, static_cast<int>(index % e.value_heads));
+    if (p.from > 0 && row.len <= p.from) return;
+    const int64_t to = row.len < p.to ? row.len : p.to;
+
+    Carve carve{dynamic_shared()};
+    Scan<DK, SLOTS, WARPGROUPS> scan;
+    scan.take(carve);
+    if (threadIdx.x == 0) scan.init_barriers();
+    __syncthreads();
+    const int group = warp_index() / 4;
+    if (group == WARPGROUPS) {
+        if (WARPGROUPS == 2) registers_fewer<40>();
+        if (warp_index() == 4 * WARPGROUPS) scan.bring(p, row, slice, p.from, to);
+    } else {
+        if (WARPGROUPS == 2) registers_more<232>();
+        scan.compute(p, row, group, slice + group * COLUMNS, p.from, to);
+    }
+}
+
+}  // namespace
+}  // namespace dla
+
+// One table of what exists: head size as computed, slots, groups of 8 columns. 30 slots is the default M and the most
+// that two groups have room for at dk = 128; one group where two do not fit.
+#define SCAN_SM90(DK, SLOTS, WARPGROUPS)                                                          \
+    KERNEL BLOCK_OF(WARPGROUPS == 2 ? 384 : 160) scan_sm90_##DK##_##SLOTS##_##WARPGROUPS(               \
+        const __grid_constant__ dla::ScanSm90Params p) {                                          \
+        dla::scan_sm90<DK, SLOTS, WARPGROUPS>(p);                                                 \
+    }
+SCAN_SM90(64, 16, 2)
+SCAN_SM90(64, 30, 2)
+SCAN_SM90(64, 32, 2)
+SCAN_SM90(64, 64, 1)
+SCAN_SM90(128, 16, 2)
+SCAN_SM90(128, 30, 1)
+SCAN_SM90(128, 30, 2)
+SCAN_SM90(128, 32, 1)
+SCAN_SM90(128, 64, 1)
+SCAN_SM90(256, 16, 1)
+SCAN_SM90(256, 30, 1)
