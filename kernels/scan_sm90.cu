@@ -125,11 +125,11 @@ struct Scan {
         const Bf16* const v = static_cast<const Bf16*>(p.v);
         constexpr int UNITS = DK / 8;
         const int unit = lane % UNITS;
-        const int64_t chunk0 = first_chunk(row, C);
+        const int64_t place0 = first_of_window(e, row, from, p.to, C);
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-            const int64_t index = (chunk0 + first / C) * e.value_heads + row.head;
+            const int64_t index = (place0 + n) * e.value_heads + row.head;
             const auto rows = [&](const Rows<DK>& into, const Bf16* tensor) {
                 const Bf16* at = tensor + row.key_at(first + lane / UNITS) * dk + unit * 8;
 #pragma unroll 8
@@ -174,7 +174,8 @@ struct Scan {
         const Slots<DK> mine = {slots.upper + group * SLOTS * DK * 16, slots.lower + group * SLOTS * DK * 8};
         const uint16_t* const v_rows = values + group * C * COLUMNS;
         const bool live_columns = column < dv;
-        const int64_t chunk0 = first_chunk(row, C), state = static_cast<int64_t>(dk) * dv;
+        const int64_t chunk0 = first_chunk(row, C), place0 = first_of_window(e, row, from, p.to, C);
+        const int64_t state = static_cast<int64_t>(dk) * dv;
         float* const states = p.states ? p.states + row.index() * capacity * state : nullptr;
         // Row of dk and column of this thread's elements (tile, half) of a slot.
         const auto k_of = [&](int tile, int half) { return (warp * TILES + tile) * 16 + half * 8 + g; };
@@ -208,7 +209,7 @@ struct Scan {
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-            const int64_t index = (chunk0 + first / C) * e.value_heads + row.head;
+            const int64_t index = (place0 + n) * e.value_heads + row.head;
 
             // Read.
             uint32_t q[DK / 16][4];
@@ -359,7 +360,7 @@ struct Scan {
         const bool ends = to == row.len || row.len == 0;
         const ChunkPlan* last = nullptr;
         if (to > from) {
-            last = p.plans + (chunk0 + (to - 1) / C) * e.value_heads + row.head;
+            last = p.plans + (place0 + n - 1) * e.value_heads + row.head;
             held = static_cast<int>(last->exit_len);
         }
         for (int i = 0; i < capacity; i++) {
