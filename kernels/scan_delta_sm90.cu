@@ -14,17 +14,21 @@
 // j's, so the sum over slots is arithmetic inside the thread; the groups' parts are added through shared memory, half of
 // the tokens in each group, and (P . Lambda) V by mma, while the transition runs.
 // Merge. Slots that merge away are handed over through shared memory, STAGED at a time.
-// Transition and write, of 8 slots: m64n(dk)k16, dk / 16 steps with F, and as many as there are 16 tokens of which some end
-// here, in two planes, with Kh; left operands S^T and V^T, the latter masked by slot. Nothing is rounded but operands.
+// Transition and write, of 8 slots: m64n(dk)k16, dk / 16 steps with F, and one in two planes with Kh for each 16 tokens of
+// which some end here; left operands S^T and V^T, the latter masked by slot. Only operands are rounded.
 //
-// Why F and not W and Kd one after the other: the same clocks, one wait less and no rounding of W S; the registers that hold
-// W S would not be there. In f32 a state costs two instructions an element and chunk, in 24 bits in shared memory about ten.
+// F, and not W and Kd one after the other: as many clocks, one wait less, no rounding of W S, and no registers for W S, so that
+// the states fit there. In registers a state costs two instructions an element and chunk; as 16 + 8 bits in shared memory
+// it would cost about ten, 2,800 clocks of every scheduler.
 //
-// Shared memory (bytes; D = dk as computed, M = SLOTS): slots M D 16; F, two chunks, D D 4; Kh 256 D; Qt 128 D; weights 256 M;
-// V 2,048; parts of O 4,096; plans 416; merging D 128; barriers 64. D = 128, M = 32: 227,808.
-// Floor, clocks of the tensor cores a chunk at D = 128, M = 32: read 1,024, transition 2,048, write 128 for 16 tokens and
-// 8 slots, so 512 to 2,048; with 1,280 for the write 4,350. Bytes through L2 a block and chunk: 100 KB.
-// Numerics: operands bf16, Kh in two planes, sums f32. Simulated, dk = 128, no decay: o off by 3.0e-3 (Kh in one plane 3.5e-3).
+// Shared memory (bytes; D = dk as computed, M = SLOTS): slots M D 16; F of two chunks D D 4; Kh 256 D; Qt 128 D; weights 256 M;
+// V 2,048; parts of O 4,096; plans 416; merging 256 D; barriers 64. D = 128, M = 32: 227,808.
+// Floor, not measured: clocks of the tensor cores a chunk and block at D = 128, M = 32: read 1,024, transition 2,048, write 128
+// for each 16 tokens and 8 slots where they meet, 512 to 2,048, about 1,280 where every token opens a slot: 4,350. At S3
+// 256 blocks on 132 multiprocessors: two rounds of 512 chunks, 2.5 ms. Through L2 come 97 KB a chunk and block, so 22 bytes
+// a clock and multiprocessor.
+// Numerics: operands bf16, Kh in two planes, sums and states f32. On the emulator, dk = 128, 1,024 tokens without
+// decay, o is off by up to 3.1e-3, states by 1.8e-3 (simulated with Kh in one plane: 3.5e-3 and 2.3e-3).
 
 #include "common/delta.cuh"
 #include "common/hopper.cuh"
@@ -194,7 +198,7 @@ struct Scan {
         const uint4* pairs_at = reinterpret_cast<const uint4*>(p.pairs) +
                                 ((place0 * e.value_heads + row.head) * 10 + warp * (warp + 1) / 2) * 32 + lane;
         Bf16* o_at = static_cast<Bf16*>(p.o) + row.at(from + warp * 16 + g) * dv + column + c2;
-        int64_t left = row.len - from - warp * 16 - g;
+        int64_t tokens_left = row.len - from - warp * 16 - g;
         const int chunks = to > from ? static_cast<int>((to - from + C - 1) / C) : 0;
         uint32_t rounds = 0;
 #pragma unroll 1
@@ -217,7 +221,8 @@ struct Scan {
                     wgmma_begin();
 #pragma unroll
                     for (int step = 0; step < STEPS; step++)
-                        wgmma_bf16(read, q[step], wgmma_operand(slot((group * EIGHTS + eight) * 8, step * 16), DK * 16), step > 0);
+                        wgmma_bf16(read, q[step], wgmma_operand(slot((group * EIGHTS + eight) * 8, step * 16), DK * 16),
+                                   step > 0);
                     wgmma_commit();
                     wgmma_wait();
                     wgmma_hold(read);
@@ -293,7 +298,8 @@ struct Scan {
                 uint64_t in[2];
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
-                    const int begin = plan.tokens_from[place_of(eight * 2 + half)], end = plan.tokens_to[place_of(eight * 2 + half)];
+                    const int place = place_of(eight * 2 + half);
+                    const int begin = plan.tokens_from[place], end = plan.tokens_to[place];
                     in[half] = end > begin ? ~uint64_t{0} >> (64 - (end - begin)) << begin : 0;
                 }
                 const uint32_t steps = plan.steps[group * EIGHTS + eight];
@@ -324,7 +330,7 @@ struct Scan {
                     }
 #pragma unroll
                     for (int half = 0; half < 2; half++)
-                        if (half * 8 < left)
+                        if (half * 8 < tokens_left)
                             *reinterpret_cast<uint32_t*>(o_at + static_cast<int64_t>(half * 8) * e.value_heads * dv) =
                                 pack_bf16(out[half * 2], out[half * 2 + 1]);
                 }
@@ -336,7 +342,9 @@ struct Scan {
                     uint32_t tokens[4];
 #pragma unroll
                     for (int i = 0; i < 4; i++)
-                        tokens[i] = v[s / 2][s % 2 * 2 + i / 2] & mask_of(static_cast<uint32_t>(in[i % 2] >> (s * 16 + i / 2 * 8 + c2)));
+                        tokens[i] = v[s / 2][s % 2 * 2 + i / 2] &
+                                    mask_of(static_cast<uint32_t>(in[i % 2] >> (s * 16 + i / 2 * 8 + c2)));
+                    // A wait each: products in flight across a branch would be serialised.
                     wgmma_begin();
 #pragma unroll
                     for (int plane = PLANES - 1; plane >= 0; plane--)
@@ -353,7 +361,7 @@ struct Scan {
             group_barrier(1 + group, GROUP);
             pairs_at += e.value_heads * 10 * 32;
             o_at += static_cast<int64_t>(C) * e.value_heads * dv;
-            left -= C;
+            tokens_left -= C;
         }
 
         // The states, for the cache and the next window alike.
@@ -409,7 +417,8 @@ DEVICE void scan_delta_sm90(const ScanDeltaSm90Params& p) {
 }  // namespace
 }  // namespace dla
 
-// Head size as computed, slots.
+// Head size as computed, slots. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 168 at launch, then 232 in the
+// groups and 40 beside them.
 #define SCAN_DELTA_SM90(DK, SLOTS)                                                                              \
     KERNEL BLOCK_OF(384) scan_delta_sm90_##DK##_##SLOTS(const __grid_constant__ dla::ScanDeltaSm90Params p) { \
         dla::scan_delta_sm90<DK, SLOTS>(p);                                                                     \
