@@ -135,7 +135,7 @@ pub struct ScanParams {
 }
 
 /// Bytes of a `ChunkPlan`.
-pub const CHUNK_PLAN_BYTES: usize = 1440;
+pub const CHUNK_PLAN_BYTES: usize = 1952;
 
 /// Parameters of `prepare_sm90_bf16`.
 #[repr(C)]
@@ -382,7 +382,7 @@ impl ScanSm90 {
 
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
-        if self.groups == 2 { 384 } else { 160 }
+        128 * (self.groups as u32 + 1)
     }
 
     /// Columns of dv of a block.
@@ -403,7 +403,7 @@ impl ScanSm90 {
             + buffers * 64 * self.dk * 2
             + 64 * self.weight_slots() * 4
             + self.groups * 64 * 8 * 2
-            + self.groups * 1104
+            + self.groups * 1616
             + 96
     }
 

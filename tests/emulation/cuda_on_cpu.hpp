@@ -595,6 +595,12 @@ static inline uint32_t __float2uint_rn(float x) {
 }
 static inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 static inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+static inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t pick) {
+    const uint64_t bytes = uint64_t(b) << 32 | a;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++) out |= uint32_t(bytes >> (pick >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return out;
+}
 static inline int __popc(uint32_t x) { return std::popcount(x); }
 static inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 static inline int __ffsll(uint64_t x) { return x ? std::countr_zero(x) + 1 : 0; }

@@ -43,10 +43,10 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES(scan_gated);
     RUN_DTYPES(scan_delta);
     RUN(prepare_sm90_bf16);
-    RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 160);
-    RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 160), RUN(scan_sm90_128_30_2, 384);
-    RUN(scan_sm90_128_32_1, 160), RUN(scan_sm90_128_64_1, 160);
-    RUN(scan_sm90_256_16_1, 160), RUN(scan_sm90_256_30_1, 160);
+    RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
+    RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 256), RUN(scan_sm90_128_30_2, 384);
+    RUN(scan_sm90_128_32_1, 256), RUN(scan_sm90_128_64_1, 256);
+    RUN(scan_sm90_256_16_1, 256), RUN(scan_sm90_256_30_1, 256);
     snprintf(error, error_bytes, "%s: %s", name, wrong.c_str());
     return wrong.empty() ? 0 : 1;
 }
