@@ -45,6 +45,10 @@ struct alignas(8) float2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -286,6 +290,8 @@ inline std::string launch(unsigned grid, unsigned block, uint32_t shared, const 
 inline unsigned char* dynamic_shared() { return machine.shared; }
 inline uint32_t dynamic_shared_bytes() { return machine.shared_bytes; }
 
+inline float divide(float a, float b) { return a / b; }
+
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 
 inline uint32_t f32_to_bf16_bits(float x) {
@@ -469,6 +475,7 @@ static inline uint32_t __float2uint_rn(float x) {
 static inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 static inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 static inline int __popc(uint32_t x) { return std::popcount(x); }
+static inline int __popcll(uint64_t x) { return std::popcount(x); }
 static inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 static inline int __ffsll(uint64_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 static inline int __clz(uint32_t x) { return std::countl_zero(x); }

@@ -24,16 +24,20 @@ static void wrong_launch(NoParams) {
 extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_bytes, const void* params, char* error,
                            size_t error_bytes) {
     std::string wrong = "no such kernel";
-    const auto run = [&]<typename P>(const char* kernel, void (*function)(P)) {
+    const auto run = [&]<typename P>(const char* kernel, void (*function)(P), unsigned threads = dla::THREADS) {
         if (strcmp(name, kernel) != 0) return;
         P copy;
         memcpy(&copy, params, sizeof copy);
-        wrong = emulation::launch(grid, dla::THREADS, shared_bytes, [&] { function(copy); });
+        wrong = emulation::launch(grid, threads, shared_bytes, [&] { function(copy); });
     };
 #define RUN(kernel) run(#kernel, kernel)
+#define RUN_OF(threads, kernel) run(#kernel, kernel, threads)
+#define RUN_DTYPES_OF(threads, stem) \
+    RUN_OF(threads, stem##_bf16), RUN_OF(threads, stem##_f16), RUN_OF(threads, stem##_f32)
 #define RUN_DTYPES(stem) RUN(stem##_bf16), RUN(stem##_f16), RUN(stem##_f32)
     RUN(wrong_barrier), RUN(wrong_collective), RUN(wrong_write), RUN(wrong_launch);
-    RUN_DTYPES(segment);
+    RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment_gram);
+    RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment);
     RUN_DTYPES(prepare_gated);
     RUN_DTYPES(prepare_delta);
     RUN_DTYPES(route_bank);
