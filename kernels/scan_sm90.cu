@@ -83,6 +83,7 @@ struct Scan {
     static constexpr int TILES = DK / 64;                  // of 16 rows of dk, a warp
     static constexpr bool ONE_BUFFER = DK * SLOTS > 4096;  // Q and K take turns, for want of room
     static constexpr int PLANS = WARPGROUPS;               // groups are up to a chunk apart
+    static constexpr int BANK = SLOTS * DK * 24;           // bytes of a group's slots
 
     // Phases: `full` when the copies have come, `empty` when every warp that reads them has.
     struct Barriers {
@@ -184,28 +185,30 @@ struct Scan {
         const uint16_t* const v_rows = values + group * C * COLUMNS;
         const bool live_columns = column < dv;
         const int64_t chunk0 = first_chunk(row, C), state = static_cast<int64_t>(dk) * dv;
-        float* const states = p.states ? p.states + row.index() * capacity * state : nullptr;
         // Row of dk and column of this thread's elements (tile, half) of a slot.
         const auto k_of = [&](int tile, int half) { return (warp * TILES + tile) * 16 + half * 8 + g; };
 
         // The slots that the window begins with; every other place zero, for a read multiplies them all.
-        const bool resumed = from > 0;
-        int held = 0;
-        if (resumed) held = static_cast<int>(p.chunk_len[(chunk0 + from / C) * e.value_heads + row.head]);
-        else if (p.initial_len) held = static_cast<int>(p.initial_len[row.index()]);
-        for (int i = threadIdx.x % GROUP; i < SLOTS * DK; i += GROUP) mine.clear(i);
-        group_barrier(1 + group, GROUP);
-        for (int i = 0; i < held; i++) {
-            const float* const in = resumed ? states + i * state
-                                            : p.initial_states + (row.index() * capacity + i) * state;
-            const int place = resumed ? p.chunk_place[((chunk0 + from / C) * e.value_heads + row.head) * capacity + i] : i;
+        const int thread = threadIdx.x % GROUP;
+        uint4* const left = reinterpret_cast<uint4*>(p.banks + (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + group) * BANK);
+        if (from > 0) {
+            for (int i = thread; i < SLOTS * DK; i += GROUP) reinterpret_cast<uint4*>(mine.upper)[i] = left[i];
+            for (int i = thread; i < SLOTS * DK / 2; i += GROUP) reinterpret_cast<uint4*>(mine.lower)[i] = left[SLOTS * DK + i];
+        } else {
+            for (int i = thread; i < SLOTS * DK; i += GROUP) mine.clear(i);
+            group_barrier(1 + group, GROUP);
+            const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
+#pragma unroll 2
+            for (int i = 0; i < held; i++) {
+                const float* const in = p.initial_states + (row.index() * capacity + i) * state;
 #pragma unroll
-            for (int n = 0; n < TILES * 2; n++) {
-                const int k = k_of(n / 2, n % 2);
-                float2 x = make_float2(0, 0);
-                if (k < dk && live_columns)
-                    x = *reinterpret_cast<const float2*>(in + static_cast<int64_t>(k) * dv + column + c2);
-                mine.store2(place, k, c2, x.x, x.y);
+                for (int n = 0; n < TILES * 2; n++) {
+                    const int k = k_of(n / 2, n % 2);
+                    float2 x = make_float2(0, 0);
+                    if (k < dk && live_columns)
+                        x = *reinterpret_cast<const float2*>(in + static_cast<int64_t>(k) * dv + column + c2);
+                    mine.store2(i, k, c2, x.x, x.y);
+                }
             }
         }
         fence_async();
@@ -391,24 +394,27 @@ struct Scan {
             group_barrier(1 + group, GROUP);
         }
 
-        // The states: the cache's where the row ends, else as they are, for the next window.
-        if (!states) return;
-        const bool ends = to == row.len || row.len == 0;
-        const ChunkPlan* last = nullptr;
-        if (to > from) {
-            last = p.plans + (chunk0 + (to - 1) / C) * e.value_heads + row.head;
-            held = static_cast<int>(last->exit_len);
+        if (to < row.len) {
+            for (int i = thread; i < SLOTS * DK; i += GROUP) left[i] = reinterpret_cast<const uint4*>(mine.upper)[i];
+            for (int i = thread; i < SLOTS * DK / 2; i += GROUP) left[SLOTS * DK + i] = reinterpret_cast<const uint4*>(mine.lower)[i];
+            return;
         }
+        // The cache, oldest first; unused slots zero.
+        if (!p.states) return;
+        const ChunkPlan* const last = to > 0 ? p.plans + (chunk0 + (to - 1) / C) * e.value_heads + row.head : nullptr;
+        const int held = last ? static_cast<int>(last->exit_len) : p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
+#pragma unroll 2
         for (int i = 0; i < capacity; i++) {
             const int place = i >= held ? 0 : last ? last->exit_place[i] : i;
-            const float factor = i >= held ? 0.0f : last && ends ? last->exit_factor[i] : 1.0f;
+            const float factor = i < held && last ? last->exit_factor[i] : 1.0f;
+            float* const out = p.states + (row.index() * capacity + i) * state;
 #pragma unroll
             for (int n = 0; n < TILES * 2; n++) {
                 const int k = k_of(n / 2, n % 2);
                 float2 x = make_float2(0, 0);
                 if (i < held) mine.load2(place, k, c2, x.x, x.y);
                 if (k < dk && live_columns)
-                    *reinterpret_cast<float2*>(states + i * state + static_cast<int64_t>(k) * dv + column + c2) =
+                    *reinterpret_cast<float2*>(out + static_cast<int64_t>(k) * dv + column + c2) =
                         make_float2(factor * x.x, factor * x.y);
             }
         }

@@ -2,15 +2,24 @@
 //! and offsets are asserted on both sides. Device pointers are their addresses; 0 is null.
 //!
 //! Also what a launch of each kernel takes beside its parameters: grid and shared memory. Blocks have
-//! [`THREADS`] threads.
+//! [`THREADS`] threads, those of `segment_gram_*` and `segment_*` [`SEGMENT_THREADS`].
 
 // Fields are described once, in abi.cuh.
 #![allow(missing_docs)]
 
 use std::mem::{offset_of, size_of};
 
-/// Threads of every block.
+/// Threads of a block.
 pub const THREADS: u32 = 256;
+
+/// Threads of a block of `segment_gram_*` and `segment_*`.
+pub const SEGMENT_THREADS: u32 = 128;
+
+/// Bytes of a row's record between two windows of `segment_*`.
+pub const SEGMENT_STATE_BYTES: usize = 1608;
+
+/// Windows of `segment_*` begin at multiples of this.
+pub const SEGMENT_WINDOW: usize = 64;
 
 /// Address on the device; 0 is null.
 pub type DevicePointer = u64;
@@ -30,7 +39,7 @@ pub struct Extents {
     pub newest_first: i32,
 }
 
-/// Parameters of `segment_*`.
+/// Parameters of `segment_gram_*` and `segment_*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SegmentParams {
@@ -50,6 +59,19 @@ pub struct SegmentParams {
     pub tokens: DevicePointer,
     pub summed_drift: DevicePointer,
     pub open: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_starts: DevicePointer,
+    pub chunk_place: DevicePointer,
+    pub chunk_log: DevicePointer,
+    pub walks: DevicePointer,
+    pub reach: DevicePointer,
+    pub energy: DevicePointer,
+    pub factor: DevicePointer,
+    pub totals: DevicePointer,
+    pub next: DevicePointer,
+    pub state: DevicePointer,
+    pub from: i64,
+    pub to: i64,
     pub mass: i32,
     pub qk_l2norm: i32,
 }
@@ -174,8 +196,7 @@ pub struct ScanSm90Params {
     pub plans: DevicePointer,
     pub initial_len: DevicePointer,
     pub initial_states: DevicePointer,
-    pub chunk_len: DevicePointer,
-    pub chunk_place: DevicePointer,
+    pub banks: DevicePointer,
     pub o: DevicePointer,
     pub states: DevicePointer,
     pub from: i64,
@@ -185,13 +206,14 @@ pub struct ScanSm90Params {
 const _: () = {
     assert!(size_of::<PrepareSm90Params>() == 168 && offset_of!(PrepareSm90Params, pairs) == 112);
     assert!(offset_of!(PrepareSm90Params, lambda_columns) == 152);
-    assert!(size_of::<ScanSm90Params>() == 160 && offset_of!(ScanSm90Params, initial_len) == 96);
-    assert!(offset_of!(ScanSm90Params, from) == 144);
+    assert!(size_of::<ScanSm90Params>() == 152 && offset_of!(ScanSm90Params, initial_len) == 96);
+    assert!(offset_of!(ScanSm90Params, from) == 136);
     assert!(size_of::<Extents>() == 48 && offset_of!(Extents, heads) == 24);
     assert!(offset_of!(Extents, newest_first) == 44);
-    assert!(size_of::<SegmentParams>() == 176 && offset_of!(SegmentParams, k) == 48);
+    assert!(size_of::<SegmentParams>() == 280 && offset_of!(SegmentParams, k) == 48);
     assert!(offset_of!(SegmentParams, drift) == 120 && offset_of!(SegmentParams, open) == 160);
-    assert!(offset_of!(SegmentParams, qk_l2norm) == 172);
+    assert!(offset_of!(SegmentParams, walks) == 200 && offset_of!(SegmentParams, from) == 256);
+    assert!(offset_of!(SegmentParams, qk_l2norm) == 276);
     assert!(size_of::<PrepareParams>() == 120 && offset_of!(PrepareParams, p) == 80);
     assert!(offset_of!(PrepareParams, scale) == 112);
     assert!(size_of::<RouteBankParams>() == 128 && offset_of!(RouteBankParams, bank_keys) == 88);
@@ -269,19 +291,31 @@ impl Geometry {
         parts * rows * (width + 8) * 2
     }
 
+    /// Blocks of `segment_gram_*`.
+    pub fn segment_gram_blocks(&self) -> usize {
+        self.chunks() * self.value_heads * self.chunk() / 32
+    }
+
+    /// Elements of `chunk_starts`, `chunk_place` and `chunk_log`.
+    pub fn chunk_slots_len(&self) -> usize {
+        self.chunks() * self.value_heads * self.capacity
+    }
+
+    /// Elements of `reach`, `energy`, `factor` and `next`; of `walks` 32 times as many, of `totals` a 32nd.
+    pub fn starts_len(&self) -> usize {
+        self.chunks() * self.value_heads * self.chunk()
+    }
+
+    /// Shared memory of `segment_gram_*`.
+    pub fn segment_gram_shared_bytes(&self) -> usize {
+        64 * 8 + 3 * 64 * 4 + (64 * 65 * 4).max(Self::tile(self.parts, 64, 64))
+    }
+
     /// Shared memory of `segment_*`.
     pub fn segment_shared_bytes(&self) -> usize {
-        let tile = |width: usize| Self::tile(self.parts, 32, width.next_multiple_of(16));
-        tile(self.dk)
-            + tile(self.dv)
-            + 2 * 32 * 33 * 4
-            + 32 * 4
-            + 8 * 16 * 4
-            + 32 * 8
-            + 4 * 32 * 4
-            + 32
-            + 32
-            + 16
+        let rounds = 2 * (104 * 8 + 64 * 16) + 3 * (64 * 4 + 64 + 16) + 64;
+        let tile = 2 * (16 * 17 * 4) + 4 * 16 * 4 + 16 + 32 * 8 + 3 * 16 * 4;
+        rounds + tile
     }
 
     /// Shared memory of `prepare_*`.
@@ -416,6 +450,11 @@ impl ScanSm90 {
             + 3 * 64
             + 2 * Geometry::tile(1, 64, 64)
             + 64 * geometry.capacity * 4
+    }
+
+    /// Bytes that a block of the scan leaves to the next window's.
+    pub fn bank_bytes(&self) -> usize {
+        self.groups * self.slots * self.dk * 24
     }
 
     /// Elements (u32) of P . Lambda.

@@ -169,7 +169,7 @@ impl Engine {
         let side = self.side.lock().unwrap_or_else(PoisonError::into_inner);
         match timeline {
             None => forward::forked(&stages, self.raw_stream(), &side),
-            Some(timeline) => forward::marked(&stages, self.raw_stream(), timeline),
+            Some(timeline) => forward::timed(&stages, self.raw_stream(), timeline),
         }
     }
 

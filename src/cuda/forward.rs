@@ -7,34 +7,42 @@ use super::plan::{Call, Plan};
 use super::raw::{RawCache, RawInputs, RawOutputs};
 use super::stream::{SideStream, Timeline};
 use crate::cache::Cache;
-use crate::engine::Forward;
+use crate::engine::{Forward, Stage};
 use crate::error::Result;
 use crate::options::Read;
 use crate::problem::Problem;
 use crate::tensor::{Buffer, Data, Tensor};
 use cudarc::driver::sys::CUstream;
 
-/// The stages on `main`; segment, which prepare needs nothing of, beside it.
+/// The stages on `main`; beside it the chain of segment, a window ahead of what reads its log.
 pub(super) fn forked(stages: &Stages<'_>, main: CUstream, side: &SideStream) -> Result<()> {
     let beside = side.fork(main)?;
-    stages.segment(beside)?;
-    stages.prepare(main)?;
-    side.join(main)?;
-    stages.route(main)?;
-    stages.scan(main)
+    stages.segment_gram(beside)?;
+    for window in stages.windows() {
+        stages.segment(window.clone(), beside)?;
+        if !stages.prepares_from_log() {
+            stages.prepare(window.clone(), main)?;
+        }
+        side.join(main)?;
+        stages.route(main)?;
+        if stages.prepares_from_log() {
+            stages.prepare(window.clone(), main)?;
+        }
+        stages.scan(window, main)?;
+    }
+    Ok(())
 }
 
-/// The stages one after another, with marks between them.
-pub(super) fn marked(stages: &Stages<'_>, main: CUstream, timeline: &Timeline) -> Result<()> {
-    timeline.mark(0, main)?;
-    stages.segment(main)?;
-    timeline.mark(1, main)?;
-    stages.prepare(main)?;
-    timeline.mark(2, main)?;
-    stages.route(main)?;
-    timeline.mark(3, main)?;
-    stages.scan(main)?;
-    timeline.mark(4, main)
+/// The stages one after another, each for all tokens and timed.
+pub(super) fn timed(stages: &Stages<'_>, main: CUstream, timeline: &Timeline) -> Result<()> {
+    let all = 0..i64::MAX as usize;
+    timeline.time(Stage::Segment, main, || {
+        stages.segment_gram(main)?;
+        stages.segment(all.clone(), main)
+    })?;
+    timeline.time(Stage::Route, main, || stages.route(main))?;
+    timeline.time(Stage::Prepare, main, || stages.prepare(all.clone(), main))?;
+    timeline.time(Stage::Scan, main, || stages.scan(all, main))
 }
 
 /// Arrays of a call in one piece of memory.

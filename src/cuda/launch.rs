@@ -1,15 +1,17 @@
 //! One function per stage: its parameters and its launch.
 
 use super::abi::{
-    DevicePointer, Extents, PrepareParams, RouteBankParams, RouteParams, ScanParams, SegmentParams,
+    DevicePointer, Extents, PrepareParams, PrepareSm90Params, RouteBankParams, RouteParams, ScanParams,
+    ScanSm90, ScanSm90Params, SegmentParams,
 };
 use super::driver::call;
 use super::module::Kernel;
-use super::plan::Plan;
+use super::plan::{Plan, Scan};
 use super::raw::{RawCache, RawInputs, RawOutputs};
 use crate::error::Result;
 use crate::options::Read;
 use cudarc::driver::sys::CUstream;
+use std::ops::Range;
 
 /// A plan with the addresses of one call.
 pub(super) struct Stages<'a> {
@@ -57,9 +59,20 @@ impl<'a> Stages<'a> {
         self.workspace + offset as u64
     }
 
-    /// k, v, g -> drift, events; n, J and R of the cache.
-    pub(super) fn segment(&self, stream: CUstream) -> Result<()> {
-        let params = SegmentParams {
+    /// The windows of tokens, in order, that the stages after segment_gram are launched for.
+    pub(super) fn windows(&self) -> impl Iterator<Item = Range<usize>> + use<> {
+        let (window, time) = (self.plan.window, self.plan.shape.time);
+        (0..time.max(1)).step_by(window).map(move |from| from..from + window)
+    }
+
+    /// Whether prepare needs the log, and so comes after it.
+    pub(super) fn prepares_from_log(&self) -> bool {
+        matches!(self.plan.pipeline.scan, Scan::Hopper { .. })
+    }
+
+    fn segment_params(&self, window: Range<usize>) -> SegmentParams {
+        let layout = &self.plan.layout;
+        SegmentParams {
             extents: self.extents,
             k: self.inputs.k,
             v: self.inputs.v,
@@ -76,29 +89,96 @@ impl<'a> Stages<'a> {
             tokens: self.cache.tokens,
             summed_drift: self.cache.drift,
             open: self.cache.open,
+            chunk_len: self.at(layout.chunk_len),
+            chunk_starts: self.at(layout.chunk_starts),
+            chunk_place: self.at(layout.chunk_place),
+            chunk_log: self.at(layout.chunk_log),
+            walks: self.at(layout.walks),
+            reach: self.at(layout.reach),
+            energy: self.at(layout.energy),
+            factor: self.at(layout.factor),
+            totals: self.at(layout.totals),
+            next: self.at(layout.next),
+            state: self.at(layout.state),
+            from: window.start as i64,
+            to: window.end as i64,
             mass: self.plan.mass.into(),
             qk_l2norm: self.plan.qk_l2norm.into(),
-        };
-        launch(&self.plan.pipeline.segment, &params, stream)
+        }
     }
 
-    /// q, k, g, beta -> what a chunk needs that knows nothing of slots.
-    pub(super) fn prepare(&self, stream: CUstream) -> Result<()> {
+    /// The part of segment that is parallel over chunks, for all tokens.
+    pub(super) fn segment_gram(&self, stream: CUstream) -> Result<()> {
+        let [gram, _] = &self.plan.pipeline.segment;
+        // Past every length: a window may end where it likes.
+        launch(gram, &self.segment_params(0..i64::MAX as usize), stream)
+    }
+
+    /// k, v, g -> drift, events; n, J and R of the cache: the chain over a window's tokens.
+    pub(super) fn segment(&self, window: Range<usize>, stream: CUstream) -> Result<()> {
+        let [_, chain] = &self.plan.pipeline.segment;
+        launch(chain, &self.segment_params(window), stream)
+    }
+
+    /// Given or routed read weights, and their columns.
+    fn lambda(&self) -> (DevicePointer, usize) {
+        match self.plan.read {
+            Read::Given => (self.inputs.lambda, self.inputs.lambda_columns),
+            Read::Routed => (self.outputs.lambda, self.plan.shape.capacity),
+        }
+    }
+
+    /// q, k, g, beta -> what a chunk needs that knows nothing of slots; on Hopper q, k, g, the log and lambda -> what a
+    /// chunk's slices share.
+    pub(super) fn prepare(&self, window: Range<usize>, stream: CUstream) -> Result<()> {
         let layout = &self.plan.layout;
-        let params = PrepareParams {
-            extents: self.extents,
-            q: self.inputs.q,
-            k: self.inputs.k,
-            g: self.inputs.g,
-            beta: self.inputs.beta,
-            p: self.at(layout.p),
-            qt: self.at(layout.qt),
-            w: self.at(layout.w),
-            kh: self.at(layout.kh),
-            scale: self.plan.scale,
-            qk_l2norm: self.plan.qk_l2norm.into(),
-        };
-        launch(&self.plan.pipeline.prepare, &params, stream)
+        let (lambda, lambda_columns) = self.lambda();
+        match &self.plan.pipeline.scan {
+            Scan::Portable { prepare, .. } => {
+                let params = PrepareParams {
+                    extents: self.extents,
+                    q: self.inputs.q,
+                    k: self.inputs.k,
+                    g: self.inputs.g,
+                    beta: self.inputs.beta,
+                    p: self.at(layout.p),
+                    qt: self.at(layout.qt),
+                    w: self.at(layout.w),
+                    kh: self.at(layout.kh),
+                    scale: self.plan.scale,
+                    qk_l2norm: self.plan.qk_l2norm.into(),
+                };
+                launch(prepare, &params, stream)
+            }
+            Scan::Hopper { form, prepare, .. } => {
+                let params = PrepareSm90Params {
+                    extents: self.extents,
+                    q: self.inputs.q,
+                    k: self.inputs.k,
+                    g: self.inputs.g,
+                    events: self.outputs.events,
+                    lambda,
+                    chunk_len: self.at(layout.chunk_len),
+                    chunk_place: self.at(layout.chunk_place),
+                    chunk_log: self.at(layout.chunk_log),
+                    pairs: self.at(layout.pairs),
+                    weights: self.at(layout.weights),
+                    plans: self.at(layout.plans),
+                    from: window.start as i64,
+                    to: window.end as i64,
+                    lambda_columns: lambda_columns as i32,
+                    slots: form.weight_slots() as i32,
+                    scale: self.plan.scale,
+                    qk_l2norm: self.plan.qk_l2norm.into(),
+                };
+                let (time, packed) = (self.plan.shape.time, self.inputs.cu_seqlens != 0);
+                let blocks =
+                    ScanSm90::prepare_blocks(&self.plan.geometry, time, packed, window.start, window.end);
+                // At most those of all tokens, which the plan has counted.
+                let kernel = Kernel { blocks: (blocks as u32).min(prepare.blocks), ..*prepare };
+                launch(&kernel, &params, stream)
+            }
+        }
     }
 
     /// q, k, events -> lambda. Given reads have no such stage.
@@ -141,35 +221,55 @@ impl<'a> Stages<'a> {
     }
 
     /// Everything -> o and the states of the cache.
-    pub(super) fn scan(&self, stream: CUstream) -> Result<()> {
+    pub(super) fn scan(&self, window: Range<usize>, stream: CUstream) -> Result<()> {
         let layout = &self.plan.layout;
-        let (lambda, lambda_columns) = match self.plan.read {
-            Read::Given => (self.inputs.lambda, self.inputs.lambda_columns),
-            Read::Routed => (self.outputs.lambda, self.plan.shape.capacity),
-        };
-        let params = ScanParams {
-            extents: self.extents,
-            q: self.inputs.q,
-            k: self.inputs.k,
-            v: self.inputs.v,
-            g: self.inputs.g,
-            events: self.outputs.events,
-            lambda,
-            p: self.at(layout.p),
-            qt: self.at(layout.qt),
-            w: self.at(layout.w),
-            kh: self.at(layout.kh),
-            initial_len: self.initial.len,
-            initial_states: self.initial.states,
-            bank: self.at(layout.bank),
-            o: self.outputs.o,
-            states: self.cache.states,
-            lambda_columns: lambda_columns as i32,
-            scale: self.plan.scale,
-            qk_l2norm: self.plan.qk_l2norm.into(),
-            reserved: 0,
-        };
-        launch(&self.plan.pipeline.scan, &params, stream)
+        let (lambda, lambda_columns) = self.lambda();
+        match &self.plan.pipeline.scan {
+            Scan::Portable { scan, .. } => {
+                let params = ScanParams {
+                    extents: self.extents,
+                    q: self.inputs.q,
+                    k: self.inputs.k,
+                    v: self.inputs.v,
+                    g: self.inputs.g,
+                    events: self.outputs.events,
+                    lambda,
+                    p: self.at(layout.p),
+                    qt: self.at(layout.qt),
+                    w: self.at(layout.w),
+                    kh: self.at(layout.kh),
+                    initial_len: self.initial.len,
+                    initial_states: self.initial.states,
+                    bank: self.at(layout.bank),
+                    o: self.outputs.o,
+                    states: self.cache.states,
+                    lambda_columns: lambda_columns as i32,
+                    scale: self.plan.scale,
+                    qk_l2norm: self.plan.qk_l2norm.into(),
+                    reserved: 0,
+                };
+                launch(scan, &params, stream)
+            }
+            Scan::Hopper { scan, .. } => {
+                let params = ScanSm90Params {
+                    extents: self.extents,
+                    q: self.inputs.q,
+                    k: self.inputs.k,
+                    v: self.inputs.v,
+                    pairs: self.at(layout.pairs),
+                    weights: self.at(layout.weights),
+                    plans: self.at(layout.plans),
+                    initial_len: self.initial.len,
+                    initial_states: self.initial.states,
+                    banks: self.at(layout.banks),
+                    o: self.outputs.o,
+                    states: self.cache.states,
+                    from: window.start as i64,
+                    to: window.end as i64,
+                };
+                launch(scan, &params, stream)
+            }
+        }
     }
 }
 

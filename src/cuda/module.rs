@@ -215,6 +215,11 @@ impl Choice {
         Choice { stage, name, blocks, threads: THREADS, shared_bytes }
     }
 
+    /// The same kernel with blocks of another size.
+    pub(super) fn of_threads(self, threads: u32) -> Self {
+        Choice { threads, ..self }
+    }
+
     /// Finds it on the device.
     pub(super) fn resolve(&self, device: &Device) -> Result<Kernel> {
         let limit = i32::MAX as u64;

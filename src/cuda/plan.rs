@@ -1,6 +1,6 @@
 //! What a call will launch: the one place that chooses kernels by card, dtype and shape.
 
-use super::abi::{Extents, Geometry};
+use super::abi::{Extents, Geometry, SEGMENT_THREADS, SEGMENT_WINDOW, ScanSm90};
 use super::module::{Choice, Device, Kernel};
 use super::workspace::Layout;
 use crate::error::{Error, Result};
@@ -36,41 +36,96 @@ impl<'a> Call<'a> {
 /// The kernels of the pipeline's stages.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Pipeline {
-    pub(super) segment: Kernel,
-    pub(super) prepare: Kernel,
+    /// What is parallel over chunks, then the chain.
+    pub(super) segment: [Kernel; 2],
     /// Routed reads: the bank of key sums, then lambda.
     pub(super) route: Option<[Kernel; 2]>,
-    pub(super) scan: Kernel,
+    pub(super) scan: Scan,
+}
+
+/// prepare and scan, which go together.
+#[derive(Debug, Clone, Copy)]
+pub(super) enum Scan {
+    /// Any card.
+    Portable { prepare: Kernel, scan: Kernel },
+    /// Hopper, bf16, gated. prepare comes after the log; its blocks are those of the largest window.
+    Hopper { form: ScanSm90, prepare: Kernel, scan: Kernel },
 }
 
 impl Pipeline {
-    /// The kernels of a call on this card. Another card's go in here, and their parameters into launch.rs.
-    fn choose(device: &Device, geometry: &Geometry, dtype: Dtype, read: Read) -> Result<Pipeline> {
+    /// The kernels of a call on this card, `hopper` where its own are to scan. Another card's go in here, and their
+    /// parameters into launch.rs.
+    fn choose(
+        device: &Device,
+        geometry: &Geometry,
+        dtype: Dtype,
+        read: Read,
+        hopper: Option<ScanSm90>,
+    ) -> Result<Pipeline> {
         let g = geometry;
         let recurrence = if g.delta { "delta" } else { "gated" };
         let places = g.chunks().saturating_mul(g.value_heads);
         let choose = |stage, stem: &str, blocks, shared_bytes| {
-            Choice::portable(stage, format!("{stem}_{dtype}"), blocks, shared_bytes).resolve(device)
+            Choice::portable(stage, format!("{stem}_{dtype}"), blocks, shared_bytes)
         };
         let route = match read {
             Read::Given => None,
             Read::Routed => Some([
-                choose("route", "route_bank", g.rows(), g.route_bank_shared_bytes())?,
-                choose("route", "route", places, g.route_shared_bytes())?,
+                choose("route", "route_bank", g.rows(), g.route_bank_shared_bytes()).resolve(device)?,
+                choose("route", "route", places, g.route_shared_bytes()).resolve(device)?,
             ]),
         };
+        let segment = |stem, blocks, shared_bytes| {
+            choose("segment", stem, blocks, shared_bytes).of_threads(SEGMENT_THREADS).resolve(device)
+        };
+        let scan = match hopper {
+            Some(form) => {
+                let prepare = form.prepare_shared_bytes(g);
+                Scan::Hopper {
+                    form,
+                    prepare: choose("prepare_sm90", "prepare_sm90", places, prepare).resolve(device)?,
+                    scan: Choice::portable("scan_sm90", form.name(), form.blocks(g), form.shared_bytes())
+                        .of_threads(form.threads())
+                        .resolve(device)?,
+                }
+            }
+            None => Scan::Portable {
+                prepare: choose(
+                    "prepare",
+                    &format!("prepare_{recurrence}"),
+                    places,
+                    g.prepare_shared_bytes(),
+                )
+                .resolve(device)?,
+                scan: choose(
+                    "scan",
+                    &format!("scan_{recurrence}"),
+                    g.rows().saturating_mul(g.slices()),
+                    g.scan_shared_bytes(),
+                )
+                .resolve(device)?,
+            },
+        };
         Ok(Pipeline {
-            segment: choose("segment", "segment", g.rows(), g.segment_shared_bytes())?,
-            prepare: choose("prepare", &format!("prepare_{recurrence}"), places, g.prepare_shared_bytes())?,
+            segment: [
+                segment("segment_gram", g.segment_gram_blocks(), g.segment_gram_shared_bytes())?,
+                segment("segment", g.rows(), g.segment_shared_bytes())?,
+            ],
             route,
-            scan: choose(
-                "scan",
-                &format!("scan_{recurrence}"),
-                g.rows().saturating_mul(g.slices()),
-                g.scan_shared_bytes(),
-            )?,
+            scan,
         })
     }
+}
+
+/// Tokens of a window of sequences of `time` tokens: while one window is scanned the chain is at the next. What the scan
+/// holds goes through memory in between, so there are few.
+fn window(time: usize) -> usize {
+    let windows = match time {
+        ..4096 => return time.max(1),
+        4096..16384 => 2,
+        _ => 4,
+    };
+    time.div_ceil(windows).next_multiple_of(SEGMENT_WINDOW)
 }
 
 /// A call's kernels, scalars and workspace, chosen once: a plan may be launched as often as its shape comes.
@@ -78,6 +133,9 @@ impl Pipeline {
 pub struct Plan {
     pub(super) pipeline: Pipeline,
     pub(super) layout: Layout,
+    /// Tokens of every window, the last may be cut short; one that holds everything where it is no less than T.
+    pub(super) window: usize,
+    pub(super) geometry: Geometry,
     pub(super) extents: Extents,
     pub(super) shape: Shape,
     pub(super) read: Read,
@@ -103,8 +161,18 @@ impl Plan {
             capacity: shape.capacity,
             delta,
         };
-        let layout = Layout::new(&geometry, options.read == Read::Routed, final_cache)
-            .ok_or(Error::OutOfMemory { bytes: usize::MAX, free: 0 })?;
+        let routed = options.read == Read::Routed;
+        // Kernels of sm_90a run on compute capability 9.0 alone.
+        let hopper = match device.capability() {
+            (9, 0) => ScanSm90::choose(&geometry, device.multiprocessors().max(0) as usize),
+            _ => None,
+        };
+        // Packed sequences' lengths, and so what a window would hold, are known on the GPU alone; route knows no windows.
+        let cut = hopper.is_some() && !routed && shape.sequences == shape.batch;
+        let window = if cut { window(shape.time) } else { shape.time.max(1) };
+        let layout =
+            Layout::new(&geometry, routed, final_cache, hopper.map(|scan| (scan, window < shape.time)))
+                .ok_or(Error::OutOfMemory { bytes: usize::MAX, free: 0 })?;
         let extents = Extents {
             cu_seqlens: 0,
             sequences: shape.sequences as i64,
@@ -117,8 +185,10 @@ impl Plan {
             newest_first: (options.slot_order == SlotOrder::NewestFirst).into(),
         };
         Ok(Plan {
-            pipeline: Pipeline::choose(device, &geometry, dtype, options.read)?,
+            pipeline: Pipeline::choose(device, &geometry, dtype, options.read, hopper)?,
             layout,
+            window,
+            geometry,
             extents,
             shape,
             read: options.read,
@@ -175,6 +245,15 @@ fn check_shape(shape: &Shape) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn windows_hold_whole_chunks() {
+        for time in [0, 1, 63, 4095, 4096, 4097, 16384, 16385, 131_072, 2_097_152] {
+            let window = window(time);
+            assert!(window >= time || window.is_multiple_of(SEGMENT_WINDOW), "{time}: {window}");
+            assert!(window > 0 && time.div_ceil(window) <= 4);
+        }
+    }
 
     const SHAPE: Shape =
         Shape { batch: 1, time: 8, heads: 2, value_heads: 4, dk: 64, dv: 256, capacity: 30, sequences: 1 };

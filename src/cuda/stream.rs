@@ -135,17 +135,28 @@ impl SideStream {
 /// When the stages of one call began and ended on the GPU.
 #[derive(Debug)]
 pub struct Timeline {
-    marks: Vec<Event>,
+    /// Begin and end of every stage, in the order of [`Stage::ALL`].
+    marks: [[Event; 2]; 4],
 }
 
 impl Timeline {
     pub(super) fn new(device: &Arc<Device>) -> Result<Timeline> {
-        let marks: Result<Vec<Event>> = (0..=Stage::ALL.len()).map(|_| Event::new(device, true)).collect();
-        Ok(Timeline { marks: marks? })
+        let event = || Event::new(device, true);
+        let pair = || Ok([event()?, event()?]);
+        Ok(Timeline { marks: [pair()?, pair()?, pair()?, pair()?] })
     }
 
-    pub(super) fn mark(&self, index: usize, stream: CUstream) -> Result<()> {
-        self.marks.get(index).map_or(Ok(()), |mark| mark.record(stream))
+    /// Times what `launch` puts on the stream as `stage`.
+    pub(super) fn time(
+        &self,
+        stage: Stage,
+        stream: CUstream,
+        launch: impl FnOnce() -> Result<()>,
+    ) -> Result<()> {
+        let [begin, end] = &self.marks[stage as usize];
+        begin.record(stream)?;
+        launch()?;
+        end.record(stream)
     }
 
     /// Waits for the call and returns the milliseconds of every stage, in the order of [`Stage::ALL`].
@@ -154,8 +165,8 @@ impl Timeline {
     /// Where the call failed on the GPU, or there was none.
     pub fn stage_ms(&self) -> Result<[f64; 4]> {
         let mut ms = [0.0; 4];
-        for (ms, pair) in ms.iter_mut().zip(self.marks.windows(2)) {
-            *ms = pair[1].ms_since(&pair[0])?;
+        for (ms, [begin, end]) in ms.iter_mut().zip(&self.marks) {
+            *ms = end.ms_since(begin)?;
         }
         Ok(ms)
     }

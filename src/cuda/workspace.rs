@@ -1,6 +1,6 @@
 //! The only byte layout of the workspace.
 
-use super::abi::Geometry;
+use super::abi::{CHUNK_PLAN_BYTES, Geometry, SEGMENT_STATE_BYTES, ScanSm90};
 
 /// Every array of the workspace begins on as many bytes.
 pub(super) const ALIGNMENT: usize = 256;
@@ -9,6 +9,26 @@ pub(super) const ALIGNMENT: usize = 256;
 /// array that the call does not need has no bytes.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub(super) struct Layout {
+    /// What segment says of the slots at every chunk's entry: slots held `[chunks,HV]` u32; where they start, their
+    /// places and their decay, [`Geometry::chunk_slots_len`] i32, u8 and f32.
+    pub(super) chunk_len: usize,
+    pub(super) chunk_starts: usize,
+    pub(super) chunk_place: usize,
+    pub(super) chunk_log: usize,
+    /// Tables of segment_gram, by [`Geometry::starts_len`] (abi.cuh).
+    pub(super) walks: usize,
+    pub(super) reach: usize,
+    pub(super) energy: usize,
+    pub(super) factor: usize,
+    pub(super) totals: usize,
+    pub(super) next: usize,
+    /// A row's record between two windows of segment.
+    pub(super) state: usize,
+    /// Hopper's scan: P . Lambda, weights, plans, and what its blocks hold between windows.
+    pub(super) pairs: usize,
+    pub(super) weights: usize,
+    pub(super) plans: usize,
+    pub(super) banks: usize,
     /// P, [`Geometry::p_len`] bf16.
     pub(super) p: usize,
     /// Delta rule: Qt, W and Kh, [`Geometry::prepared_len`] bf16 each.
@@ -35,8 +55,14 @@ pub(super) struct Layout {
 }
 
 impl Layout {
-    /// The layout of a call. `None` where it would be of more bytes than there are addresses.
-    pub(super) fn new(geometry: &Geometry, routed: bool, cache_wanted: bool) -> Option<Layout> {
+    /// The layout of a call; `hopper`: the scan, and whether its sequences are cut into windows. `None` where it would be of
+    /// more bytes than there are addresses.
+    pub(super) fn new(
+        geometry: &Geometry,
+        routed: bool,
+        cache_wanted: bool,
+        hopper: Option<(ScanSm90, bool)>,
+    ) -> Option<Layout> {
         let g = geometry;
         let mut layout = Layout::default();
         let mut take = |wanted: bool, factors: &[usize]| -> Option<usize> {
@@ -51,14 +77,35 @@ impl Layout {
         };
         let (places, rows, parts, chunk) = (g.chunks(), g.rows(), g.parts, g.chunk());
         let prepared = [2, places, g.value_heads, parts, chunk, g.padded_dk()];
-        let p = take(true, &[2, places, g.value_heads, parts, chunk, chunk])?;
+        let heads = g.value_heads;
+        let chunk_len = take(true, &[4, places, heads])?;
+        let chunk_starts = take(true, &[4, places, heads, g.capacity])?;
+        let chunk_place = take(true, &[places, heads, g.capacity])?;
+        let chunk_log = take(true, &[4, places, heads, g.capacity])?;
+        let walks = take(true, &[4, places, heads, chunk, 32])?;
+        let reach = take(true, &[4, places, heads, chunk])?;
+        let energy = take(true, &[4, places, heads, chunk])?;
+        let factor = take(true, &[4, places, heads, chunk])?;
+        let totals = take(true, &[8, places, heads, chunk / 32])?;
+        let next = take(true, &[places, heads, chunk])?;
+        let state = take(true, &[rows, SEGMENT_STATE_BYTES])?;
+        let weight_slots = hopper.map_or(0, |(scan, _)| scan.weight_slots());
+        let pairs = take(hopper.is_some(), &[4, places, heads, 10 * 32 * 4])?;
+        let weights = take(hopper.is_some(), &[4, places, heads, chunk, weight_slots])?;
+        let plans = take(hopper.is_some(), &[places, heads, CHUNK_PLAN_BYTES])?;
+        let banks = match hopper {
+            Some((scan, true)) => take(true, &[scan.blocks(g), scan.bank_bytes()])?,
+            _ => take(false, &[])?,
+        };
+        let portable = hopper.is_none();
+        let p = take(portable, &[2, places, g.value_heads, parts, chunk, chunk])?;
         let qt = take(g.delta, &prepared)?;
         let w = take(g.delta, &prepared)?;
         let kh = take(g.delta, &prepared)?;
         let bank_keys = take(routed, &[4, places, g.value_heads, g.capacity, g.dk])?;
         let bank_tokens = take(routed, &[4, places, g.value_heads, g.capacity])?;
         let bank_len = take(routed, &[4, places, g.value_heads])?;
-        let bank = take(true, &[4, rows, g.slices(), 16, g.capacity, g.padded_dk()])?;
+        let bank = take(portable, &[4, rows, g.slices(), 16, g.capacity, g.padded_dk()])?;
         let open = take(!cache_wanted, &[4, rows, g.dk, g.dv])?;
         let len = take(!cache_wanted, &[4, rows])?;
         let tokens = take(!cache_wanted, &[4, rows, g.capacity])?;
@@ -66,6 +113,21 @@ impl Layout {
         let keys = take(routed && !cache_wanted, &[4, rows, g.capacity, g.dk])?;
         let bytes = layout.bytes;
         Some(Layout {
+            chunk_len,
+            chunk_starts,
+            chunk_place,
+            chunk_log,
+            walks,
+            reach,
+            energy,
+            factor,
+            totals,
+            next,
+            state,
+            pairs,
+            weights,
+            plans,
+            banks,
             p,
             qt,
             w,
@@ -94,20 +156,49 @@ mod tests {
 
     #[test]
     fn arrays_follow_one_another() {
-        for (delta, parts, routed, cache_wanted) in
-            [(false, 1, false, true), (true, 2, true, false), (true, 1, true, true), (false, 2, false, false)]
-        {
+        let scan = ScanSm90::choose(&geometry(false, 1), 1).unwrap();
+        for (delta, parts, routed, cache_wanted, hopper) in [
+            (false, 1, false, true, Some((scan, true))),
+            (false, 1, true, true, Some((scan, false))),
+            (true, 2, true, false, None),
+            (true, 1, true, true, None),
+            (false, 2, false, false, None),
+        ] {
             let g = geometry(delta, parts);
-            let layout = Layout::new(&g, routed, cache_wanted).unwrap();
+            let layout = Layout::new(&g, routed, cache_wanted, hopper).unwrap();
+            let portable = hopper.is_none();
+            let on_hopper = |bytes: usize| if portable { 0 } else { bytes };
             let lengths = [
-                (layout.p, 2 * g.p_len()),
+                (layout.chunk_len, 4 * g.chunks() * 2),
+                (layout.chunk_starts, 4 * g.chunk_slots_len()),
+                (layout.chunk_place, g.chunk_slots_len()),
+                (layout.chunk_log, 4 * g.chunk_slots_len()),
+                (layout.walks, 4 * 32 * g.starts_len()),
+                (layout.reach, 4 * g.starts_len()),
+                (layout.energy, 4 * g.starts_len()),
+                (layout.factor, 4 * g.starts_len()),
+                (layout.totals, 8 * g.starts_len() / 32),
+                (layout.next, g.starts_len()),
+                (layout.state, 6 * SEGMENT_STATE_BYTES),
+                (layout.pairs, on_hopper(4 * scan.pairs_len(&g))),
+                (layout.weights, on_hopper(4 * scan.weights_len(&g))),
+                (layout.plans, on_hopper(scan.plans_bytes(&g))),
+                (
+                    layout.banks,
+                    if hopper.is_some_and(|hopper| hopper.1) {
+                        scan.blocks(&g) * scan.bank_bytes()
+                    } else {
+                        0
+                    },
+                ),
+                (layout.p, if portable { 2 * g.p_len() } else { 0 }),
                 (layout.qt, if delta { 2 * g.prepared_len() } else { 0 }),
                 (layout.w, if delta { 2 * g.prepared_len() } else { 0 }),
                 (layout.kh, if delta { 2 * g.prepared_len() } else { 0 }),
                 (layout.bank_keys, if routed { 4 * g.chunks() * 2 * 5 * 24 } else { 0 }),
                 (layout.bank_tokens, if routed { 4 * g.chunks() * 2 * 5 } else { 0 }),
                 (layout.bank_len, if routed { 4 * g.chunks() * 2 } else { 0 }),
-                (layout.bank, 4 * g.bank_len()),
+                (layout.bank, if portable { 4 * g.bank_len() } else { 0 }),
                 (layout.open, if cache_wanted { 0 } else { 4 * 6 * 24 * 40 }),
                 (layout.len, if cache_wanted { 0 } else { 4 * 6 }),
                 (layout.tokens, if cache_wanted { 0 } else { 4 * 6 * 5 }),
@@ -126,6 +217,6 @@ mod tests {
     #[test]
     fn a_workspace_of_no_size_is_none() {
         let g = Geometry { sequences: usize::MAX / 1000, tokens: 0, ..geometry(true, 2) };
-        assert_eq!(Layout::new(&g, true, true), None);
+        assert_eq!(Layout::new(&g, true, true, None), None);
     }
 }

@@ -326,6 +326,8 @@ inline std::string launch(unsigned grid, unsigned block, uint32_t shared, const 
 inline unsigned char* dynamic_shared() { return machine.shared; }
 inline uint32_t dynamic_shared_bytes() { return machine.shared_bytes; }
 
+inline float divide(float a, float b) { return a / b; }
+
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 
 inline uint32_t f32_to_bf16_bits(float x) {
@@ -602,6 +604,7 @@ static inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t pick) {
     return out;
 }
 static inline int __popc(uint32_t x) { return std::popcount(x); }
+static inline int __popcll(uint64_t x) { return std::popcount(x); }
 static inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 static inline int __ffsll(uint64_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 static inline int __clz(uint32_t x) { return std::countl_zero(x); }
