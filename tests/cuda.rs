@@ -68,7 +68,7 @@ impl Record {
     fn take(&self, tensor: &str, error: f64) {
         let mut worst = self.worst.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         let held = worst.entry(tensor.to_owned()).or_default();
-        *held = held.max(error);
+        *held = if error.is_nan() { f64::INFINITY } else { held.max(error) };
     }
 }
 
@@ -77,11 +77,16 @@ impl Drop for Record {
         let worst = self.worst.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         println!("{}: {worst:?}", self.name);
         if let Some(folder) = std::env::var_os("DLA_EVIDENCE") {
-            let errors: Vec<String> =
-                worst.iter().map(|(tensor, error)| format!("{tensor:?}: {error:e}")).collect();
+            let errors: Vec<String> = worst
+                .iter()
+                .map(|(tensor, &error)| format!("{tensor:?}: {:e}", error.min(f64::MAX)))
+                .collect();
             let line = format!(
-                "{{\"name\": {:?}, \"passed\": {}, \"worst\": {{{}}}}}\n",
+                "{{\"name\": {:?}, \"card\": {:?}, \"driver\": {:?}, \"source_hash\": {:?}, \"passed\": {}, \"worst\": {{{}}}}}\n",
                 self.name,
+                engine().and_then(|engine| engine.card().ok()).unwrap_or_default(),
+                engine().and_then(|engine| engine.driver_version().ok()).unwrap_or_default(),
+                cuda::SOURCE_HASH,
                 !std::thread::panicking(),
                 errors.join(", ")
             );

@@ -8,7 +8,7 @@ use super::memory::Memory;
 use super::module::{self, Device};
 use super::plan::{Call, Plan};
 use super::raw::{self, RawInputs, RawOutputs};
-use super::stream::{self, OwnStream, SideStream, Timeline};
+use super::stream::{self, Clock, OwnStream, SideStream, Timeline};
 use crate::cache::Cache;
 use crate::engine::{Forward, Gradients, Step};
 use crate::error::{Error, Result};
@@ -179,6 +179,23 @@ impl Engine {
     /// What the driver says.
     pub fn timeline(&self) -> Result<Timeline> {
         Timeline::new(&self.device)
+    }
+
+    /// A clock for anything else on this engine's stream.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn clock(&self) -> Result<Clock> {
+        Clock::new(&self.device)
+    }
+
+    /// Copies all of `from` to the beginning of `to`, in the stream's order.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where `to` is shorter; else what the driver says.
+    pub fn copy(&self, from: &Memory, to: &Memory) -> Result<()> {
+        self.device.bind()?;
+        from.copy(to, self.raw_stream())
     }
 
     /// Memory on this GPU.

@@ -64,6 +64,16 @@ impl Memory {
         unsafe { call!(cuMemsetD8Async(self.address, byte, self.bytes, stream)) }
     }
 
+    /// Copies all of it to the beginning of another.
+    pub(super) fn copy(&self, to: &Memory, stream: CUstream) -> Result<()> {
+        to.check(0, self.bytes)?;
+        if self.bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: both are as long as said, and not the same memory or the whole of it.
+        unsafe { call!(cuMemcpyDtoDAsync_v2(to.address, self.address, self.bytes, stream)) }
+    }
+
     /// Copies to it from the host. Returns when `from` may change.
     pub(super) fn upload(&self, offset: usize, from: &[u8], stream: CUstream) -> Result<()> {
         self.check(offset, from.len())?;

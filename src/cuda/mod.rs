@@ -21,10 +21,10 @@ pub use abi::DevicePointer;
 pub use cudarc;
 pub use engine::Engine;
 pub use memory::Memory;
-pub use module::{FATBINS, Fatbin};
+pub use module::{FATBINS, Fatbin, SOURCE_HASH};
 pub use plan::{Call, Plan};
 pub use raw::{RawCache, RawInputs, RawOutputs};
-pub use stream::Timeline;
+pub use stream::{Clock, Timeline};
 
 use crate::error::{Error, Result};
 

@@ -26,6 +26,9 @@ pub struct Fatbin {
 /// All stages, or none where the build found no nvcc.
 pub const FATBINS: &[Fatbin] = include!(concat!(env!("OUT_DIR"), "/fatbins.rs"));
 
+/// Hash of `kernels/` and `src/cuda/`, as build.rs and scripts/evidence compute it: what a measurement was made of.
+pub const SOURCE_HASH: &str = env!("DLA_CUDA_SOURCE_HASH");
+
 /// Shared memory of a block that needs no asking for.
 const PLAIN_SHARED_BYTES: u32 = 48 << 10;
 

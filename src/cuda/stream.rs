@@ -1,6 +1,7 @@
 //! A stream with a second one beside it, and clocks.
 
 use super::driver::{self, call};
+use super::engine::Engine;
 use super::module::Device;
 use crate::engine::Stage;
 use crate::error::Result;
@@ -169,6 +170,43 @@ impl Timeline {
             *ms = end.ms_since(begin)?;
         }
         Ok(ms)
+    }
+}
+
+/// Two moments of an engine's stream, on the GPU's own clock.
+#[derive(Debug)]
+pub struct Clock {
+    started: Event,
+    stopped: Event,
+}
+
+impl Clock {
+    pub(super) fn new(device: &Arc<Device>) -> Result<Clock> {
+        Ok(Clock { started: Event::new(device, true)?, stopped: Event::new(device, true)? })
+    }
+
+    /// Starts when all that the engine's stream holds so far is done.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn start(&self, engine: &Engine) -> Result<()> {
+        self.started.record(engine.raw_stream())
+    }
+
+    /// Stops when all that the engine's stream holds so far is done.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn stop(&self, engine: &Engine) -> Result<()> {
+        self.stopped.record(engine.raw_stream())
+    }
+
+    /// Waits until it has stopped; milliseconds from start to stop.
+    ///
+    /// # Errors
+    /// Where it was not started and stopped, or what ran between failed.
+    pub fn ms(&self) -> Result<f64> {
+        self.stopped.ms_since(&self.started)
     }
 }
 
