@@ -20,7 +20,13 @@ struct Extents {
     int32_t newest_first;       // columns of lambda and logits: 0 = oldest slot first, 1 = newest
 };
 
-// k, v, g -> drift, events; n, J and R of the cache. Grid N x HV.
+// Threads of a block of segment_gram and of segment, and bytes of a row's record between windows.
+constexpr int SEGMENT_THREADS = 128;
+constexpr int SEGMENT_STATE_BYTES = 1608;
+
+// k, v, g -> drift, events; n, J and R of the cache; the slots at every chunk's entry. segment_gram, grid
+// (B T / C + N) x HV x C / 32, then segment, grid N x HV. Both take tokens from..to of every sequence: windows
+// come in order, the workspace stays. What "row's end" marks is written by the window in which the row ends.
 struct SegmentParams {
     Extents extents;
     const void* k;                  // [B,T,H,dk]
@@ -34,10 +40,25 @@ struct SegmentParams {
     const float* initial_open;      // [N,HV,dk,dv]
     float* drift;                   // [B,T,HV] out
     uint8_t* events;                // [B,T,HV] out
-    uint32_t* len;                  // [N,HV] out
-    uint32_t* tokens;               // [N,HV,M] out, unused slots 0
-    uint32_t* summed_drift;         // [N,HV,M] out, unused slots 0
-    float* open;                    // [N,HV,dk,dv] out; R lives here while the kernel runs. Not initial_open
+    uint32_t* len;                  // [N,HV] out, row's end
+    uint32_t* tokens;               // [N,HV,M] out, row's end, unused slots 0
+    uint32_t* summed_drift;         // [N,HV,M] out, row's end, unused slots 0
+    float* open;                    // [N,HV,dk,dv] out, row's end; R lives here meanwhile. Not initial_open
+    uint32_t* chunk_len;            // [B T / C + N, HV] out: slots held at a chunk's entry
+    int32_t* chunk_starts;          // [B T / C + N, HV, M] out, the slots held, oldest first: the token at which the
+                                    //   slot starts, or j - m for one that starts with slot j of m initial ones
+    uint8_t* chunk_place;           // [B T / C + N, HV, M] out, the slots held: where the slot lies. Initial slot j: j; a
+                                    //   merge leaves the older's and frees the other's for the slot that opens
+    float* chunk_log;               // [B T / C + N, HV, M] out, by place: sum of g over the chunks since the one in which
+                                    //   the slot was last extended, merged or opened
+    float* walks;                   // [B T / C + N, HV, C / 32, 32, 32] workspace, and all below
+    uint32_t* reach;                // [B T / C + N, HV, C]
+    float* energy;                  // [B T / C + N, HV, C]
+    float* factor;                  // [B T / C + N, HV, C]
+    double* totals;                 // [B T / C + N, HV, C / 32]
+    uint8_t* next;                  // [B T / C + N, HV, C]
+    void* state;                    // [N,HV] records of SEGMENT_STATE_BYTES, 8-byte aligned
+    int64_t from, to;               // the window, multiples of 64; to may exceed every length
     int32_t mass;                   // merge cost: 0 density, 1 mass
     int32_t qk_l2norm;              // 1: keys of unit norm
 };
@@ -115,11 +136,15 @@ struct ScanParams {
     int32_t reserved;
 };
 
+// An exit slot that is not an entry slot as it was: which of the chunk's tokens (bit t) and of the entry slots end in it.
+struct alignas(16) Change {
+    uint64_t tokens;
+    uint8_t place, entries_from, entries_to, reserved[5];
+};
+
 // What a chunk of the scan on Hopper does to its slots. Slots stand in places (SegmentParams) and stay there.
 struct ChunkPlan {
-    // Exit slots that are not an entry slot as it was, oldest first: place | entry slots from << 8, to << 16 |
-    // tokens from << 24, to << 32. Those without entry slots come last.
-    uint64_t changed[64];
+    Change changed[64];       // oldest first; so those without entry slots come last
     float factor[64];         // decay of entry slot j until the chunk's end
     float value_factor[64];   // of token s until the chunk's end, times its key's norm factor
     uint8_t entry_place[64];  // of entry slot j
@@ -165,11 +190,10 @@ struct ScanSm90Params {
     const ChunkPlan* plans;
     const uint32_t* initial_len;    // [N,HV], or null: no initial cache
     const float* initial_states;    // [N,HV,M,dk,dv]
-    const uint32_t* chunk_len;      // as segment leaves them; read where from > 0
-    const uint8_t* chunk_place;
+    unsigned char* banks;           // what a block holds between windows, as it stands in shared memory; or null: one window
     void* o;                        // [B,T,HV,dv] out
-    float* states;                  // [N,HV,M,dk,dv] out, unused slots 0; null only where the window is everything
-    int64_t from, to;               // window of every sequence, multiples of C
+    float* states;                  // [N,HV,M,dk,dv] out where the row ends, unused slots 0; or null: not wanted
+    int64_t from, to;               // window of every sequence, multiples of C; in order
 };
 
 // What a chunk of the delta rule's scan on Hopper does to its slots, by place. Entry slots that merge away are numbered,
@@ -238,14 +262,15 @@ static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90
               offsetof(PrepareDeltaSm90Params, from) == 160 && offsetof(PrepareDeltaSm90Params, qk_l2norm) == 192);
 static_assert(sizeof(ScanDeltaSm90Params) == 168 && offsetof(ScanDeltaSm90Params, initial_len) == 104 &&
               offsetof(ScanDeltaSm90Params, from) == 152);
-static_assert(sizeof(ChunkPlan) == 1440 && offsetof(ChunkPlan, entry_place) == 1024 && offsetof(ChunkPlan, exit_len) == 1104);
+static_assert(sizeof(ChunkPlan) == 1952 && offsetof(ChunkPlan, entry_place) == 1536 && offsetof(ChunkPlan, exit_len) == 1616);
 static_assert(sizeof(PrepareSm90Params) == 168 && offsetof(PrepareSm90Params, pairs) == 112 &&
               offsetof(PrepareSm90Params, lambda_columns) == 152);
-static_assert(sizeof(ScanSm90Params) == 160 && offsetof(ScanSm90Params, initial_len) == 96 &&
-              offsetof(ScanSm90Params, from) == 144);
+static_assert(sizeof(ScanSm90Params) == 152 && offsetof(ScanSm90Params, initial_len) == 96 &&
+              offsetof(ScanSm90Params, from) == 136);
 static_assert(sizeof(Extents) == 48 && offsetof(Extents, heads) == 24 && offsetof(Extents, newest_first) == 44);
-static_assert(sizeof(SegmentParams) == 176 && offsetof(SegmentParams, k) == 48 && offsetof(SegmentParams, drift) == 120 &&
-              offsetof(SegmentParams, open) == 160 && offsetof(SegmentParams, qk_l2norm) == 172);
+static_assert(sizeof(SegmentParams) == 280 && offsetof(SegmentParams, k) == 48 && offsetof(SegmentParams, drift) == 120 &&
+              offsetof(SegmentParams, open) == 160 && offsetof(SegmentParams, walks) == 200 &&
+              offsetof(SegmentParams, from) == 256 && offsetof(SegmentParams, qk_l2norm) == 276);
 static_assert(sizeof(PrepareParams) == 120 && offsetof(PrepareParams, p) == 80 && offsetof(PrepareParams, scale) == 112);
 static_assert(sizeof(RouteBankParams) == 128 && offsetof(RouteBankParams, bank_keys) == 88 &&
               offsetof(RouteBankParams, qk_l2norm) == 120);

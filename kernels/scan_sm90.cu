@@ -3,8 +3,8 @@
 //   O = sum_j diag(w[:,j]) Q S_j + (P . Lambda) V
 //   S'_i = sum over j that end in i of decay_j S_j + sum over s that end in i of decay_s k_s v_s^T
 //
-// A block has WARPGROUPS groups of 128 threads, each with 8 columns of dv and all slots of them, and a warp that
-// brings what they read (two groups: the first of a third warpgroup, which leaves its registers to them). Grid: N HV x dv / (8 WARPGROUPS), slices of a row next to each other.
+// A block has WARPGROUPS groups of 128 threads, each with 8 columns of dv and all slots of them, and four warps that
+// bring what they read (and leave their registers to two groups). Grid: N HV x dv / (8 WARPGROUPS), slices of a row next to each other.
 //
 // Read. The slots are one operand [dk][8 SLOTS] in shared memory: a chunk of 64 tokens is a chain of dk / 16
 // wgmma m64n(8 SLOTS)k16 with Q in registers. A thread's accumulators 4 j .. 4 j + 3 are slot j's, so the sum over slots
@@ -18,7 +18,7 @@
 // signed, a plane of bytes. So a slot that merges in every chunk loses 2^-17 each time, not 2^-9.
 //
 // Shared memory (bytes; W = WARPGROUPS): slots W SLOTS dk 24; Q and K 256 dk, or 128 dk where they share it; weights
-// 256 SLOTS to a multiple of 4; V W 1024; plans W 1,104; barriers 96. At dk = 128: 30 slots, W = 2: 229,632.
+// 256 SLOTS to a multiple of 4; V W 1024; plans W 1,616; barriers 96. At dk = 128: 30 slots, W = 2: 230,656.
 // Floor: 2 dk SLOTS 8 x 64 FLOP a group and chunk, 1,024 clocks of the tensor cores at dk = 128, M = 30.
 // Numerics: q, k exact, states bf16 in the read, P . Lambda bf16, v with its decay in two planes; sums f32.
 
@@ -30,7 +30,8 @@ namespace {
 
 constexpr int GROUP = 128;   // threads of a group
 constexpr int COLUMNS = 8;   // of dv, a group
-constexpr int PLAN = 1104;   // bytes of a plan that every chunk needs
+constexpr int BRINGING = 4;  // warps that bring a chunk's rows, two and two
+constexpr int PLAN = 1616;   // bytes of a plan that every chunk needs
 
 DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
 
@@ -51,18 +52,22 @@ struct Slots {
     METHOD unsigned char* upper_at(int place, int k, int column) const { return upper + place * DK * 16 + k * 16 + column * 2; }
     METHOD unsigned char* lower_at(int place, int k, int column) const { return lower + place * DK * 8 + k * 8 + column; }
 
-    // Two neighbours in a row.
+    // Two neighbours in a row. With 0x8080 added to an f32's bits the upper half is the bf16 nearest to it, and the next
+    // byte what is left, less 0x80.
     METHOD void load2(int place, int k, int column, float& x0, float& x1) const {
         const uint32_t high = *reinterpret_cast<const uint32_t*>(upper_at(place, k, column));
         const uint32_t low = *reinterpret_cast<const uint16_t*>(lower_at(place, k, column));
-        const uint32_t a = high << 16 | (low & 0xff) << 8, b = (high & 0xffff0000u) | (low & 0xff00);
-        x0 = __uint_as_float(a - ((a & 0x8000) << 1)), x1 = __uint_as_float(b - ((b & 0x8000) << 1));
+        x0 = __uint_as_float(__byte_perm(high, low, 0x1046) - 0x8000);
+        x1 = __uint_as_float(__byte_perm(high, low, 0x3256) - 0x8000);
     }
     METHOD void store2(int place, int k, int column, float x0, float x1) const {
-        const uint32_t a = __float_as_uint(x0) + 0x80, b = __float_as_uint(x1) + 0x80;
-        *reinterpret_cast<uint32_t*>(upper_at(place, k, column)) = (a + 0x8000) >> 16 | ((b + 0x8000) & 0xffff0000u);
-        *reinterpret_cast<uint16_t*>(lower_at(place, k, column)) =
-            static_cast<uint16_t>((a >> 8 & 0xff) | (b & 0xff00));
+        const uint32_t a = __float_as_uint(x0) + 0x8080, b = __float_as_uint(x1) + 0x8080;
+        *reinterpret_cast<uint32_t*>(upper_at(place, k, column)) = __byte_perm(a, b, 0x7632);
+        *reinterpret_cast<uint16_t*>(lower_at(place, k, column)) = static_cast<uint16_t>(__byte_perm(a, b, 0x51));
+    }
+    METHOD void clear(int thread) const {
+        reinterpret_cast<uint4*>(upper)[thread] = make_uint4(0, 0, 0, 0);
+        reinterpret_cast<uint2*>(lower)[thread] = make_uint2(0x80808080, 0x80808080);
     }
 };
 
@@ -78,6 +83,7 @@ struct Scan {
     static constexpr int TILES = DK / 64;                  // of 16 rows of dk, a warp
     static constexpr bool ONE_BUFFER = DK * SLOTS > 4096;  // Q and K take turns, for want of room
     static constexpr int PLANS = WARPGROUPS;               // groups are up to a chunk apart
+    static constexpr int BANK = SLOTS * DK * 24;           // bytes of a group's slots
 
     // Phases: `full` when the copies have come, `empty` when every warp that reads them has.
     struct Barriers {
@@ -108,7 +114,7 @@ struct Scan {
     METHOD void init_barriers() const {
         constexpr int WARPS_READING = 4 * WARPGROUPS;
 #pragma unroll
-        for (int i = 0; i < 5; i++) barrier_init(&barriers->q_full + i, 32);
+        for (int i = 0; i < 5; i++) barrier_init(&barriers->q_full + i, BRINGING * 16);
 #pragma unroll
         for (int i = 0; i < 5; i++) barrier_init(&barriers->q_empty + i, WARPS_READING);
 #pragma unroll
@@ -116,53 +122,57 @@ struct Scan {
         fence_barriers();
     }
 
-    // The warp that brings a chunk's rows.
+    // The warps that bring what a chunk reads: two of them Q and the weights, two K, V and the plan.
     METHOD void bring(const ScanSm90Params& p, const Row& row, int slice, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
-        const int lane = lane_index(), dk = e.dk, dv = e.dv;
-        const Bf16* const q = static_cast<const Bf16*>(p.q);
-        const Bf16* const k = static_cast<const Bf16*>(p.k);
+        const int dk = e.dk, dv = e.dv, warp = warp_index() % BRINGING;
+        const int thread = warp % 2 * 32 + lane_index();  // of 64
         const Bf16* const v = static_cast<const Bf16*>(p.v);
-        constexpr int UNITS = DK / 8;
-        const int unit = lane % UNITS;
-        const int64_t place0 = first_of_window(e, row, from, p.to, C);
+        constexpr int UNITS = DK / 8, STEP = 64 / UNITS;
+        const int unit = thread % UNITS;
+        const int64_t place0 = first_of_window(e, row, from, p.to, C), step = static_cast<int64_t>(STEP) * row.heads * dk;
+        const auto rows = [&](const Rows<DK>& into, const void* tensor, int64_t first, int len) {
+            const Bf16* at = static_cast<const Bf16*>(tensor) + row.key_at(first + thread / UNITS) * dk + unit * 8;
+#pragma unroll 8
+            for (int t = thread / UNITS; t < C; t += STEP) {
+                copy_async_16(into.unit(t, unit), at, t < len && unit * 8 < dk);
+                if (t + STEP < len) at += step;
+            }
+        };
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
             const int64_t index = (place0 + n) * e.value_heads + row.head;
-            const auto rows = [&](const Rows<DK>& into, const Bf16* tensor) {
-                const Bf16* at = tensor + row.key_at(first + lane / UNITS) * dk + unit * 8;
-#pragma unroll 8
-                for (int t = lane / UNITS; t < C; t += 32 / UNITS) {
-                    copy_async_16(into.unit(t, unit), at, t < len && unit * 8 < dk);
-                    if (t + 32 / UNITS < len) at += static_cast<int64_t>(32 / UNITS) * row.heads * dk;
+            if (warp < 2) {
+                barrier_wait(&barriers->q_empty, phase(n + 1));
+                if (ONE_BUFFER) barrier_wait(&barriers->kv_empty, phase(n + 1));
+                rows(q_rows, p.q, first, len);
+                copies_arrive(&barriers->q_full);
+
+                barrier_wait(&barriers->weights_empty, phase(n + 1));
+                const float4* const weights_in = reinterpret_cast<const float4*>(p.weights) + index * C * QUADS;
+#pragma unroll
+                for (int i = 0; i < QUADS; i++) copy_async_16(weights + thread + i * 64, weights_in + thread + i * 64, true);
+                copies_arrive(&barriers->weights_full);
+            } else {
+                barrier_wait(&barriers->plan_empty[n % PLANS], phase(n / PLANS + 1));
+                for (int i = thread; i < PLAN / 16; i += 64)
+                    copy_async_16(plans + n % PLANS * PLAN + i * 16,
+                                  reinterpret_cast<const unsigned char*>(p.plans + index) + i * 16, true);
+                copies_arrive(&barriers->plan_full[n % PLANS]);
+
+                barrier_wait(&barriers->kv_empty, phase(n + 1));
+                if (ONE_BUFFER) barrier_wait(&barriers->q_empty, phase(n));
+                rows(k_rows, p.k, first, len);
+                const bool live = thread < len;
+                const Bf16* const v_at = v + row.at(first + (live ? thread : 0)) * dv;
+#pragma unroll
+                for (int group = 0; group < WARPGROUPS; group++) {
+                    const int column = slice + group * COLUMNS;
+                    copy_async_16(values + (group * C + thread) * COLUMNS, v_at + (column < dv ? column : 0), live && column < dv);
                 }
-            };
-            barrier_wait(&barriers->q_empty, phase(n + 1));
-            if (ONE_BUFFER) barrier_wait(&barriers->kv_empty, phase(n + 1));
-            rows(q_rows, q);
-            copies_arrive(&barriers->q_full);
-
-            barrier_wait(&barriers->plan_empty[n % PLANS], phase(n / PLANS + 1));
-            for (int i = lane; i < PLAN / 16; i += 32)
-                copy_async_16(plans + n % PLANS * PLAN + i * 16,
-                              reinterpret_cast<const unsigned char*>(p.plans + index) + i * 16, true);
-            copies_arrive(&barriers->plan_full[n % PLANS]);
-
-            barrier_wait(&barriers->weights_empty, phase(n + 1));
-            const float4* const weights_in = reinterpret_cast<const float4*>(p.weights) + index * C * QUADS;
-            for (int i = lane; i < C * QUADS; i += 32) copy_async_16(weights + i, weights_in + i, true);
-            copies_arrive(&barriers->weights_full);
-
-            barrier_wait(&barriers->kv_empty, phase(n + 1));
-            if (ONE_BUFFER) barrier_wait(&barriers->q_empty, phase(n));
-            rows(k_rows, k);
-            for (int i = lane; i < C * WARPGROUPS; i += 32) {
-                const int t = i / WARPGROUPS, group = i % WARPGROUPS, column = slice + group * COLUMNS;
-                const bool live = t < len && column < dv;
-                copy_async_16(values + (group * C + t) * COLUMNS, v + row.at(first + (live ? t : 0)) * dv + (live ? column : 0), live);
+                copies_arrive(&barriers->kv_full);
             }
-            copies_arrive(&barriers->kv_full);
         }
     }
 
@@ -174,37 +184,46 @@ struct Scan {
         const Slots<DK> mine = {slots.upper + group * SLOTS * DK * 16, slots.lower + group * SLOTS * DK * 8};
         const uint16_t* const v_rows = values + group * C * COLUMNS;
         const bool live_columns = column < dv;
-        const int64_t chunk0 = first_chunk(row, C), place0 = first_of_window(e, row, from, p.to, C);
-        const int64_t state = static_cast<int64_t>(dk) * dv;
-        float* const states = p.states ? p.states + row.index() * capacity * state : nullptr;
+        const int64_t place0 = first_of_window(e, row, from, p.to, C), state = static_cast<int64_t>(dk) * dv;
         // Row of dk and column of this thread's elements (tile, half) of a slot.
         const auto k_of = [&](int tile, int half) { return (warp * TILES + tile) * 16 + half * 8 + g; };
 
         // The slots that the window begins with; every other place zero, for a read multiplies them all.
-        const bool resumed = from > 0;
-        int held = 0;
-        if (resumed) held = static_cast<int>(p.chunk_len[(chunk0 + from / C) * e.value_heads + row.head]);
-        else if (p.initial_len) held = static_cast<int>(p.initial_len[row.index()]);
-        for (int i = threadIdx.x % GROUP; i < SLOTS * DK; i += GROUP) {
-            reinterpret_cast<uint4*>(mine.upper)[i] = make_uint4(0, 0, 0, 0);
-            reinterpret_cast<uint2*>(mine.lower)[i] = make_uint2(0, 0);
-        }
-        group_barrier(1 + group, GROUP);
-        for (int i = 0; i < held; i++) {
-            const float* const in = resumed ? states + i * state
-                                            : p.initial_states + (row.index() * capacity + i) * state;
-            const int place = resumed ? p.chunk_place[((chunk0 + from / C) * e.value_heads + row.head) * capacity + i] : i;
+        const int thread = threadIdx.x % GROUP;
+        uint4* const left = reinterpret_cast<uint4*>(p.banks + (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + group) * BANK);
+        if (from > 0) {
+            for (int i = thread; i < SLOTS * DK; i += GROUP) reinterpret_cast<uint4*>(mine.upper)[i] = left[i];
+            for (int i = thread; i < SLOTS * DK / 2; i += GROUP) reinterpret_cast<uint4*>(mine.lower)[i] = left[SLOTS * DK + i];
+        } else {
+            for (int i = thread; i < SLOTS * DK; i += GROUP) mine.clear(i);
+            group_barrier(1 + group, GROUP);
+            const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
+#pragma unroll 2
+            for (int i = 0; i < held; i++) {
+                const float* const in = p.initial_states + (row.index() * capacity + i) * state;
 #pragma unroll
-            for (int n = 0; n < TILES * 2; n++) {
-                const int k = k_of(n / 2, n % 2);
-                float2 x = make_float2(0, 0);
-                if (k < dk && live_columns)
-                    x = *reinterpret_cast<const float2*>(in + static_cast<int64_t>(k) * dv + column + c2);
-                mine.store2(place, k, c2, x.x, x.y);
+                for (int n = 0; n < TILES * 2; n++) {
+                    const int k = k_of(n / 2, n % 2);
+                    float2 x = make_float2(0, 0);
+                    if (k < dk && live_columns)
+                        x = *reinterpret_cast<const float2*>(in + static_cast<int64_t>(k) * dv + column + c2);
+                    mine.store2(i, k, c2, x.x, x.y);
+                }
             }
         }
         fence_async();
         group_barrier(1 + group, GROUP);
+
+        uint32_t q[DK / 16][4];
+        const auto take_q = [&](int64_t n) {
+            barrier_wait(&barriers->q_full, phase(n));
+#pragma unroll
+            for (int step = 0; step < DK / 16; step++)
+                ldmatrix_x4(q[step], q_rows.unit(warp * 16 + lane % 16, step * 2 + lane / 16));
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->q_empty);
+        };
+        if (from < to) take_q(0);
 
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
@@ -212,14 +231,6 @@ struct Scan {
             const int64_t index = (place0 + n) * e.value_heads + row.head;
 
             // Read.
-            uint32_t q[DK / 16][4];
-            barrier_wait(&barriers->q_full, phase(n));
-#pragma unroll
-            for (int step = 0; step < DK / 16; step++)
-                ldmatrix_x4(q[step], q_rows.unit(warp * 16 + lane % 16, step * 2 + lane / 16));
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers->q_empty);
-
             float out[4] = {};
             uint4 pairs[4];
             if (WARPGROUPS == 2) barrier_wait(&barriers->turn[group], phase(n + 1 - group));
@@ -288,6 +299,9 @@ struct Scan {
                         pack_bf16(out[half * 2], out[half * 2 + 1]);
             }
 
+            // The next chunk's Q while the products' registers are free: its buffer can be filled again.
+            if (first + C < to) take_q(n + 1);
+
             // Write: v with its decay, in two planes.
             barrier_wait(&barriers->plan_full[n % PLANS], phase(n / PLANS));
             const ChunkPlan& plan = *reinterpret_cast<const ChunkPlan*>(plans + n % PLANS * PLAN);
@@ -304,50 +318,75 @@ struct Scan {
                 }
             const int changes = static_cast<int>(plan.changes);
             group_barrier(1 + group, GROUP);  // every warp has read the slots
+            // Several slots at a time: one alone would wait for its own products, loads and sums one after the other.
+            constexpr int BATCH = TILES > 2 ? 2 : 4;
 #pragma unroll 1
-            for (int change = 0; change < changes; change++) {
-                const uint64_t what = plan.changed[change];
-                const int place = what & 0xff, entries_from = what >> 8 & 0xff, entries_to = what >> 16 & 0xff;
-                const uint32_t tokens_from = what >> 24 & 0xff, tokens_to = what >> 32 & 0xff;
-                const uint64_t below_to = tokens_to == 64 ? ~uint64_t{0} : (uint64_t{1} << tokens_to) - 1;
-                const uint64_t tokens = below_to & ~(tokens_from == 64 ? ~uint64_t{0} : (uint64_t{1} << tokens_from) - 1);
-                float sum[TILES][4];
+            for (int first_change = 0; first_change < changes; first_change += BATCH) {
+                uint64_t tokens[BATCH];
+                int place[BATCH], entries_from[BATCH], entries_to[BATCH];
+                float sum[BATCH][TILES][4];
 #pragma unroll
-                for (int i = 0; i < TILES * 4; i++) sum[i / 4][i % 4] = 0;
+                for (int b = 0; b < BATCH; b++) {
+                    uint4 raw = make_uint4(0, 0, 0, 0);
+                    if (first_change + b < changes) raw = *reinterpret_cast<const uint4*>(plan.changed + first_change + b);
+                    tokens[b] = static_cast<uint64_t>(raw.y) << 32 | raw.x;
+                    place[b] = raw.z & 0xff, entries_from[b] = raw.z >> 8 & 0xff, entries_to[b] = raw.z >> 16 & 0xff;
 #pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    const uint32_t in = static_cast<uint32_t>(tokens >> (s * 16)) & 0xffff;
-                    if (in == 0) continue;
-                    const uint32_t low = mask_of(in >> c2), high = mask_of(in >> (8 + c2));
-#pragma unroll
-                    for (int plane = 1; plane >= 0; plane--)
-#pragma unroll
-                        for (int tile = 0; tile < TILES; tile++)
-                            mma_bf16(sum[tile], k[tile][s], vd[plane][s][0] & low, vd[plane][s][1] & high);
+                    for (int i = 0; i < TILES * 4; i++) sum[b][i / 4][i % 4] = 0;
                 }
-#pragma unroll 1
-                for (int j = entries_from; j < entries_to; j++) {
-                    const int from_place = plan.entry_place[j];
-                    const float factor = plan.factor[j];
 #pragma unroll
-                    for (int i = 0; i < TILES * 2; i++) {
-                        float x0, x1;
-                        mine.load2(from_place, k_of(i / 2, i % 2), c2, x0, x1);
-                        sum[i / 2][i % 2 * 2] += factor * x0, sum[i / 2][i % 2 * 2 + 1] += factor * x1;
+                for (int s = 0; s < 4; s++)
+#pragma unroll
+                    for (int b = 0; b < BATCH; b++) {
+                        const uint32_t in = static_cast<uint32_t>(tokens[b] >> (s * 16)) & 0xffff;
+                        if (in == 0) continue;
+                        const uint32_t low = mask_of(in >> c2), high = mask_of(in >> (8 + c2));
+#pragma unroll
+                        for (int plane = 1; plane >= 0; plane--)
+#pragma unroll
+                            for (int tile = 0; tile < TILES; tile++)
+                                mma_bf16(sum[b][tile], k[tile][s], vd[plane][s][0] & low, vd[plane][s][1] & high);
+                    }
+#pragma unroll
+                for (int b = 0; b < BATCH; b++) {
+#pragma unroll 1
+                    for (int j = entries_from[b]; j < entries_to[b]; j += 2) {
+                        const int next = j + 1 < entries_to[b] ? j + 1 : j;
+                        const int from_place[2] = {plan.entry_place[j], plan.entry_place[next]};
+                        const float factor[2] = {plan.factor[j], next == j ? 0.0f : plan.factor[next]};
+                        float x[2][TILES * 2][2];
+#pragma unroll
+                        for (int two = 0; two < 2; two++)
+#pragma unroll
+                            for (int i = 0; i < TILES * 2; i++)
+                                mine.load2(from_place[two], k_of(i / 2, i % 2), c2, x[two][i][0], x[two][i][1]);
+#pragma unroll
+                        for (int two = 0; two < 2; two++)
+#pragma unroll
+                            for (int i = 0; i < TILES * 4; i++) sum[b][i / 4][i % 4] += factor[two] * x[two][i / 2][i % 2];
                     }
                 }
                 // Adding to the bits of the NaN that sums make would turn it into a zero.
                 float all = 0;
 #pragma unroll
-                for (int i = 0; i < TILES * 4; i++) all += sum[i / 4][i % 4];
+                for (int i = 0; i < BATCH * TILES; i++) {
+                    const float* const x = sum[i / TILES][i % TILES];
+                    all += (x[0] + x[1]) + (x[2] + x[3]);
+                }
                 if (all != all) {
 #pragma unroll
-                    for (int i = 0; i < TILES * 4; i++)
-                        if (sum[i / 4][i % 4] != sum[i / 4][i % 4]) sum[i / 4][i % 4] = __uint_as_float(0x7fc00000u);
+                    for (int i = 0; i < BATCH * TILES * 4; i++) {
+                        float& x = sum[i / (TILES * 4)][i / 4 % TILES][i % 4];
+                        if (x != x) x = __uint_as_float(0x7fc00000u);
+                    }
                 }
 #pragma unroll
-                for (int i = 0; i < TILES * 2; i++)
-                    mine.store2(place, k_of(i / 2, i % 2), c2, sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
+                for (int b = 0; b < BATCH; b++) {
+                    if (first_change + b >= changes) continue;
+#pragma unroll
+                    for (int i = 0; i < TILES * 2; i++)
+                        mine.store2(place[b], k_of(i / 2, i % 2), c2, sum[b][i / 2][i % 2 * 2], sum[b][i / 2][i % 2 * 2 + 1]);
+                }
             }
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->plan_empty[n % PLANS]);
@@ -355,24 +394,27 @@ struct Scan {
             group_barrier(1 + group, GROUP);
         }
 
-        // The states: the cache's where the row ends, else as they are, for the next window.
-        if (!states) return;
-        const bool ends = to == row.len || row.len == 0;
-        const ChunkPlan* last = nullptr;
-        if (to > from) {
-            last = p.plans + (place0 + n - 1) * e.value_heads + row.head;
-            held = static_cast<int>(last->exit_len);
+        if (to < row.len) {
+            for (int i = thread; i < SLOTS * DK; i += GROUP) left[i] = reinterpret_cast<const uint4*>(mine.upper)[i];
+            for (int i = thread; i < SLOTS * DK / 2; i += GROUP) left[SLOTS * DK + i] = reinterpret_cast<const uint4*>(mine.lower)[i];
+            return;
         }
+        // The cache, oldest first; unused slots zero.
+        if (!p.states) return;
+        const ChunkPlan* const last = to > 0 ? p.plans + (place0 + (to - 1 - from) / C) * e.value_heads + row.head : nullptr;
+        const int held = last ? static_cast<int>(last->exit_len) : p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
+#pragma unroll 2
         for (int i = 0; i < capacity; i++) {
             const int place = i >= held ? 0 : last ? last->exit_place[i] : i;
-            const float factor = i >= held ? 0.0f : last && ends ? last->exit_factor[i] : 1.0f;
+            const float factor = i < held && last ? last->exit_factor[i] : 1.0f;
+            float* const out = p.states + (row.index() * capacity + i) * state;
 #pragma unroll
             for (int n = 0; n < TILES * 2; n++) {
                 const int k = k_of(n / 2, n % 2);
                 float2 x = make_float2(0, 0);
                 if (i < held) mine.load2(place, k, c2, x.x, x.y);
                 if (k < dk && live_columns)
-                    *reinterpret_cast<float2*>(states + i * state + static_cast<int64_t>(k) * dv + column + c2) =
+                    *reinterpret_cast<float2*>(out + static_cast<int64_t>(k) * dv + column + c2) =
                         make_float2(factor * x.x, factor * x.y);
             }
         }
@@ -397,7 +439,7 @@ DEVICE void scan_sm90(const ScanSm90Params& p) {
     const int group = warp_index() / 4;
     if (group == WARPGROUPS) {
         if (WARPGROUPS == 2) registers_fewer<40>();
-        if (warp_index() == 4 * WARPGROUPS) scan.bring(p, row, slice, p.from, to);
+        scan.bring(p, row, slice, p.from, to);
     } else {
         if (WARPGROUPS == 2) registers_more<232>();
         scan.compute(p, row, group, slice + group * COLUMNS, p.from, to);
@@ -410,7 +452,7 @@ DEVICE void scan_sm90(const ScanSm90Params& p) {
 // One table of what exists: head size as computed, slots, groups of 8 columns. 30 slots is the default M and the most
 // that two groups have room for at dk = 128; one group where two do not fit.
 #define SCAN_SM90(DK, SLOTS, WARPGROUPS)                                                          \
-    KERNEL BLOCK_OF(WARPGROUPS == 2 ? 384 : 160) scan_sm90_##DK##_##SLOTS##_##WARPGROUPS(               \
+    KERNEL BLOCK_OF(WARPGROUPS * 128 + 128) scan_sm90_##DK##_##SLOTS##_##WARPGROUPS(               \
         const __grid_constant__ dla::ScanSm90Params p) {                                          \
         dla::scan_sm90<DK, SLOTS, WARPGROUPS>(p);                                                 \
     }

@@ -10,17 +10,20 @@
 #define METHOD inline
 #define KERNEL extern "C" void
 #define BLOCK_OF(threads)
+#define BLOCKS_OF(threads, blocks)
 #else
 #define DEVICE static __device__ __forceinline__
 #define METHOD __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
 #define BLOCK_OF(threads) __launch_bounds__(threads, 1)
+#define BLOCKS_OF(threads, blocks) __launch_bounds__(threads, blocks)
 #endif
 
 namespace dla {
 
 #ifdef DLA_ON_CPU
 
+using emulation::divide;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
 using emulation::f16_to_f32;
@@ -44,6 +47,17 @@ DEVICE uint32_t dynamic_shared_bytes() {
     uint32_t bytes;
     asm volatile("mov.u32 %0, %%dynamic_smem_size;" : "=r"(bytes));
     return bytes;
+}
+
+// The IEEE quotient of two integers below 2^32 in f32, the divisor not 0: what __fdiv_rn does after it has
+// looked for operands out of range, and without the branch.
+DEVICE float divide(float a, float b) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+    y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
+    float q = __fmul_rn(a, y);
+    q = __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+    return __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
 }
 
 DEVICE void trap() { asm volatile("trap;"); }

@@ -2,15 +2,24 @@
 //! and offsets are asserted on both sides. Device pointers are their addresses; 0 is null.
 //!
 //! Also what a launch of each kernel takes beside its parameters: grid and shared memory. Blocks have
-//! [`THREADS`] threads.
+//! [`THREADS`] threads, those of `segment_gram_*` and `segment_*` [`SEGMENT_THREADS`].
 
 // Fields are described once, in abi.cuh.
 #![allow(missing_docs)]
 
 use std::mem::{offset_of, size_of};
 
-/// Threads of every block.
+/// Threads of a block.
 pub const THREADS: u32 = 256;
+
+/// Threads of a block of `segment_gram_*` and `segment_*`.
+pub const SEGMENT_THREADS: u32 = 128;
+
+/// Bytes of a row's record between two windows of `segment_*`.
+pub const SEGMENT_STATE_BYTES: usize = 1608;
+
+/// Windows of `segment_*` begin at multiples of this.
+pub const SEGMENT_WINDOW: usize = 64;
 
 /// Address on the device; 0 is null.
 pub type DevicePointer = u64;
@@ -30,7 +39,7 @@ pub struct Extents {
     pub newest_first: i32,
 }
 
-/// Parameters of `segment_*`.
+/// Parameters of `segment_gram_*` and `segment_*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SegmentParams {
@@ -50,6 +59,19 @@ pub struct SegmentParams {
     pub tokens: DevicePointer,
     pub summed_drift: DevicePointer,
     pub open: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_starts: DevicePointer,
+    pub chunk_place: DevicePointer,
+    pub chunk_log: DevicePointer,
+    pub walks: DevicePointer,
+    pub reach: DevicePointer,
+    pub energy: DevicePointer,
+    pub factor: DevicePointer,
+    pub totals: DevicePointer,
+    pub next: DevicePointer,
+    pub state: DevicePointer,
+    pub from: i64,
+    pub to: i64,
     pub mass: i32,
     pub qk_l2norm: i32,
 }
@@ -135,7 +157,7 @@ pub struct ScanParams {
 }
 
 /// Bytes of a `ChunkPlan`.
-pub const CHUNK_PLAN_BYTES: usize = 1440;
+pub const CHUNK_PLAN_BYTES: usize = 1952;
 
 /// Parameters of `prepare_sm90_bf16`.
 #[repr(C)]
@@ -174,8 +196,7 @@ pub struct ScanSm90Params {
     pub plans: DevicePointer,
     pub initial_len: DevicePointer,
     pub initial_states: DevicePointer,
-    pub chunk_len: DevicePointer,
-    pub chunk_place: DevicePointer,
+    pub banks: DevicePointer,
     pub o: DevicePointer,
     pub states: DevicePointer,
     pub from: i64,
@@ -246,13 +267,14 @@ const _: () = {
     assert!(offset_of!(ScanDeltaSm90Params, from) == 152);
     assert!(size_of::<PrepareSm90Params>() == 168 && offset_of!(PrepareSm90Params, pairs) == 112);
     assert!(offset_of!(PrepareSm90Params, lambda_columns) == 152);
-    assert!(size_of::<ScanSm90Params>() == 160 && offset_of!(ScanSm90Params, initial_len) == 96);
-    assert!(offset_of!(ScanSm90Params, from) == 144);
+    assert!(size_of::<ScanSm90Params>() == 152 && offset_of!(ScanSm90Params, initial_len) == 96);
+    assert!(offset_of!(ScanSm90Params, from) == 136);
     assert!(size_of::<Extents>() == 48 && offset_of!(Extents, heads) == 24);
     assert!(offset_of!(Extents, newest_first) == 44);
-    assert!(size_of::<SegmentParams>() == 176 && offset_of!(SegmentParams, k) == 48);
+    assert!(size_of::<SegmentParams>() == 280 && offset_of!(SegmentParams, k) == 48);
     assert!(offset_of!(SegmentParams, drift) == 120 && offset_of!(SegmentParams, open) == 160);
-    assert!(offset_of!(SegmentParams, qk_l2norm) == 172);
+    assert!(offset_of!(SegmentParams, walks) == 200 && offset_of!(SegmentParams, from) == 256);
+    assert!(offset_of!(SegmentParams, qk_l2norm) == 276);
     assert!(size_of::<PrepareParams>() == 120 && offset_of!(PrepareParams, p) == 80);
     assert!(offset_of!(PrepareParams, scale) == 112);
     assert!(size_of::<RouteBankParams>() == 128 && offset_of!(RouteBankParams, bank_keys) == 88);
@@ -330,19 +352,31 @@ impl Geometry {
         parts * rows * (width + 8) * 2
     }
 
+    /// Blocks of `segment_gram_*`.
+    pub fn segment_gram_blocks(&self) -> usize {
+        self.chunks() * self.value_heads * self.chunk() / 32
+    }
+
+    /// Elements of `chunk_starts`, `chunk_place` and `chunk_log`.
+    pub fn chunk_slots_len(&self) -> usize {
+        self.chunks() * self.value_heads * self.capacity
+    }
+
+    /// Elements of `reach`, `energy`, `factor` and `next`; of `walks` 32 times as many, of `totals` a 32nd.
+    pub fn starts_len(&self) -> usize {
+        self.chunks() * self.value_heads * self.chunk()
+    }
+
+    /// Shared memory of `segment_gram_*`.
+    pub fn segment_gram_shared_bytes(&self) -> usize {
+        64 * 8 + 3 * 64 * 4 + (64 * 65 * 4).max(Self::tile(self.parts, 64, 64))
+    }
+
     /// Shared memory of `segment_*`.
     pub fn segment_shared_bytes(&self) -> usize {
-        let tile = |width: usize| Self::tile(self.parts, 32, width.next_multiple_of(16));
-        tile(self.dk)
-            + tile(self.dv)
-            + 2 * 32 * 33 * 4
-            + 32 * 4
-            + 8 * 16 * 4
-            + 32 * 8
-            + 4 * 32 * 4
-            + 32
-            + 32
-            + 16
+        let rounds = 2 * (104 * 8 + 64 * 16) + 3 * (64 * 4 + 64 + 16) + 64;
+        let tile = 2 * (16 * 17 * 4) + 4 * 16 * 4 + 16 + 32 * 8 + 3 * 16 * 4;
+        rounds + tile
     }
 
     /// Shared memory of `prepare_*`.
@@ -451,6 +485,11 @@ impl ScanSm90 {
         }
     }
 
+    /// File that it is in.
+    pub fn stage(&self) -> &'static str {
+        if self.delta { "scan_delta_sm90" } else { "scan_sm90" }
+    }
+
     /// Name of the kernel that prepares for it.
     pub fn prepare_name(&self) -> &'static str {
         if self.delta { "prepare_delta_sm90_bf16" } else { "prepare_sm90_bf16" }
@@ -458,7 +497,7 @@ impl ScanSm90 {
 
     /// Threads of a block.
     pub fn threads(&self) -> u32 {
-        if self.groups == 2 { 384 } else { 160 }
+        128 * (self.groups as u32 + 1)
     }
 
     /// Columns of dv of a block.
@@ -491,7 +530,7 @@ impl ScanSm90 {
             + buffers * 64 * self.dk * 2
             + 64 * self.weight_slots() * 4
             + self.groups * 64 * 8 * 2
-            + self.groups * 1104
+            + self.groups * 1616
             + 96
     }
 
@@ -504,6 +543,11 @@ impl ScanSm90 {
         } else {
             common + 3 * 64 + 2 * Geometry::tile(1, 64, 64)
         }
+    }
+
+    /// Bytes that a block of the gated scan leaves to the next window's.
+    pub fn bank_bytes(&self) -> usize {
+        if self.delta { 0 } else { self.groups * self.slots * self.dk * 24 }
     }
 
     /// Places of chunks for the window `from..to` of every sequence; `packed`: there are cu_seqlens.

@@ -326,6 +326,8 @@ inline std::string launch(unsigned grid, unsigned block, uint32_t shared, const 
 inline unsigned char* dynamic_shared() { return machine.shared; }
 inline uint32_t dynamic_shared_bytes() { return machine.shared_bytes; }
 
+inline float divide(float a, float b) { return a / b; }
+
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 
 inline uint32_t f32_to_bf16_bits(float x) {
@@ -623,7 +625,14 @@ static inline uint32_t __float2uint_rn(float x) {
 }
 static inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 static inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+static inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t pick) {
+    const uint64_t bytes = uint64_t(b) << 32 | a;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++) out |= uint32_t(bytes >> (pick >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return out;
+}
 static inline int __popc(uint32_t x) { return std::popcount(x); }
+static inline int __popcll(uint64_t x) { return std::popcount(x); }
 static inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 static inline int __ffsll(uint64_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 static inline int __clz(uint32_t x) { return std::countl_zero(x); }

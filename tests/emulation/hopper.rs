@@ -112,6 +112,7 @@ fn scan(
     let packed = case.cu_seqlens.is_some();
     let o = Array::poisoned(shape.tokens() * shape.value_heads * shape.dv * 2);
     let states = Array::poisoned(dims.rows() * dims.bank() * 4);
+    let banks = Array::poisoned(kernel.blocks(&geometry) * kernel.bank_bytes());
     let mut from = 0;
     while from == 0 || from < shape.time {
         let to = from + window;
@@ -205,8 +206,7 @@ fn scan(
                 plans: plans.pointer(),
                 initial_len: pointer(&initial_len),
                 initial_states: pointer(&initial_states),
-                chunk_len: chunk_len.pointer(),
-                chunk_place: chunk_place.pointer(),
+                banks: banks.pointer(),
                 o: o.pointer(),
                 states: states.pointer(),
                 from: from as i64,

@@ -40,9 +40,13 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
         wrong = emulation::launch(grid, threads, shared_bytes, [&] { function(copy); });
     };
 #define RUN(kernel, ...) run(#kernel, kernel __VA_OPT__(, ) __VA_ARGS__)
+#define RUN_OF(threads, kernel) RUN(kernel, threads)
+#define RUN_DTYPES_OF(threads, stem) \
+    RUN_OF(threads, stem##_bf16), RUN_OF(threads, stem##_f16), RUN_OF(threads, stem##_f32)
 #define RUN_DTYPES(stem) RUN(stem##_bf16), RUN(stem##_f16), RUN(stem##_f32)
     RUN(wrong_barrier), RUN(wrong_collective), RUN(wrong_write), RUN(wrong_launch);
-    RUN_DTYPES(segment);
+    RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment_gram);
+    RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment);
     RUN_DTYPES(prepare_gated);
     RUN_DTYPES(prepare_delta);
     RUN_DTYPES(route_bank);
@@ -50,10 +54,10 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES(scan_gated);
     RUN_DTYPES(scan_delta);
     RUN(prepare_sm90_bf16);
-    RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 160);
-    RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 160), RUN(scan_sm90_128_30_2, 384);
-    RUN(scan_sm90_128_32_1, 160), RUN(scan_sm90_128_64_1, 160);
-    RUN(scan_sm90_256_16_1, 160), RUN(scan_sm90_256_30_1, 160);
+    RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
+    RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 256), RUN(scan_sm90_128_30_2, 384);
+    RUN(scan_sm90_128_32_1, 256), RUN(scan_sm90_128_64_1, 256);
+    RUN(scan_sm90_256_16_1, 256), RUN(scan_sm90_256_30_1, 256);
     RUN(prepare_delta_sm90_bf16);
     RUN(scan_delta_sm90_64_16, 384), RUN(scan_delta_sm90_64_32, 384);
     RUN(scan_delta_sm90_128_16, 384), RUN(scan_delta_sm90_128_32, 384);
