@@ -157,7 +157,7 @@ pub struct ScanParams {
 }
 
 /// Bytes of a `ChunkPlan`.
-pub const CHUNK_PLAN_BYTES: usize = 1952;
+pub const CHUNK_PLAN_BYTES: usize = 1440;
 
 /// Parameters of `prepare_sm90_bf16`.
 #[repr(C)]
@@ -524,14 +524,10 @@ impl ScanSm90 {
                 + 2 * 4 * self.dk * 32
                 + 64;
         }
-        // Q and K share a buffer where two do not fit.
-        let buffers = if self.dk * self.slots > 4096 { 1 } else { 2 };
-        self.groups * self.slots * self.dk * 24
-            + buffers * 64 * self.dk * 2
-            + 64 * self.weight_slots() * 4
-            + self.groups * 64 * 8 * 2
-            + self.groups * 1616
-            + 96
+        let fixed = self.groups * self.slots * self.dk * 24 + 64 * self.weight_slots() * 4 + 64;
+        let stage = 64 * self.dk * 2 + self.groups * 64 * 8 * 2 + 1104;
+        // Two stages where there is room for them.
+        fixed + if fixed + 2 * stage <= 232_448 { 2 * stage } else { stage }
     }
 
     /// Shared memory of the kernel that prepares for it.
