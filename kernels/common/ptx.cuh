@@ -31,6 +31,7 @@ using emulation::f32_to_f16;
 using emulation::ldmatrix_x4;
 using emulation::ldmatrix_x4_trans;
 using emulation::mma_bf16;
+using emulation::opaque;
 using emulation::pack_bf16;
 using emulation::trap;
 
@@ -58,6 +59,12 @@ DEVICE float divide(float a, float b) {
     float q = __fmul_rn(a, y);
     q = __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
     return __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+}
+
+// x, of which the compiler knows nothing: what is computed from it is not moved out of a loop.
+DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
 }
 
 DEVICE void trap() { asm volatile("trap;"); }

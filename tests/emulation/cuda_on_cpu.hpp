@@ -290,6 +290,7 @@ inline std::string launch(unsigned grid, unsigned block, uint32_t shared, const 
 inline unsigned char* dynamic_shared() { return machine.shared; }
 inline uint32_t dynamic_shared_bytes() { return machine.shared_bytes; }
 
+inline int opaque(int x) { return x; }
 inline float divide(float a, float b) { return a / b; }
 
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
