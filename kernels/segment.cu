@@ -677,12 +677,27 @@ DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, int64
     __syncwarp();
 }
 
-// Key of merging what begins at a and ends at b, index left out.
+// Key of merging what begins at a and ends at b, index left out; in two halves, for the loop of merges.
+template <bool MASS>
+struct Cost {
+    float drift = 0, tokens = 1, reciprocal = 1;
+    METHOD void start(uint2 a, uint2 b) {
+        drift = __uint2float_rn(b.x - a.x);
+        if constexpr (!MASS) {
+            tokens = __uint2float_rn(b.y - a.y);
+            reciprocal = dla::reciprocal(tokens);
+        }
+    }
+    METHOD uint32_t key() const {
+        const float cost = MASS ? drift : quotient(drift, tokens, reciprocal);
+        return __float_as_uint(cost) & ~63u;
+    }
+};
 template <bool MASS>
 DEVICE uint32_t key_of(uint2 a, uint2 b) {
-    float cost = __uint2float_rn(b.x - a.x);
-    if constexpr (!MASS) cost = divide(cost, __uint2float_rn(b.y - a.y));
-    return __float_as_uint(cost) & ~63u;
+    Cost<MASS> cost;
+    cost.start(a, b);
+    return cost.key();
 }
 
 // Drift, its sums, and the keys ahead of a round whose tokens are judged.
@@ -764,7 +779,7 @@ DEVICE int merge_steps(const uint2* list, const uint4* future, int capacity, int
     const int lane = lane_index(), last = capacity - 2;
     // Lanes past the last pair never change.
     const int position = lane <= last ? lane : -8;
-    const bool edge = lane == last, ahead = lane + 5 > last;
+    const bool edge = lane == last;
     uint32_t k = NONE, r = NONE, q = NONE;
     if (lane <= last) {
         const uint2 from = list[lane];
@@ -772,38 +787,36 @@ DEVICE int merge_steps(const uint2* list, const uint4* future, int capacity, int
         r = key_of<MASS>(from, list[lane + 3]);
         q = key_of<MASS>(from, list[lane + 4]);
     }
-    int slot = lane, slot_down = 0;
-    bool above = false, near_two = false, near_three = false;  // of the last step
-    bool above_before = false, near_before = false;            // of the one before
-    uint32_t r_down = 0, q_down = 0, q_future = 0, s = 0;
-    uint2 from = make_uint2(0, 0), to = make_uint2(0, 1);
+    int slot = lane, end = lane + 5;
+    uint32_t q_down = NONE;
+    int before = 64;  // the pair of the step before; at first one that moves nothing
+    uint2 from = list[slot], to = list[end];
+    Cost<MASS> cost;
+#pragma unroll 2
     for (int i = 0; i < steps; i++) {
         const uint32_t best = __reduce_min_sync(ALL, k);
-        // While it comes: the keys that the last two steps left.
+        // While it comes. The key of five, of the list before the last step: its division began then.
+        const uint32_t s = cost.key();
+        q = position > before ? q_down : position + 3 >= before ? s : q;
+        cost.start(from, to);
         const uint4 f = future[i];
         uint32_t k_down = __shfl_down_sync(ALL, k, 1) - 1;
-        if (edge) k_down = f.x;
-        q = above_before ? q_down : near_before ? s : q;
-        r = above ? r_down : near_two ? q : r;
-        slot = above ? slot_down : slot;
-        r_down = __shfl_down_sync(ALL, r, 1);
+        uint32_t r_down = __shfl_down_sync(ALL, r, 1);
         q_down = __shfl_down_sync(ALL, q, 1);
-        slot_down = __shfl_down_sync(ALL, slot, 1);
-        int end = __shfl_down_sync(ALL, slot, 5);
-        if (edge) r_down = f.y, q_down = q_future, slot_down = last + 1 + i;
-        q_future = f.z;
-        if (ahead) end = lane + 5 + i;
-        s = key_of<MASS>(from, to);
-        from = list[slot], to = list[end];
+        int slot_down = __shfl_down_sync(ALL, slot, 1), end_down = __shfl_down_sync(ALL, end, 1);
+        if (edge) k_down = f.x, r_down = f.y, q_down = f.z, slot_down = last + 1 + i, end_down = last + 6 + i;
         const uint32_t r_key = r | lane;
-        above_before = above, near_before = near_three;
 
         const int j = best & 63;
-        above = position > j, near_two = position + 2 >= j, near_three = position + 3 >= j;
+        const bool above = position > j;
         k = above ? k_down : position + 1 >= j ? r_key : k;
+        r = above ? r_down : position + 2 >= j ? q : r;
+        slot = above ? slot_down : slot;
+        end = position + 4 >= j ? end_down : end;
+        from = list[slot], to = list[end];
+        before = j;
         events[i] = MERGE + j;
     }
-    if (above) slot = slot_down;
     return lane <= last ? slot : lane + steps;
 }
 

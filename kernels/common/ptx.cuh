@@ -23,7 +23,6 @@ namespace dla {
 
 #ifdef DLA_ON_CPU
 
-using emulation::divide;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
 using emulation::f16_to_f32;
@@ -33,6 +32,8 @@ using emulation::ldmatrix_x4_trans;
 using emulation::mma_bf16;
 using emulation::opaque;
 using emulation::pack_bf16;
+using emulation::quotient;
+using emulation::reciprocal;
 using emulation::trap;
 
 #else
@@ -50,15 +51,17 @@ DEVICE uint32_t dynamic_shared_bytes() {
     return bytes;
 }
 
-// The IEEE quotient of two integers below 2^32 in f32, the divisor not 0: what __fdiv_rn does after it has
-// looked for operands out of range, and without the branch.
-DEVICE float divide(float a, float b) {
+// The IEEE quotient of two integers below 2^32 in f32, the divisor not 0, in two parts: what __fdiv_rn does after
+// it has looked for operands out of range, and without the branch.
+DEVICE float reciprocal(float b) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
-    y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
-    float q = __fmul_rn(a, y);
-    q = __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
-    return __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+    return __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
+}
+DEVICE float quotient(float a, float b, float reciprocal_of_b) {
+    float q = __fmul_rn(a, reciprocal_of_b);
+    q = __fmaf_rn(reciprocal_of_b, __fmaf_rn(-b, q, a), q);
+    return __fmaf_rn(reciprocal_of_b, __fmaf_rn(-b, q, a), q);
 }
 
 // x, of which the compiler knows nothing: what is computed from it is not moved out of a loop.

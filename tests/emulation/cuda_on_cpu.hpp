@@ -291,7 +291,8 @@ inline unsigned char* dynamic_shared() { return machine.shared; }
 inline uint32_t dynamic_shared_bytes() { return machine.shared_bytes; }
 
 inline int opaque(int x) { return x; }
-inline float divide(float a, float b) { return a / b; }
+inline float reciprocal(float) { return 0; }
+inline float quotient(float a, float b, float) { return a / b; }
 
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 
