@@ -15,9 +15,13 @@
 //
 // Merges. A slot is known by the boundary that begins it, and that by its prefix sums of drift and of tokens;
 // to merge is to drop a boundary. What boundaries and sums come does not hang on the merges, so warp 1 has
-// them ready. Lane j holds the key (cost, index) of pair j, that of slots j to j + 2, j + 3, and computes that
-// of j + 4: whatever pair goes, the keys that remain are there already, and a link of the chain is one
-// redux.min and two selects. The division is two links behind.
+// them ready. Lane j holds the key (cost, index) of pair j, those of slots j to j + 2 and j to j + 3, and divides
+// for that of j to j + 4: whatever pair goes, the keys that remain are there already, and a link of the chain is
+// one redux.min and two selects. A division has two links' time. That takes M <= 32, no log of the caller's and
+// sums that cannot saturate (cached drift + 8192 units a token below 2^32); what else there is takes the ledger
+// of the definition, one token at a time.
+//
+// Grid and block: segment_gram places of chunks x HV x C / 32, segment N x HV; 128 threads both.
 //
 // R stands in global memory (the cache's own array; 64 KiB at dk = dv = 128, so in L2) as it was at its newest
 // token that is not zero, with |R|^2 taken from R itself at every update and the log decay since: c asks no
@@ -26,7 +30,12 @@
 // Numerics: k and v are exact in their planes (f32: 2^-17); R and the decayed keys take two planes whatever the
 // dtype. Decisions are those of src/events.rs, bit for bit. The product |k| |v| must lie within 1e-19 and 1e19.
 //
-// Shared memory: segment_gram GRAM_BYTES, segment CHAIN_BYTES, whatever the head size.
+// Shared memory, whatever the head size: segment_gram 17,920 bytes (bf16) and 19,712, segment 9,280. Workspace 142
+// bytes a token and head, 128 of them for the walks, of which a walk of one step fills 4. Registers: at the end of
+// the file. Predicted, not measured, from the SASS of sm_90a: the loop of merges issues 50 instructions a token, 21 of
+// them at half rate; 55 to 65 clocks a token with a merge at each, and some 5 for a round's start; so 32,768 tokens in
+// 1.1 to 1.3 ms at 1.75 GHz whatever the heads. segment_gram makes 82 kFLOP a token and head, reads k and v twice
+// (once from L2): 0.1 to 0.2 ms at S3. The slow path: 300 clocks a token or more.
 
 #include "common/replay.cuh"
 
@@ -787,12 +796,14 @@ DEVICE int merge_steps(const uint2* list, const uint4* future, int capacity, int
         r = key_of<MASS>(from, list[lane + 3]);
         q = key_of<MASS>(from, list[lane + 4]);
     }
-    int slot = lane, end = lane + 5;
+    // Addresses: where slot j begins, where j + 5 does.
+    const uint32_t base = shared_address(list);
+    uint32_t slot = base + lane * 8, end = slot + 40, edge_slot = base + (last + 1) * 8;
     uint32_t q_down = NONE;
     int before = 64;  // the pair of the step before; at first one that moves nothing
-    uint2 from = list[slot], to = list[end];
+    uint2 from = shared_uint2(slot), to = shared_uint2(end);
     Cost<MASS> cost;
-#pragma unroll 2
+#pragma unroll 4
     for (int i = 0; i < steps; i++) {
         const uint32_t best = __reduce_min_sync(ALL, k);
         // While it comes. The key of five, of the list before the last step: its division began then.
@@ -803,8 +814,9 @@ DEVICE int merge_steps(const uint2* list, const uint4* future, int capacity, int
         uint32_t k_down = __shfl_down_sync(ALL, k, 1) - 1;
         uint32_t r_down = __shfl_down_sync(ALL, r, 1);
         q_down = __shfl_down_sync(ALL, q, 1);
-        int slot_down = __shfl_down_sync(ALL, slot, 1), end_down = __shfl_down_sync(ALL, end, 1);
-        if (edge) k_down = f.x, r_down = f.y, q_down = f.z, slot_down = last + 1 + i, end_down = last + 6 + i;
+        uint32_t slot_down = __shfl_down_sync(ALL, slot, 1), end_down = __shfl_down_sync(ALL, end, 1);
+        if (edge) k_down = f.x, r_down = f.y, q_down = f.z, slot_down = edge_slot, end_down = edge_slot + 40;
+        edge_slot += 8;
         const uint32_t r_key = r | lane;
 
         const int j = best & 63;
@@ -813,11 +825,11 @@ DEVICE int merge_steps(const uint2* list, const uint4* future, int capacity, int
         r = above ? r_down : position + 2 >= j ? q : r;
         slot = above ? slot_down : slot;
         end = position + 4 >= j ? end_down : end;
-        from = list[slot], to = list[end];
+        from = shared_uint2(slot), to = shared_uint2(end);
         before = j;
         events[i] = MERGE + j;
     }
-    return lane <= last ? slot : lane + steps;
+    return lane <= last ? static_cast<int>(slot - base) / 8 : lane + steps;
 }
 
 // Tokens and drift of two slots a lane, and the keys by which pairs are compared (src/events.rs): what the
@@ -1203,6 +1215,9 @@ DEVICE void segment(const SegmentParams& p) {
 }  // namespace
 }  // namespace dla
 
+// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: segment_gram bf16 108 / 113 / 149 /
+// 151, f16 132 / 136 / 123 / 125, f32 140 / 148 / 140 / 142; segment at most 72 everywhere, which is what BLOCKS_OF
+// asks: it is to stand beside other blocks, and at 64 it spills.
 #define KERNELS(suffix, T)                                                                                      \
     KERNEL BLOCK_OF(dla::SEGMENT_THREADS) segment_gram_##suffix(const __grid_constant__ dla::SegmentParams p) { \
         dla::segment_gram<dla::T>(p);                                                                           \

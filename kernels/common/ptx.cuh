@@ -34,6 +34,8 @@ using emulation::opaque;
 using emulation::pack_bf16;
 using emulation::quotient;
 using emulation::reciprocal;
+using emulation::shared_address;
+using emulation::shared_uint2;
 using emulation::trap;
 
 #else
@@ -67,6 +69,14 @@ DEVICE float quotient(float a, float b, float reciprocal_of_b) {
 // x, of which the compiler knows nothing: what is computed from it is not moved out of a loop.
 DEVICE int opaque(int x) {
     asm volatile("" : "+r"(x));
+    return x;
+}
+
+// Where `of` lies in shared memory, in 32 bits, and what lies there: written before the last barrier of warp or block.
+DEVICE uint32_t shared_address(const void* of) { return static_cast<uint32_t>(__cvta_generic_to_shared(of)); }
+DEVICE uint2 shared_uint2(uint32_t address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
     return x;
 }
 
