@@ -32,9 +32,9 @@
 //
 // Shared memory, whatever the head size: segment_gram 17,920 bytes (bf16) and 19,712, segment 9,280. Workspace 142
 // bytes a token and head, 128 of them for the walks, of which a walk of one step fills 4. Registers: at the end of
-// the file. Predicted, not measured, from the SASS of sm_90a: the loop of merges issues 50 instructions a token, 21 of
-// them at half rate; 55 to 65 clocks a token with a merge at each, and some 5 for a round's start; so 32,768 tokens in
-// 1.1 to 1.3 ms at 1.75 GHz whatever the heads. segment_gram makes 82 kFLOP a token and head, reads k and v twice
+// the file. Predicted, not measured, from the SASS of sm_90a: the loop of merges issues 46 instructions a token, 21 of
+// them at half rate; 50 to 60 clocks a token with a merge at each, and some 5 for a round's start; so 32,768 tokens in
+// 1.0 to 1.2 ms at 1.75 GHz whatever the heads. segment_gram makes 82 kFLOP a token and head, reads k and v twice
 // (once from L2): 0.1 to 0.2 ms at S3. The slow path: 300 clocks a token or more.
 
 #include "common/replay.cuh"
@@ -542,7 +542,8 @@ DEVICE void cover(const SegmentParams& p, const Row& row, int64_t first, int len
     } else {
         if (threadIdx.x < TILE) {
             const int t = threadIdx.x;
-            shared.decay[t] = t <= newest ? shared.factor[t] * expf(minus(shared.gamma[newest], shared.gamma[t])) : 0.0f;
+            shared.decay[t] =
+                t <= newest ? shared.factor[t] * expf(minus(shared.gamma[newest], shared.gamma[t])) : 0.0f;
         }
         __syncthreads();
         const float keep = fresh || old == 0 ? 0.0f : expf(log + value(shared.gamma[newest]));

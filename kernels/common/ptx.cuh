@@ -53,16 +53,15 @@ DEVICE uint32_t dynamic_shared_bytes() {
     return bytes;
 }
 
-// The IEEE quotient of two integers below 2^32 in f32, the divisor not 0, in two parts: what __fdiv_rn does after
-// it has looked for operands out of range, and without the branch.
+// The IEEE quotient of two integers below 2^32 in f32, the divisor not 0, in two parts: the instructions of
+// __fdiv_rn without its look for operands out of range and the branch (nvcc 13.0.88, SASS compared).
 DEVICE float reciprocal(float b) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
     return __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
 }
 DEVICE float quotient(float a, float b, float reciprocal_of_b) {
-    float q = __fmul_rn(a, reciprocal_of_b);
-    q = __fmaf_rn(reciprocal_of_b, __fmaf_rn(-b, q, a), q);
+    const float q = __fmul_rn(a, reciprocal_of_b);
     return __fmaf_rn(reciprocal_of_b, __fmaf_rn(-b, q, a), q);
 }
 
