@@ -372,11 +372,9 @@ impl Geometry {
         64 * 8 + 3 * 64 * 4 + (64 * 65 * 4).max(Self::tile(self.parts, 64, 64))
     }
 
-    /// Shared memory of `segment_*`.
+    /// Shared memory of `segment_*`, SEGMENT_SHARED_BYTES of abi.cuh: the same for every size.
     pub fn segment_shared_bytes(&self) -> usize {
-        let rounds = 2 * (104 * 8 + 64 * 16) + 3 * (64 * 4 + 64 + 16) + 64;
-        let tile = 2 * (16 * 17 * 4) + 4 * 16 * 4 + 16 + 32 * 8 + 3 * 16 * 4;
-        rounds + tile
+        9280
     }
 
     /// Shared memory of `prepare_*`.
