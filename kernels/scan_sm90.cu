@@ -83,6 +83,7 @@ struct Scan {
     static constexpr int AT_ONCE = SLOTS / PARTS;     // slots of one
     static constexpr int QUADS = (SLOTS + 3) / 4;
     static constexpr int TILES = DK / 16;             // of 16 rows of dk
+    static constexpr int STEPS = TILES < 8 ? TILES : 8;  // Q's operands held at once: large heads have no registers for all
     static constexpr int BANK = SLOTS * DK * 24;      // bytes of a group's slots
     static constexpr int STAGE = C * DK * 2 + WARPGROUPS * C * COLUMNS * 2 + PLAN;
     static constexpr int FIXED = WARPGROUPS * BANK + C * QUADS * 16 + 64;
@@ -213,21 +214,22 @@ struct Scan {
         group_barrier(1 + group, GROUP);
 
         // A chunk's Q: a left operand a step. Tokens 16 warp + g and 8 later.
-        uint32_t q[TILES][4];
-        const auto load_q = [&](int64_t first) {
+        uint32_t q[STEPS][4];
+        const auto load_q = [&](int64_t first, int from_step) {
             const int64_t left_over = row.len - first - warp * 16 - g;
             const Bf16* const at = static_cast<const Bf16*>(p.q) + row.key_at(first + warp * 16 + g) * dk + c * 4;
             const int64_t eight = static_cast<int64_t>(8) * row.heads * dk;
 #pragma unroll
-            for (int step = 0; step < TILES; step++) {
-                const bool live = step * 16 + c * 4 < dk;
+            for (int step = 0; step < STEPS; step++) {
+                const int k = (from_step + step) * 16;
+                const bool live = k + c * 4 < dk;
                 uint2 top = make_uint2(0, 0), bottom = make_uint2(0, 0);
-                if (live && left_over > 0) top = *reinterpret_cast<const uint2*>(at + step * 16);
-                if (live && left_over > 8) bottom = *reinterpret_cast<const uint2*>(at + eight + step * 16);
+                if (live && left_over > 0) top = *reinterpret_cast<const uint2*>(at + k);
+                if (live && left_over > 8) bottom = *reinterpret_cast<const uint2*>(at + eight + k);
                 q[step][0] = top.x, q[step][1] = bottom.x, q[step][2] = top.y, q[step][3] = bottom.y;
             }
         };
-        if (TILES <= 8 && from < to) load_q(from);
+        if (STEPS == TILES && from < to) load_q(from, 0);
 
         const uint64_t operand = wgmma_operand(mine.upper, DK * 16);
         const uint4* pairs_at = reinterpret_cast<const uint4*>(p.pairs) +
@@ -241,23 +243,28 @@ struct Scan {
             const Stage stage = this->stage(n);
 
             // Read.
-            if (TILES > 8) load_q(first);
             float out[4] = {};
             uint4 pairs[4];
+            const auto load_pairs = [&] {
+#pragma unroll
+                for (int s = 0; s < 4; s++)
+                    if (s <= warp) pairs[s] = pairs_at[s * 32];
+            };
             if (WARPGROUPS == 2) barrier_wait(&barriers->turn[group], phase(n + 1 - group));
 #pragma unroll 1
             for (int part = 0; part < PARTS; part++) {
                 float read[AT_ONCE * 4];  // the first product overwrites it
-                wgmma_begin();
 #pragma unroll
-                for (int step = 0; step < TILES; step++)
-                    wgmma_bf16(read, q[step], operand + part * AT_ONCE * DK + step * 16, step > 0);
-                wgmma_commit();
-                if (part == PARTS - 1) {
+                for (int from_step = 0; from_step < TILES; from_step += STEPS) {
+                    if (from_step > 0) wgmma_wait();
+                    if (STEPS < TILES) load_q(first, from_step);
+                    wgmma_begin();
 #pragma unroll
-                    for (int s = 0; s < 4; s++)
-                        if (s <= warp) pairs[s] = pairs_at[s * 32];
+                    for (int step = 0; step < STEPS; step++)
+                        wgmma_bf16(read, q[step], operand + part * AT_ONCE * DK + (from_step + step) * 16, from_step + step > 0);
+                    wgmma_commit();
                 }
+                if (STEPS == TILES && part == PARTS - 1) load_pairs();
                 if (part == 0) barrier_wait(&barriers->weights_full, phase(n));
                 wgmma_wait();
                 if (part == PARTS - 1) {
@@ -265,8 +272,8 @@ struct Scan {
                         __syncwarp();
                         if (lane == 0) barrier_arrive(&barriers->turn[1 - group]);
                     }
-                    // The next chunk's Q, now that the products are done with its registers; large heads have too few.
-                    if (TILES <= 8 && first + C < to) load_q(first + C);
+                    // The next chunk's Q, now that the products are done with its registers.
+                    if (STEPS == TILES && first + C < to) load_q(first + C, 0);
                 }
 #pragma unroll
                 for (int quad = 0; quad < (AT_ONCE + 3) / 4; quad++) {
@@ -282,6 +289,7 @@ struct Scan {
                     }
                 }
             }
+            if (STEPS < TILES) load_pairs();
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->weights_empty);
             pairs_at += static_cast<int64_t>(e.value_heads) * 320;
@@ -351,6 +359,7 @@ struct Scan {
                         const float factor = plan.factor[j];
 #pragma unroll
                         for (int i = 0; i < TILES * 2; i++) {
+                            if (i == 16) keep_order();  // of large heads all loads at once would need more registers than there are
                             float x0, x1;
                             mine.load2(from_place, stands(i / 2, i % 2), c2, x0, x1);
                             sum[i / 2][i % 2 * 2] += factor * x0, sum[i / 2][i % 2 * 2 + 1] += factor * x1;
@@ -453,4 +462,3 @@ SCAN_SM90(128, 30, 2)
 SCAN_SM90(128, 32, 1)
 SCAN_SM90(128, 64, 1)
 SCAN_SM90(256, 16, 1)
-SCAN_SM90(256, 30, 1)

@@ -21,6 +21,7 @@ using emulation::copy_bulk;
 using emulation::fence_async;
 using emulation::fence_barriers;
 using emulation::group_barrier;
+using emulation::keep_order;
 using emulation::registers_fewer;
 using emulation::registers_more;
 using emulation::stmatrix_x4_trans;
@@ -32,8 +33,6 @@ using emulation::wgmma_operand;
 using emulation::wgmma_wait;
 
 #else
-
-DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
 DEVICE void barrier_init(Barrier* barrier, uint32_t count) {
     asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(barrier)), "r"(count) : "memory");
@@ -101,6 +100,9 @@ template <int COUNT>
 DEVICE void registers_more() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
+
+// The compiler moves no access to memory across.
+DEVICE void keep_order() { asm volatile("" ::: "memory"); }
 
 // What this thread wrote to shared memory, for matrix products to read.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
