@@ -4,7 +4,7 @@
 
 use dla::check::{Case, Recipe, relative_error};
 use dla::cuda::abi::{
-    DevicePointer, Extents, Geometry, PrepareParams, RouteBankParams, RouteParams, ScanParams, SegmentParams,
+    DevicePointer, Extents, Geometry, PrepareParams, RouteParams, RouteSumsParams, ScanParams, SegmentParams,
 };
 use dla::events::{EXTEND, Ledger, OPEN, plan};
 use dla::reference::{self, Arguments};
@@ -163,6 +163,7 @@ fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
         parts: if dtype == Dtype::Bf16 { 1 } else { 2 },
         sequences: shape.sequences,
         tokens: shape.tokens(),
+        heads: shape.heads,
         value_heads: shape.value_heads,
         dk: shape.dk,
         dv: shape.dv,
@@ -253,42 +254,50 @@ fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
         None => Array::poisoned(per_token * shape.capacity * 4),
     };
     if let Some(route) = &case.route {
-        let bank_keys = Array::poisoned(places * shape.capacity * shape.dk * 4);
-        let bank_tokens = Array::poisoned(places * shape.capacity * 4);
-        let bank_len = Array::poisoned(places * 4);
-        let bank = RouteBankParams {
+        let entries = entries(&geometry, problem, cache, &events.get::<u8>());
+        let (chunk_len, chunk_starts) = (Array::of(&entries.len), Array::of(&entries.starts));
+        let sums = Array::poisoned(geometry.route_sums_len() * 4);
+        let bases = Array::poisoned(geometry.route_bases_len() * 8);
+        let key_factors = options.qk_l2norm.then(|| Array::poisoned(shape.tokens() * shape.heads * 4));
+        let key_sums = RouteSumsParams {
             extents,
             k: k.pointer(),
-            events: events.pointer(),
-            initial_len: pointer(&initial_len),
-            initial_tokens: pointer(&initial_tokens),
-            initial_keys: pointer(&initial_keys),
-            bank_keys: bank_keys.pointer(),
-            bank_tokens: bank_tokens.pointer(),
-            bank_len: bank_len.pointer(),
-            keys: keys.pointer(),
+            sums: sums.pointer(),
+            bases: bases.pointer(),
+            key_factors: pointer(&key_factors),
             qk_l2norm: options.qk_l2norm.into(),
             reserved: 0,
         };
-        let shared_bytes = geometry.route_bank_shared_bytes();
-        launch(emulate, &kernel("route_bank"), dims.rows(), shared_bytes, &bank);
+        let (blocks, shared_bytes) = (geometry.route_sums_blocks(), geometry.route_sums_shared_bytes());
+        launch(emulate, &kernel("route_sums"), blocks, shared_bytes, &key_sums);
+        let (blocks, shared_bytes) = (geometry.route_bases_blocks(), geometry.route_bases_shared_bytes());
+        launch(emulate, &kernel("route_bases"), blocks, shared_bytes, &key_sums);
         let (slope, bias, logits) = (Array::of(&route.slope), Array::of(&route.bias), floats(&route.logits));
         let route = RouteParams {
             extents,
             q: q.pointer(),
             k: k.pointer(),
             events: events.pointer(),
+            chunk_len: chunk_len.pointer(),
+            chunk_starts: chunk_starts.pointer(),
+            sums: sums.pointer(),
+            bases: bases.pointer(),
+            key_factors: pointer(&key_factors),
+            initial_len: pointer(&initial_len),
+            initial_tokens: pointer(&initial_tokens),
+            initial_keys: pointer(&initial_keys),
             slope: slope.pointer(),
             bias: bias.pointer(),
             logits: pointer(&logits),
-            bank_keys: bank_keys.pointer(),
-            bank_tokens: bank_tokens.pointer(),
-            bank_len: bank_len.pointer(),
             lambda: lambda.pointer(),
+            keys: keys.pointer(),
             logit_columns: problem.logit_columns() as i32,
             qk_l2norm: options.qk_l2norm.into(),
         };
         launch(emulate, &kernel("route"), places, geometry.route_shared_bytes(), &route);
+        sums.get::<f32>();
+        bases.get::<f64>();
+        key_factors.iter().for_each(|factors| drop(factors.get::<f32>()));
     }
 
     let o = Array::poisoned(per_token * shape.dv * dtype.bytes());
@@ -342,6 +351,42 @@ fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
         open: open.get(),
         keys: routed.then(|| keys.get()),
     }
+}
+
+/// The slots held at every chunk's entry, as abi.cuh has them: poison where a chunk holds none.
+struct Entries {
+    len: Vec<u32>,
+    starts: Vec<i32>,
+}
+
+/// Entries by the log, item by item: an item is a token, from 0 on, or an initial slot, -m0 the oldest and -1 the
+/// newest, and a slot is known by its first.
+fn entries(geometry: &Geometry, problem: &Problem, cache: Option<&Cache>, events: &[u8]) -> Entries {
+    let (chunk, capacity, value_heads) = (geometry.chunk(), geometry.capacity, geometry.value_heads);
+    let places = geometry.chunks() * value_heads;
+    let mut entries = Entries { len: vec![u32::MAX; places], starts: vec![i32::MIN; places * capacity] };
+    for (n, sequence) in problem.sequences().iter().enumerate() {
+        for head in 0..value_heads {
+            let initial = cache.map_or(0, |cache| cache.len[n * value_heads + head] as i32);
+            let mut starts: Vec<i32> = (-initial..0).collect();
+            for t in 0..sequence.len {
+                if t % chunk == 0 {
+                    let place = (sequence.start / chunk + n + t / chunk) * value_heads + head;
+                    entries.len[place] = starts.len() as u32;
+                    entries.starts[place * capacity..][..starts.len()].copy_from_slice(&starts);
+                }
+                let event = events[(sequence.start + t) * value_heads + head];
+                if event > OPEN {
+                    // The later slot of the pair starts no more.
+                    starts.remove(usize::from(event - 2) + 1);
+                }
+                if event != EXTEND {
+                    starts.push(t as i32);
+                }
+            }
+        }
+    }
+    entries
 }
 
 /// Largest relative error of o, lambda and the cache by dtype of the inputs.
@@ -542,6 +587,49 @@ fn own_log_and_wide_heads() {
     println!("{:?}", worst.0);
 }
 
+/// Routed reads over many chunks of keys with a mean: a slot of one token beside one of thousands, resumed and not, every
+/// width of slices, grouped heads.
+#[test]
+fn route_of_long_sequences() {
+    let Some(emulate) = emulator() else { return };
+    let mut worst = Worst::default();
+    for (i, dtype) in [Dtype::Bf16, Dtype::F16, Dtype::F32].into_iter().cycle().take(6).enumerate() {
+        let options = Options {
+            capacity: [30, 64, 5][i % 3],
+            read: Read::Routed,
+            qk_l2norm: i == 4,
+            merge: if i < 3 { Merge::Density } else { Merge::Mass },
+            ..Options::default()
+        };
+        let recipe = Recipe {
+            options,
+            time: [1100, 700, 640][i % 3],
+            heads: 1,
+            value_heads: 1 + i % 2,
+            dk: [16, 136, 72][(i + i / 3) % 3],
+            dv: 8,
+            dtype,
+            boundary_rate: [1.0, 0.25][i / 3],
+            logits: i % 2 == 0,
+            resumed: i % 2 == 1,
+            ..Recipe::default()
+        };
+        let mut case = recipe.draw(rand::random());
+        shift(&mut case.k, 1.0);
+        check(emulate, &case, &mut worst);
+    }
+    println!("{:?}", worst.0);
+}
+
+/// Adds to every element.
+fn shift(x: &mut dla::Buffer, by: f32) {
+    match x {
+        dla::Buffer::F32(x) => x.iter_mut().for_each(|x| *x += by),
+        dla::Buffer::Bf16(x) => x.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32() + by)),
+        dla::Buffer::F16(x) => x.iter_mut().for_each(|x| *x = f16::from_f32(x.to_f32() + by)),
+    }
+}
+
 /// Shared memory of every kernel fits the smallest cards that are built for (99 KiB a block) at any size.
 #[test]
 fn shared_memory_fits() {
@@ -550,6 +638,7 @@ fn shared_memory_fits() {
             parts,
             sequences: 1,
             tokens: 1,
+            heads: 1,
             value_heads: 1,
             dk: 256,
             dv: 256,
@@ -559,11 +648,14 @@ fn shared_memory_fits() {
         let bytes = [
             geometry.segment_shared_bytes(),
             geometry.prepare_shared_bytes(),
-            geometry.route_bank_shared_bytes(),
+            geometry.route_sums_shared_bytes(),
+            geometry.route_bases_shared_bytes(),
             geometry.route_shared_bytes(),
             geometry.scan_shared_bytes(),
         ];
-        println!("{parts} parts, delta {delta}: segment, prepare, route_bank, route, scan {bytes:?}");
+        println!(
+            "{parts} parts, delta {delta}: segment, prepare, route_sums, route_bases, route, scan {bytes:?}"
+        );
         assert!(bytes.iter().all(|&bytes| bytes <= 99 * 1024), "{geometry:?}: {bytes:?}");
     }
 }

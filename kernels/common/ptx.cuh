@@ -10,11 +10,13 @@
 #define METHOD inline
 #define KERNEL extern "C" void
 #define BLOCK_OF(threads)
+#define BLOCKS_OF(threads, blocks)
 #else
 #define DEVICE static __device__ __forceinline__
 #define METHOD __device__ __forceinline__
 #define KERNEL extern "C" __global__ void
 #define BLOCK_OF(threads) __launch_bounds__(threads, 1)
+#define BLOCKS_OF(threads, blocks) __launch_bounds__(threads, blocks)
 #endif
 
 namespace dla {

@@ -45,6 +45,9 @@ struct alignas(8) float2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(16) double2 {
+    double x, y;
+};
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -460,6 +463,8 @@ inline uint32_t least(int line, uint32_t mask, uint32_t value) {
 
 static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fdividef(float a, float b) { return a / b; }
+static inline float __expf(float a) { return expf(a); }
 static inline float __fsqrt_rn(float a) { return sqrtf(a); }
 static inline float __uint2float_rn(uint32_t x) { return float(x); }
 static inline uint32_t __float2uint_rn(float x) {
@@ -469,6 +474,7 @@ static inline uint32_t __float2uint_rn(float x) {
 static inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 static inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
 static inline int __popc(uint32_t x) { return std::popcount(x); }
+static inline int __popcll(uint64_t x) { return std::popcount(x); }
 static inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 static inline int __ffsll(uint64_t x) { return x ? std::countr_zero(x) + 1 : 0; }
 static inline int __clz(uint32_t x) { return std::countl_zero(x); }
