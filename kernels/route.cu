@@ -27,13 +27,11 @@
 // each) and now and then two bases (1 KB each), 45 KB, 0.63 GB in all, 0.12 ms; some 12,000 warp instructions
 // a block, 0.11 ms at full issue. 2,000 expf a block. Predicted, not measured: 0.17 + 0.065 ms.
 
-#include "common/row.cuh"
+#include "common/replay.cuh"
 
 namespace dla {
 namespace {
 
-constexpr int MOST_SLOTS = 64;
-constexpr int OPEN = 1, EXTEND = 0, MERGE = 2;
 // Tokens between two rows of route_sums.
 constexpr int GRANULE = 8;
 
@@ -43,10 +41,14 @@ DEVICE void store_f32x8(float* to, const float (&x)[8]) {
 }
 DEVICE void load_f32x8(const float* from, float (&x)[8]) { load8(reinterpret_cast<const F32*>(from), x); }
 
-// Eight elements as they lie in memory.
+// Eight elements as load8 reads them.
 template <typename T>
-struct alignas(16) Eight {
-    T elements[8];
+struct Eight {
+    uint4 words;
+};
+template <>
+struct Eight<F32> {
+    float4 words[2];
 };
 
 template <typename T>
@@ -189,7 +191,7 @@ DEVICE void key_sums(const RouteParams& p, const Row& row, const int* starts, in
 #pragma unroll
             for (int r = 0; r < GRANULE / 2; r++) {
                 float of_key[8];
-                load8(key[r].elements, of_key);
+                load8(reinterpret_cast<const T*>(&key[r]), of_key);
 #pragma unroll
                 for (int c = 0; c < 8; c++) x[c] += by[r] * of_key[c];
             }
