@@ -81,12 +81,13 @@ DEVICE void route_sums(const RouteSumsParams& p) {
     const int groups = dk / 8, granule = thread / groups, column = thread % groups * 8;
     float sum[8] = {};
     if (granule < GRANULES) {
+        const int own = granule * GRANULE, stride = e.heads * dk;
+        const T* const from = k + row.key_at(first + own) * dk + column;
 #pragma unroll
         for (int i = 0; i < GRANULE; i++) {
-            const int t = granule * GRANULE + i;
             float x[8] = {};
-            if (t < len) load8(k + row.key_at(first + t) * dk + column, x);
-            const float by = p.qk_l2norm && t < len ? factor[t] : 1.0f;
+            if (own + i < len) load8(from + i * stride, x);
+            const float by = p.qk_l2norm && own + i < len ? factor[own + i] : 1.0f;
 #pragma unroll
             for (int c = 0; c < 8; c++) sum[c] += by * x[c];
         }
@@ -95,6 +96,7 @@ DEVICE void route_sums(const RouteSumsParams& p) {
     __syncthreads();
     if (granule < GRANULES) {
         float before[8] = {};
+#pragma unroll 1
         for (int g = 0; g < granule; g++) {
             float x[8];
             load_f32x8(sums + g * dk + column, x);
@@ -160,12 +162,13 @@ DEVICE void key_sums(const RouteParams& p, const Row& row, const int* starts, in
                      float* partial, Take take) {
     constexpr int C = T::CHUNK, GRANULES = C / GRANULE;
     const Extents& e = p.extents;
-    const int dk = e.dk, shift = width == 128 ? 4 : 3;
+    // A thread has the same eight columns of every (THREADS / groups)-th row.
+    const int dk = e.dk, groups = width / 8, group = threadIdx.x % groups, column = from + group * 8;
     const T* const k = static_cast<const T*>(p.k);
     const int64_t place = first_chunk(row, C);
     // From its chunk's first token to every bound.
-    for (int i = threadIdx.x; i < (count + 1) << shift; i += THREADS) {
-        const int start = starts[i >> shift], column = from + (i & ((1 << shift) - 1)) * 8;
+    for (int j = threadIdx.x / groups; j <= count; j += THREADS / groups) {
+        const int start = starts[j];
         float x[8] = {};
         if (start > 0 && column < dk) {
             const int chunk = start / C, offset = start % C, granule = (offset + GRANULE / 2) / GRANULE;
@@ -180,12 +183,14 @@ DEVICE void key_sums(const RouteParams& p, const Row& row, const int* starts, in
             Eight<T> key[GRANULE / 2];
             float by[GRANULE / 2];
             const int64_t at = row.key_at(low);
+            const T* const keys = k + at * dk + column;
+            const int stride = e.heads * dk;
 #pragma unroll
             for (int r = 0; r < GRANULE / 2; r++) {
                 const bool live = low + r < high && low + r < row.len;
                 key[r] = {};
                 by[r] = beyond ? -1.0f : 1.0f;
-                if (live) key[r] = *reinterpret_cast<const Eight<T>*>(k + (at + r * e.heads) * dk + column);
+                if (live) key[r] = *reinterpret_cast<const Eight<T>*>(keys + r * stride);
                 if (live && p.qk_l2norm) by[r] *= p.key_factors[at + r * e.heads];
             }
 #pragma unroll
@@ -196,17 +201,16 @@ DEVICE void key_sums(const RouteParams& p, const Row& row, const int* starts, in
                 for (int c = 0; c < 8; c++) x[c] += by[r] * of_key[c];
             }
         }
-        store_f32x8(partial + i * 8, x);
+        store_f32x8(partial + j * width + group * 8, x);
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < rows << shift; i += THREADS) {
-        const int j = i >> shift, group = i & ((1 << shift) - 1), column = from + group * 8;
+    for (int j = threadIdx.x / groups; j < rows; j += THREADS / groups) {
         float x[8] = {};
         if (j < count && column < dk) {
             const int start = starts[j], end = starts[j + 1];
             float less[8];
-            load_f32x8(partial + i * 8, less);
-            load_f32x8(partial + i * 8 + width, x);
+            load_f32x8(partial + j * width + group * 8, less);
+            load_f32x8(partial + (j + 1) * width + group * 8, x);
 #pragma unroll
             for (int c = 0; c < 8; c++) x[c] -= less[c];
             const int chunk = start > 0 ? start / C : 0, last = end > 0 ? end / C : 0;
@@ -276,7 +280,7 @@ DEVICE void route(const RouteParams& p) {
     const Extents& e = p.extents;
     const int dk = e.dk, capacity = e.capacity, slots = padded(capacity), pitch = slots + C + 1, sums_pitch = slots + 1;
     // Columns of dk at a time: as many as leave room for three blocks of a usual size, and for one of any.
-    const int width = dk > 64 && capacity <= 32 ? 128 : 64, shift = width == 128 ? 4 : 3;
+    const int width = dk > 64 && capacity <= 32 ? 128 : 64, groups = width / 8;
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
     const int64_t place = blockIdx.x / e.value_heads;
     const Row row = row_of(e, sequence_of_chunk(e, place, C), blockIdx.x % e.value_heads);
@@ -294,50 +298,75 @@ DEVICE void route(const RouteParams& p) {
     const T* const q = static_cast<const T*>(p.q);
     const T* const k = static_cast<const T*>(p.k);
     const int64_t chunk = place * e.value_heads + row.head;
-    const int m = p.chunk_len[chunk];
+
+    constexpr int BEGINS = MOST_SLOTS + 1;
 
     // Items are the slots held at the chunk's entry, columns 0..m, and its tokens, from column `slots` on.
     Carve carve{dynamic_shared()};
+    uint8_t* const events = carve.take<uint8_t>(C);
     uint8_t* const merges = carve.take<uint8_t>(C);                      // older slot of the pair that token t merges, or 255
     uint8_t* const held = carve.take<uint8_t>(C);                        // slots held after token t
     uint8_t* const until = carve.take<uint8_t>(MOST_SLOTS + C);          // item starts a slot up to this token, exclusive
-    uint8_t* const begins = carve.take<uint8_t>(C * sums_pitch);         // item at which a slot starts, at token t
+    uint8_t* const begins = carve.take<uint8_t>(C * BEGINS);             // item at which a slot starts, at token t
     int* const starts = carve.take<int>(MOST_SLOTS + 1);                 // where the slots held at the entry start
     int* const exits = carve.take<int>(MOST_SLOTS + 1);                  // and those after the chunk
-    int64_t* const before = carve.take<int64_t>(slots + C + 1);          // tokens from token 0 on to an item
+    int64_t* const before = carve.take<int64_t>(MOST_SLOTS + C + 1);     // tokens from token 0 on to an item
     float* const q_factor = carve.take<float>(C);
     float* const k_factor = carve.take<float>(C);
-    // The operands; after the products, the scores and their sums by slot.
+    // The operands; after the products, the scores and their sums by slot. Scores of several slices stand apart.
+    const bool once = dk <= width;
+    float* const apart = once ? nullptr : carve.take<float>(C * pitch);
     Carve other = carve;
     const Tile<PARTS> queries = carve.tile<PARTS>(C, width), keys = carve.tile<PARTS>(C, width);
     const Tile<2> bank = carve.tile<2>(slots, width);
     float* const partial = carve.take<float>((capacity + 1) * width);
-    float* const scores = other.take<float>(C * pitch);
+    float* const scores = once ? other.take<float>(C * pitch) : apart;
     float* const sums = other.take<float>(C * sums_pitch);
     carve.check(), other.check();
 
+    const auto load_operands = [&](int column) {
+        const int group = thread % groups, stride = e.heads * dk;
+        const bool inside = column + group * 8 < dk;
+        const int64_t from = row.key_at(first) * dk + column + group * 8;
+#pragma unroll 2
+        for (int t = thread / groups; t < C; t += THREADS / groups) {
+            const bool live = t < len && inside;
+            float squares = copy8(queries, t, group * 8, live ? q + from + t * stride : nullptr, p.qk_l2norm);
+            copy8(keys, t, group * 8, live ? k + from + t * stride : nullptr, false);
+            if (p.qk_l2norm) {
+                for (int by = groups / 2; by > 0; by /= 2) squares += __shfl_xor_sync(ALL, squares, by);
+                if (column > 0) squares += q_factor[t];
+                if (group == 0) q_factor[t] = column + width < dk ? squares : 1.0f / sqrtf(squares + L2NORM_EPS);
+            }
+        }
+    };
+    // All that memory has to bring before the first barrier is asked for at once.
+    int event = EXTEND, start = 0;
+    float factor = 1;
+    if (thread < len) event = p.events[row.at(first + thread)];
+    if (thread < len && p.qk_l2norm) factor = p.key_factors[row.key_at(first + thread)];
+    if (thread < capacity) start = p.chunk_starts[chunk * capacity + thread];
+    const int m = p.chunk_len[chunk];
+    load_operands(0);
     if (thread < C) {
-        int event = EXTEND;
-        if (thread < len) event = p.events[row.at(first + thread)];
+        events[thread] = event;
         merges[thread] = event >= MERGE ? event - MERGE : 255;
-        // Until the replay, what is no merge.
-        held[thread] = event;
-        q_factor[thread] = 0;
-        k_factor[thread] = p.qk_l2norm && thread < len ? p.key_factors[row.key_at(first + thread)] : 1.0f;
+        k_factor[thread] = factor;
     }
-    for (int j = thread; j <= m; j += THREADS) starts[j] = j < m ? p.chunk_starts[chunk * capacity + j] : static_cast<int>(first);
+    if (thread < m) starts[thread] = start;
+    if (thread == m) starts[m] = static_cast<int>(first);
     __syncthreads();
 
     // One thread an item: until which token it starts a slot.
-    const bool opens_low = lane < len && held[lane] == OPEN;
-    const bool opens_high = C > 32 && lane + 32 < len && held[(lane + 32) % C] == OPEN;
+    const bool opens_low = lane < len && events[lane] == OPEN;
+    const bool opens_high = C > 32 && lane + 32 < len && events[(lane + 32) % C] == OPEN;
     const uint32_t low = __ballot_sync(ALL, opens_low), high = __ballot_sync(ALL, opens_high);
     const uint64_t opens = static_cast<uint64_t>(high) << 32 | low;
     const auto held_after = [&](int t) { return m + __popcll(opens & ((uint64_t(2) << t) - 1)); };
     const int token = thread - MOST_SLOTS;
     int at = -1, from = 0, ends = 0;
     if (thread < m) at = thread;
-    if (token >= 0 && token < len && held[token] != EXTEND) at = held_after(token) - 1, from = token + 1;
+    if (token >= 0 && token < len && events[token] != EXTEND) at = held_after(token) - 1, from = token + 1;
     if (thread < MOST_SLOTS + C) {
         if (at >= 0) ends = C;
         for (int t = from / 8 * 8; t < len && at >= 0; t += 8) {
@@ -365,32 +394,22 @@ DEVICE void route(const RouteParams& p) {
         }
         before[item] = tokens;
     }
-    __syncthreads();
     if (thread < len) held[thread] = held_after(thread);
 
     // Q [K_j | K]^T. A warp has 16 tokens and every SPLIT-th of the blocks of 16 columns, but none after its tokens.
     constexpr int ROWS = C / 16, SPLIT = WARPS / ROWS, MINE = (MOST_SLOTS / 16 + ROWS + SPLIT - 1) / SPLIT;
     const int tokens_of = warp % ROWS, share = warp / ROWS, slot_blocks = slots / 16;
-    float c[MINE][2][4];
-#pragma unroll
-    for (int i = 0; i < MINE; i++) clear(c[i]);
     for (int column = 0; column < dk; column += width) {
-        if (column > 0) __syncthreads();
-#pragma unroll 4
-        for (int i = thread; i < C << shift; i += THREADS) {
-            const int t = i >> shift, group = i & ((1 << shift) - 1);
-            const bool live = t < len && column + group * 8 < dk;
-            const int64_t from = row.key_at(first + t) * dk + column + group * 8;
-            float squares = copy8(queries, t, group * 8, live ? q + from : nullptr, p.qk_l2norm);
-            copy8(keys, t, group * 8, live ? k + from : nullptr, false);
-            if (p.qk_l2norm) {
-                for (int by = 1 << shift >> 1; by > 0; by /= 2) squares += __shfl_xor_sync(ALL, squares, by);
-                if (group == 0) q_factor[t] += squares;
-            }
+        if (column > 0) {
+            __syncthreads();
+            load_operands(column);
         }
         key_sums<T>(p, row, starts, m, slots, column, width, partial,
                     [&](int j, int group, const float (&x)[8]) { put8(bank, j, group * 8, x); });
         __syncthreads();
+        float c[MINE][2][4];
+#pragma unroll
+        for (int i = 0; i < MINE; i++) clear(c[i]);
         const int inner = padded(dk) - column < width ? padded(dk) - column : width;
         for (int from = 0; from < inner; from += 16) {
             uint32_t a[PARTS][4];
@@ -409,19 +428,24 @@ DEVICE void route(const RouteParams& p) {
                 }
             }
         }
-    }
-    __syncthreads();
+        // The last slice's scores are the scores; those before add up in shared memory, every element by its thread.
+        if (once) __syncthreads();
+        const bool last = column + width >= dk;
 #pragma unroll
-    for (int i = 0; i < MINE; i++) {
-        const int block = share + i * SPLIT;
-        if (block - slot_blocks > tokens_of) continue;
-        each_pair(c[i], [&](int r, int n, float x0, float x1) {
-            const int t = tokens_of * 16 + r, s = block * 16 + n - slots;
-            const float by = p.qk_l2norm ? 1.0f / sqrtf(q_factor[t] + L2NORM_EPS) : 1.0f;
-            float* to = scores + t * pitch + block * 16 + n;
-            to[0] = x0 * by * (s < 0 ? 1.0f : k_factor[s]);
-            to[1] = x1 * by * (s < 0 ? 1.0f : k_factor[s + 1]);
-        });
+        for (int i = 0; i < MINE; i++) {
+            const int block = share + i * SPLIT;
+            if (block - slot_blocks > tokens_of) continue;
+            each_pair(c[i], [&](int r, int n, float x0, float x1) {
+                const int t = tokens_of * 16 + r, s = block * 16 + n - slots;
+                float* to = scores + t * pitch + block * 16 + n;
+                if (column > 0) x0 += to[0], x1 += to[1];
+                if (last && p.qk_l2norm) {
+                    x0 *= q_factor[t] * (s < 0 ? 1.0f : k_factor[s]);
+                    x1 *= q_factor[t] * (s < 0 ? 1.0f : k_factor[s + 1]);
+                }
+                to[0] = x0, to[1] = x1;
+            });
+        }
     }
     __syncthreads();
 
@@ -433,7 +457,7 @@ DEVICE void route(const RouteParams& p) {
         const int last = t < len ? slots + t : -1, end = from + each < last + 1 ? from + each : last + 1;
         const float* const score = scores + t * pitch;
         float* const sum_of = sums + t * sums_pitch;
-        uint8_t* const begin_of = begins + t * sums_pitch;
+        uint8_t* const begin_of = begins + t * BEGINS;
         // Bits 7, 15, 23, 31: which of four items start a slot. Bytes are at most C, so none borrows.
         const auto starting = [&](int item) {
             const uint32_t four = *reinterpret_cast<const uint32_t*>(until + item);
@@ -482,7 +506,7 @@ DEVICE void route(const RouteParams& p) {
     for (int t = warp; t < len; t += WARPS) {
         const int now = held[t];
         const int64_t at = row.at(first + t);
-        const uint8_t* const begin_of = begins + t * sums_pitch;
+        const uint8_t* const begin_of = begins + t * BEGINS;
         for (int column = lane; column < capacity; column += 32) {
             float weight = 0;
             if (column < now) {
@@ -501,7 +525,7 @@ DEVICE void route(const RouteParams& p) {
     if (first + C >= row.len) {
         const int now = held[len - 1];
         for (int i = thread; i <= now; i += THREADS) {
-            const int item = begins[(len - 1) * sums_pitch + i];
+            const int item = begins[(len - 1) * BEGINS + i];
             exits[i] = item < slots ? starts[item] : static_cast<int>(first) + item - slots;
         }
         final_keys<T>(p, row, exits, now, width, partial);
@@ -511,16 +535,24 @@ DEVICE void route(const RouteParams& p) {
 }  // namespace
 }  // namespace dla
 
+// Blocks of route that a multiprocessor's shared memory holds at a usual size: of 228 KiB three, else two. Two planes
+// want more registers than a third block leaves.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10)
+#define ROUTE_BLOCKS 3
+#else
+#define ROUTE_BLOCKS 2
+#endif
+
 #define ROUTE(name, Params, function, blocks, T)                                        \
     KERNEL BLOCKS_OF(dla::THREADS, blocks) name(const __grid_constant__ dla::Params p) { \
         dla::function<dla::T>(p);                                                       \
     }
-ROUTE(route_sums_bf16, RouteSumsParams, route_sums, 4, Bf16)
-ROUTE(route_sums_f16, RouteSumsParams, route_sums, 4, F16)
-ROUTE(route_sums_f32, RouteSumsParams, route_sums, 4, F32)
-ROUTE(route_bases_bf16, RouteSumsParams, route_bases, 4, Bf16)
-ROUTE(route_bases_f16, RouteSumsParams, route_bases, 4, F16)
-ROUTE(route_bases_f32, RouteSumsParams, route_bases, 4, F32)
-ROUTE(route_bf16, RouteParams, route, 3, Bf16)
+ROUTE(route_sums_bf16, RouteSumsParams, route_sums, 3, Bf16)
+ROUTE(route_sums_f16, RouteSumsParams, route_sums, 3, F16)
+ROUTE(route_sums_f32, RouteSumsParams, route_sums, 3, F32)
+ROUTE(route_bases_bf16, RouteSumsParams, route_bases, 3, Bf16)
+ROUTE(route_bases_f16, RouteSumsParams, route_bases, 3, F16)
+ROUTE(route_bases_f32, RouteSumsParams, route_bases, 3, F32)
+ROUTE(route_bf16, RouteParams, route, ROUTE_BLOCKS, Bf16)
 ROUTE(route_f16, RouteParams, route, 2, F16)
 ROUTE(route_f32, RouteParams, route, 2, F32)

@@ -287,14 +287,16 @@ impl Geometry {
         let chunk = self.chunk();
         let slots = self.capacity.next_multiple_of(16);
         let width = if self.dk > 64 && self.capacity <= 32 { 128 } else { 64 };
-        let items = 2 * chunk + 64 + chunk + (chunk * (slots + 1)).next_multiple_of(16);
+        let items = 3 * chunk + 64 + chunk + (chunk * 65).next_multiple_of(16);
         let bounds = 2 * (65usize * 4).next_multiple_of(16);
-        let counts = ((slots + chunk + 1) * 8).next_multiple_of(16) + 2 * chunk * 4;
+        let counts = ((64 + chunk + 1) * 8).next_multiple_of(16) + 2 * chunk * 4;
         let operands = 2 * Self::tile(self.parts, chunk, width)
             + Self::tile(2, slots, width)
             + (self.capacity + 1) * width * 4;
-        let scores = chunk * (slots + chunk + 1) * 4 + chunk * (slots + 1) * 4;
-        items + bounds + counts + operands.max(scores)
+        let scores = chunk * (slots + chunk + 1) * 4;
+        let sums = chunk * (slots + 1) * 4;
+        let rest = if self.dk <= width { operands.max(scores + sums) } else { scores + operands.max(sums) };
+        items + bounds + counts + rest.next_multiple_of(16)
     }
 
     /// Shared memory of `scan_*`.
