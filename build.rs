@@ -55,11 +55,12 @@ fn run() -> Result<(), String> {
     ] {
         println!("cargo::rerun-if-env-changed={name}");
     }
-    for path in ["build.rs", "build", "kernels"] {
+    for path in ["build.rs", "build", "kernels", "src/cuda"] {
         println!("cargo::rerun-if-changed={path}");
     }
     let root = PathBuf::from(variable("CARGO_MANIFEST_DIR")?);
     let out = PathBuf::from(variable("OUT_DIR")?);
+    println!("cargo::rustc-env=DLA_CUDA_SOURCE_HASH={:016x}", source_hash(&root)?);
     let sources = sources(&root.join("kernels"))?;
     let fatbins = if env::var_os("DOCS_RS").is_some() {
         Vec::new()
@@ -102,6 +103,31 @@ fn hash(bytes: impl IntoIterator<Item = u8>) -> u64 {
     bytes
         .into_iter()
         .fold(0xcbf2_9ce4_8422_2325, |hash, byte| (hash ^ u64::from(byte)).wrapping_mul(0x100_0000_01b3))
+}
+
+/// Hash of every file of `kernels/` and `src/cuda/`: their paths and bytes, in the order of their paths.
+fn source_hash(root: &Path) -> Result<u64, String> {
+    let wrong = |path: &Path, error: std::io::Error| format!("{}: {error}", path.display());
+    let mut folders = vec![root.join("kernels"), root.join("src/cuda")];
+    let mut files = Vec::new();
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).map_err(|error| wrong(&folder, error))? {
+            let path = entry.map_err(|error| wrong(&folder, error))?.path();
+            if path.is_dir() {
+                folders.push(path);
+            } else {
+                let name = path.strip_prefix(root).unwrap_or(&path).to_string_lossy().replace('\\', "/");
+                files.push((name, path));
+            }
+        }
+    }
+    files.sort();
+    let mut bytes = Vec::new();
+    for (name, path) in files {
+        bytes.extend(name.into_bytes());
+        bytes.extend(fs::read(&path).map_err(|error| wrong(&path, error))?);
+    }
+    Ok(hash(bytes))
 }
 
 /// Every `.cu` in `folder`, in order.

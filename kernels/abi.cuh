@@ -20,7 +20,13 @@ struct Extents {
     int32_t newest_first;       // columns of lambda and logits: 0 = oldest slot first, 1 = newest
 };
 
-// k, v, g -> drift, events; n, J and R of the cache. Grid N x HV.
+// Threads of a block of segment_gram and of segment, and bytes of a row's record between windows.
+constexpr int SEGMENT_THREADS = 128;
+constexpr int SEGMENT_STATE_BYTES = 1608;
+
+// k, v, g -> drift, events; n, J and R of the cache; the slots at every chunk's entry. segment_gram, grid
+// (B T / C + N) x HV x C / 32, then segment, grid N x HV. Both take tokens from..to of every sequence: windows
+// come in order, the workspace stays. What "row's end" marks is written by the window in which the row ends.
 struct SegmentParams {
     Extents extents;
     const void* k;                  // [B,T,H,dk]
@@ -34,10 +40,25 @@ struct SegmentParams {
     const float* initial_open;      // [N,HV,dk,dv]
     float* drift;                   // [B,T,HV] out
     uint8_t* events;                // [B,T,HV] out
-    uint32_t* len;                  // [N,HV] out
-    uint32_t* tokens;               // [N,HV,M] out, unused slots 0
-    uint32_t* summed_drift;         // [N,HV,M] out, unused slots 0
-    float* open;                    // [N,HV,dk,dv] out; R lives here while the kernel runs. Not initial_open
+    uint32_t* len;                  // [N,HV] out, row's end
+    uint32_t* tokens;               // [N,HV,M] out, row's end, unused slots 0
+    uint32_t* summed_drift;         // [N,HV,M] out, row's end, unused slots 0
+    float* open;                    // [N,HV,dk,dv] out, row's end; R lives here meanwhile. Not initial_open
+    uint32_t* chunk_len;            // [B T / C + N, HV] out: slots held at a chunk's entry
+    int32_t* chunk_starts;          // [B T / C + N, HV, M] out, the slots held, oldest first: the token at which the
+                                    //   slot starts, or j - m for one that starts with slot j of m initial ones
+    uint8_t* chunk_place;           // [B T / C + N, HV, M] out, the slots held: where the slot lies. Initial slot j: j; a
+                                    //   merge leaves the older's and frees the other's for the slot that opens
+    float* chunk_log;               // [B T / C + N, HV, M] out, by place: sum of g over the chunks since the one in which
+                                    //   the slot was last extended, merged or opened
+    float* walks;                   // [B T / C + N, HV, C / 32, 32, 32] workspace, and all below
+    uint32_t* reach;                // [B T / C + N, HV, C]
+    float* energy;                  // [B T / C + N, HV, C]
+    float* factor;                  // [B T / C + N, HV, C]
+    double* totals;                 // [B T / C + N, HV, C / 32]
+    uint8_t* next;                  // [B T / C + N, HV, C]
+    void* state;                    // [N,HV] records of SEGMENT_STATE_BYTES, 8-byte aligned
+    int64_t from, to;               // the window, multiples of 64; to may exceed every length
     int32_t mass;                   // merge cost: 0 density, 1 mass
     int32_t qk_l2norm;              // 1: keys of unit norm
 };
@@ -70,15 +91,15 @@ struct RouteSumsParams {
     int32_t reserved;
 };
 
-// q, k, events, slots, sums of keys -> lambda and the final cache's key sums. Grid as prepare.
+// q, k, events, slots, sums of keys -> lambda and, in a row's last window, the final cache's key sums. Grid:
+// (cu_seqlens ? B T / C + N : N x chunks of the window, at least one) x HV.
 struct RouteParams {
     Extents extents;
     const void* q;                  // [B,T,H,dk]
     const void* k;                  // [B,T,H,dk]
     const uint8_t* events;          // [B,T,HV]
-    const uint32_t* chunk_len;      // [B T / C + N, HV]: slots held at a chunk's entry
-    const int32_t* chunk_starts;    // [B T / C + N, HV, M]: the token at which each starts, oldest first, or j - m0 for
-                                    //   one that starts with slot j of m0 initial ones
+    const uint32_t* chunk_len;      // as segment leaves them
+    const int32_t* chunk_starts;
     const float* sums;              // as route_sums and route_bases leave them
     const double* bases;
     const float* key_factors;       // or null without qk_l2norm
@@ -90,6 +111,7 @@ struct RouteParams {
     const float* logits;            // [B,T,HV,logit_columns], or null: 0
     float* lambda;                  // [B,T,HV,M] out, columns without a slot 0
     float* keys;                    // [N,HV,M,dk] out, unused slots 0
+    int64_t from, to;               // window of every sequence, multiples of C; to may exceed every length
     int32_t logit_columns;          // M or more
     int32_t qk_l2norm;
 };
@@ -118,14 +140,80 @@ struct ScanParams {
     int32_t reserved;
 };
 
+// An exit slot that is not an entry slot as it was: which of the chunk's tokens (bit t) and of the entry slots end in it.
+struct alignas(16) Change {
+    uint64_t tokens;
+    uint8_t place, entries_from, entries_to, reserved[5];
+};
+
+// What a chunk of the scan on Hopper does to its slots. Slots stand in places (SegmentParams) and stay there.
+struct ChunkPlan {
+    Change changed[64];       // oldest first; so those without entry slots come last
+    float factor[64];         // decay of entry slot j until the chunk's end
+    float value_factor[64];   // of token s until the chunk's end, times its key's norm factor
+    uint8_t entry_place[64];  // of entry slot j
+    uint32_t changes;         // entries of `changed`
+    uint32_t reserved[3];
+    // From here on for a row's last chunk alone.
+    uint32_t exit_len;        // slots held after the chunk
+    uint32_t reserved_too[3];
+    float exit_factor[64];    // decay of exit slot i until the chunk's end
+    uint8_t exit_place[64];   // of exit slot i
+};
+
+// q, k, g, events, lambda -> what the scan on Hopper takes of a chunk. Grid: (cu_seqlens ? B T / C + N : N x chunks of
+// the window) x HV.
+struct PrepareSm90Params {
+    Extents extents;
+    const void* q;                // [B,T,H,dk]
+    const void* k;                // [B,T,H,dk]
+    const float* g;               // [B,T,HV], or null: 0
+    const uint8_t* events;        // [B,T,HV]
+    const float* lambda;          // [B,T,HV,lambda_columns]
+    const uint32_t* chunk_len;    // as segment leaves them
+    const uint8_t* chunk_place;
+    const float* chunk_log;
+    uint32_t* pairs;              // [B T / C + N, HV, 10, 32, 4] bf16 pairs out: P . Lambda, lower blocks, as left operands
+    float* weights;               // [B T / C + N, HV, 4, slots / 4, 2, 8, 4] out: by warp, place / 4, half, row, place % 4
+    ChunkPlan* plans;             // [B T / C + N, HV] out
+    int64_t from, to;             // window of every sequence, multiples of C
+    int32_t lambda_columns;       // M or more
+    int32_t slots;                // places that have weights, a multiple of 4
+    float scale;
+    int32_t qk_l2norm;
+};
+
+// Everything -> o and the states of the cache, on Hopper. Grid N x HV x dv / columns of a block.
+struct ScanSm90Params {
+    Extents extents;
+    const void* q;                  // [B,T,H,dk]
+    const void* k;                  // [B,T,H,dk]
+    const void* v;                  // [B,T,HV,dv]
+    const uint32_t* pairs;          // as prepare_sm90 leaves them
+    const float* weights;
+    const ChunkPlan* plans;
+    const uint32_t* initial_len;    // [N,HV], or null: no initial cache
+    const float* initial_states;    // [N,HV,M,dk,dv]
+    unsigned char* banks;           // what a block holds between windows, as it stands in shared memory; or null: one window
+    void* o;                        // [B,T,HV,dv] out
+    float* states;                  // [N,HV,M,dk,dv] out where the row ends, unused slots 0; or null: not wanted
+    int64_t from, to;               // window of every sequence, multiples of C; in order
+};
+
+static_assert(sizeof(ChunkPlan) == 1952 && offsetof(ChunkPlan, entry_place) == 1536 && offsetof(ChunkPlan, exit_len) == 1616);
+static_assert(sizeof(PrepareSm90Params) == 168 && offsetof(PrepareSm90Params, pairs) == 112 &&
+              offsetof(PrepareSm90Params, lambda_columns) == 152);
+static_assert(sizeof(ScanSm90Params) == 152 && offsetof(ScanSm90Params, initial_len) == 96 &&
+              offsetof(ScanSm90Params, from) == 136);
 static_assert(sizeof(Extents) == 48 && offsetof(Extents, heads) == 24 && offsetof(Extents, newest_first) == 44);
-static_assert(sizeof(SegmentParams) == 176 && offsetof(SegmentParams, k) == 48 && offsetof(SegmentParams, drift) == 120 &&
-              offsetof(SegmentParams, open) == 160 && offsetof(SegmentParams, qk_l2norm) == 172);
+static_assert(sizeof(SegmentParams) == 280 && offsetof(SegmentParams, k) == 48 && offsetof(SegmentParams, drift) == 120 &&
+              offsetof(SegmentParams, open) == 160 && offsetof(SegmentParams, walks) == 200 &&
+              offsetof(SegmentParams, from) == 256 && offsetof(SegmentParams, qk_l2norm) == 276);
 static_assert(sizeof(PrepareParams) == 120 && offsetof(PrepareParams, p) == 80 && offsetof(PrepareParams, scale) == 112);
 static_assert(sizeof(RouteSumsParams) == 88 && offsetof(RouteSumsParams, sums) == 56 &&
               offsetof(RouteSumsParams, qk_l2norm) == 80);
-static_assert(sizeof(RouteParams) == 184 && offsetof(RouteParams, sums) == 88 && offsetof(RouteParams, slope) == 136 &&
-              offsetof(RouteParams, logit_columns) == 176);
+static_assert(sizeof(RouteParams) == 200 && offsetof(RouteParams, sums) == 88 && offsetof(RouteParams, slope) == 136 &&
+              offsetof(RouteParams, logit_columns) == 192);
 static_assert(sizeof(ScanParams) == 184 && offsetof(ScanParams, p) == 96 && offsetof(ScanParams, bank) == 144 &&
               offsetof(ScanParams, lambda_columns) == 168);
 

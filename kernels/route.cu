@@ -8,7 +8,7 @@
 //
 // route_sums: one block per chunk and KEY head. Sums of the chunk's keys up to tokens 8, 16, ... of it, f32.
 // route_bases: one block per sequence, key head and 8 columns. Sums of all keys before every chunk, f64.
-// route: one block per chunk and value head (grid.x as prepare). For every slot held at the chunk's entry the key sum:
+// route: one block per chunk and value head. For every slot held at the chunk's entry the key sum:
 // the nearest of route_sums' rows and at most 4 keys on either side of it, and the difference of two bases
 // where a slot reaches over chunks. Then Q [K_j | K]^T by mma; then every token's row of scores folds into slots, a
 // token's items cut into four (eight) runs; then the weights, a warp a row. The last chunk's block also
@@ -240,26 +240,6 @@ DEVICE void key_sums(const RouteParams& p, const Row& row, const int* starts, in
     }
 }
 
-// Eight columns of a row as they are, zeros for null; returns their squares' sum where `squares`.
-template <int PARTS, typename T>
-DEVICE float copy8(const Tile<PARTS>& tile, int row, int column, const T* from, bool squares) {
-    float x[8] = {}, sum = 0;
-    if constexpr (PARTS == 1) {
-        uint4 raw = make_uint4(0, 0, 0, 0);
-        if (from) raw = *reinterpret_cast<const uint4*>(from);
-        *reinterpret_cast<uint4*>(tile.data + row * tile.stride + column) = raw;
-        if (squares && from) load8(from, x);
-    } else {
-        if (from) load8(from, x);
-        put8(tile, row, column, x);
-    }
-    if (squares) {
-#pragma unroll
-        for (int i = 0; i < 8; i++) sum += x[i] * x[i];
-    }
-    return sum;
-}
-
 // The final cache's key sums of the slots that begin at `starts`, the rest zeros. By the block.
 template <typename T>
 DEVICE void final_keys(const RouteParams& p, const Row& row, const int* starts, int count, int width, float* partial) {
@@ -282,9 +262,20 @@ DEVICE void route(const RouteParams& p) {
     // Columns of dk at a time: as many as leave room for three blocks of a usual size, and for one of any.
     const int width = dk > 64 && capacity <= 32 ? 128 : 64, groups = width / 8;
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
-    const int64_t place = blockIdx.x / e.value_heads;
-    const Row row = row_of(e, sequence_of_chunk(e, place, C), blockIdx.x % e.value_heads);
-    const int64_t first = (place - first_chunk(row, C)) * C;
+    // As prepare's grid, or the window's chunks alone.
+    const int head = blockIdx.x % e.value_heads;
+    int64_t sequence = blockIdx.x / e.value_heads, place = sequence, first = 0;
+    if (e.cu_seqlens) {
+        sequence = sequence_of_chunk(e, place, C);
+    } else {
+        const int64_t end = p.to < e.time ? p.to : e.time, chunks = end > p.from ? (end - p.from + C - 1) / C : 1;
+        first = p.from + sequence % chunks * C;
+        sequence /= chunks;
+    }
+    const Row row = row_of(e, sequence, head);
+    if (e.cu_seqlens) first = (place - first_chunk(row, C)) * C;
+    else place = first_chunk(row, C) + first / C;
+    if (first < p.from || first >= p.to) return;
     if (first >= row.len) {
         // A row without tokens keeps its cache.
         if (row.len == 0 && first == 0) {
@@ -327,18 +318,42 @@ DEVICE void route(const RouteParams& p) {
     const auto load_operands = [&](int column) {
         const int group = thread % groups, stride = e.heads * dk;
         const bool inside = column + group * 8 < dk;
-        const int64_t from = row.key_at(first) * dk + column + group * 8;
+        const int64_t from = row.key_at(first) * dk + (inside ? column + group * 8 : 0);
 #pragma unroll 2
         for (int t = thread / groups; t < C; t += THREADS / groups) {
             const bool live = t < len && inside;
-            float squares = copy8(queries, t, group * 8, live ? q + from + t * stride : nullptr, p.qk_l2norm);
-            copy8(keys, t, group * 8, live ? k + from + t * stride : nullptr, false);
-            if (p.qk_l2norm) {
+            const int64_t at = from + (t < len ? t * stride : 0);
+            if constexpr (PARTS == 1) {
+                copy_async_16(queries.data + t * queries.stride + group * 8, q + at, live);
+                copy_async_16(keys.data + t * keys.stride + group * 8, k + at, live);
+            } else {
+                float x[8] = {}, squares = 0;
+                if (live) load8(q + at, x);
+                put8(queries, t, group * 8, x);
+                float y[8] = {};
+                if (live) load8(k + at, y);
+                put8(keys, t, group * 8, y);
+                if (!p.qk_l2norm) continue;
+#pragma unroll
+                for (int i = 0; i < 8; i++) squares += x[i] * x[i];
                 for (int by = groups / 2; by > 0; by /= 2) squares += __shfl_xor_sync(ALL, squares, by);
                 if (column > 0) squares += q_factor[t];
                 if (group == 0) q_factor[t] = column + width < dk ? squares : 1.0f / sqrtf(squares + L2NORM_EPS);
             }
         }
+    };
+    // The same of queries that lie in shared memory as they are. By the block; ends with a barrier.
+    const auto norms = [&](int column) {
+        for (int t = warp; t < C; t += WARPS) {
+            float squares = 0;
+            for (int i = 2 * lane; i < width; i += 64) {
+                const uint32_t pair = *reinterpret_cast<const uint32_t*>(queries.data + t * queries.stride + i);
+                squares += low_bf16(pair) * low_bf16(pair) + high_bf16(pair) * high_bf16(pair);
+            }
+            squares = warp_sum(squares) + (column > 0 ? q_factor[t] : 0.0f);
+            if (lane == 0) q_factor[t] = column + width < dk ? squares : 1.0f / sqrtf(squares + L2NORM_EPS);
+        }
+        __syncthreads();
     };
     // All that memory has to bring before the first barrier is asked for at once.
     int event = EXTEND, start = 0;
@@ -406,7 +421,11 @@ DEVICE void route(const RouteParams& p) {
         }
         key_sums<T>(p, row, starts, m, slots, column, width, partial,
                     [&](int j, int group, const float (&x)[8]) { put8(bank, j, group * 8, x); });
+        if constexpr (PARTS == 1) copies_wait();
         __syncthreads();
+        if constexpr (PARTS == 1) {
+            if (p.qk_l2norm) norms(column);
+        }
         float c[MINE][2][4];
 #pragma unroll
         for (int i = 0; i < MINE; i++) clear(c[i]);
@@ -537,7 +556,7 @@ DEVICE void route(const RouteParams& p) {
 
 // Blocks of route that a multiprocessor's shared memory holds at a usual size: of 228 KiB three, else two. Two planes
 // want more registers than a third block leaves.
-#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 900 || __CUDA_ARCH__ / 100 == 10)
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
 #define ROUTE_BLOCKS 3
 #else
 #define ROUTE_BLOCKS 2

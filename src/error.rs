@@ -90,9 +90,141 @@ pub enum Error {
         /// Slots held before the token.
         slots: usize,
     },
-    /// The engine asked for is not there.
-    #[error("device: {0}")]
-    Device(String),
+    /// This build holds no GPU kernels: there was no nvcc.
+    #[error(
+        "device: this build has no GPU kernels: build with DLA_NVCC=pip (or an nvcc of CUDA 12.8 or later on PATH), or use the cpu engine"
+    )]
+    NoKernels,
+    /// There is no CUDA driver on this machine.
+    #[error(
+        "device: no NVIDIA driver found (libcuda): install one of CUDA 12.8 or later, or use the cpu engine"
+    )]
+    NoDriver,
+    /// The CUDA driver does not know what is asked of it.
+    #[error(
+        "device: the NVIDIA driver knows CUDA {given}, expected {expected} or later: update it, or use the cpu engine"
+    )]
+    OldDriver {
+        /// Least version.
+        expected: String,
+        /// Version that the driver knows.
+        given: String,
+    },
+    /// There is no GPU of that ordinal.
+    #[error("device: expected the ordinal of one of {count} GPUs, counted from 0, got {given}")]
+    NoDevice {
+        /// GPUs that the driver shows.
+        count: usize,
+        /// Given ordinal.
+        given: usize,
+    },
+    /// The kernels of this build hold no code that this GPU runs.
+    #[error(
+        "device: this build's kernels are for sm_{expected}, the GPU is sm_{given}: build with DLA_CUDA_ARCHS={given}"
+    )]
+    Architecture {
+        /// Architectures that the kernels were compiled for, commas between.
+        expected: String,
+        /// Architecture of the GPU.
+        given: String,
+    },
+    /// The engine does not have this part of the operator yet.
+    #[error("device: the {engine} engine has no {what} yet: use the cpu engine")]
+    NotBuilt {
+        /// Engine that was asked.
+        engine: &'static str,
+        /// What it was asked for.
+        what: &'static str,
+    },
+    /// A head size that the kernels have no tiles for.
+    #[error("{name}: expected a multiple of 8 from 8 to 256 on a GPU, got {given}")]
+    HeadSize {
+        /// `dk` or `dv`.
+        name: &'static str,
+        /// Given size.
+        given: usize,
+    },
+    /// An extent or a product of extents that does not fit a launch.
+    #[error("{name}: expected at most {limit} on a GPU, got {given}")]
+    Limit {
+        /// What is counted.
+        name: &'static str,
+        /// Most of it.
+        limit: u64,
+        /// Given number.
+        given: u64,
+    },
+    /// An address that is not of this GPU's memory.
+    #[error("{name}: expected an address of GPU {ordinal}, got {given}")]
+    ForeignPointer {
+        /// Argument.
+        name: &'static str,
+        /// GPU of the engine.
+        ordinal: usize,
+        /// What the address is instead.
+        given: String,
+    },
+    /// An address that the kernels cannot read or write whole words at.
+    #[error("{name}: expected an address that is a multiple of {alignment}, got {given:#x}")]
+    Misaligned {
+        /// Argument.
+        name: &'static str,
+        /// Alignment in bytes.
+        alignment: u64,
+        /// Given address.
+        given: u64,
+    },
+    /// The workspace holds fewer bytes than the plan asks for.
+    #[error("workspace: expected at least {expected} bytes, got {given}")]
+    Workspace {
+        /// Bytes that the plan asks for.
+        expected: usize,
+        /// Given bytes.
+        given: usize,
+    },
+    /// A call whose shape, options or optional arguments are not those that the plan was made for.
+    #[error("{name}: {why}")]
+    Plan {
+        /// Argument.
+        name: &'static str,
+        /// How it differs.
+        why: &'static str,
+    },
+    /// The GPU does not have as much memory free.
+    #[error("device: out of memory: {bytes} bytes asked for, {free} free")]
+    OutOfMemory {
+        /// Bytes that were asked for.
+        bytes: usize,
+        /// Bytes free on the GPU.
+        free: usize,
+    },
+    /// A call of the CUDA driver failed.
+    #[error("device: {call} failed: {name} ({code})")]
+    Cuda {
+        /// Function of the driver.
+        call: &'static str,
+        /// Name of the error.
+        name: String,
+        /// Its number.
+        code: u32,
+    },
+}
+
+impl Error {
+    /// Whether the machine is at fault, or what this build can do on it, and not an argument.
+    pub fn is_of_device(&self) -> bool {
+        matches!(
+            self,
+            Error::NoKernels
+                | Error::NoDriver
+                | Error::OldDriver { .. }
+                | Error::NoDevice { .. }
+                | Error::Architecture { .. }
+                | Error::NotBuilt { .. }
+                | Error::OutOfMemory { .. }
+                | Error::Cuda { .. }
+        )
+    }
 }
 
 /// The result of every call into this crate.

@@ -121,14 +121,19 @@ fn reports_of_spills_and_stack_frames_fail() {
 #[test]
 fn the_table_is_whole() {
     let stages: Vec<&str> = dla::cuda::FATBINS.iter().map(|fatbin| fatbin.stage).collect();
-    assert!(stages.is_empty() || stages == ["prepare", "route", "scan", "segment"], "{stages:?}");
+    let portable = ["prepare", "route", "scan", "segment"];
+    assert!(stages.is_empty() || portable.iter().all(|stage| stages.contains(stage)), "{stages:?}");
     for fatbin in dla::cuda::FATBINS {
         // The magic number of a fatbin.
         assert_eq!(fatbin.image[..4], 0xba55_ed50u32.to_le_bytes());
-        assert!(fatbin.source_hash != 0 && fatbin.archs.starts_with("80"));
+        let first = if fatbin.stage.ends_with("_sm90") { "90" } else { "80" };
+        assert!(fatbin.source_hash != 0 && fatbin.archs.starts_with(first));
     }
     let total: usize = dla::cuda::FATBINS.iter().map(|fatbin| fatbin.image.len()).sum();
     assert!(total < 24 << 20, "{total} bytes");
-    let error = dla::cuda::available().unwrap_err().to_string();
-    assert!(error.starts_with("device: ") && !error.contains('\n'), "{error}");
+    if let Err(error) = dla::cuda::available() {
+        let text = error.to_string();
+        assert!(error.is_of_device() && text.starts_with("device: ") && !text.contains('\n'), "{text}");
+        assert_eq!(stages.is_empty(), error == dla::Error::NoKernels);
+    }
 }

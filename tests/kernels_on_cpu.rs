@@ -4,7 +4,8 @@
 
 use dla::check::{Case, Recipe, relative_error};
 use dla::cuda::abi::{
-    DevicePointer, Extents, Geometry, PrepareParams, RouteParams, RouteSumsParams, ScanParams, SegmentParams,
+    DevicePointer, Extents, Geometry, PrepareParams, RouteParams, RouteSumsParams, SEGMENT_STATE_BYTES,
+    ScanParams, SegmentParams,
 };
 use dla::events::{EXTEND, Ledger, OPEN, plan};
 use dla::reference::{self, Arguments};
@@ -14,6 +15,9 @@ use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
 use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
+
+#[path = "emulation/hopper.rs"]
+mod hopper;
 
 unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
@@ -141,18 +145,38 @@ fn pointer(array: &Option<Array>) -> DevicePointer {
 /// What the kernels made of a case.
 struct Outputs {
     o: Vec<f64>,
-    drift: Vec<f32>,
-    events: Vec<u8>,
     lambda: Option<Vec<f32>>,
     states: Vec<f32>,
+    keys: Option<Vec<f32>>,
+    segmented: Segmented,
+}
+
+fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
+    run(emulate, case, problem, &[0, i64::MAX / 64 * 64], false).1.unwrap()
+}
+
+/// What segment makes of a case, in windows between `cuts`.
+#[derive(Clone, PartialEq, Debug)]
+struct Segmented {
+    drift: Vec<f32>,
+    events: Vec<u8>,
     len: Vec<u32>,
     tokens: Vec<u32>,
     summed_drift: Vec<u32>,
     open: Vec<f32>,
-    keys: Option<Vec<f32>>,
+    chunk_len: Vec<u32>,
+    chunk_starts: Vec<i32>,
+    chunk_place: Vec<u8>,
+    chunk_log: Vec<f32>,
 }
 
-fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
+fn run(
+    emulate: Emulate,
+    case: &Case,
+    problem: &Problem,
+    cuts: &[i64],
+    only_segment: bool,
+) -> (Segmented, Option<Outputs>) {
     let shape = *problem.shape();
     let options = problem.options();
     let dims = shape.cache_dims();
@@ -203,6 +227,18 @@ fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
     let open = Array::poisoned(dims.rows() * dims.state() * 4);
     let kernel = |stem: &str| format!("{stem}_{dtype}");
 
+    let places = geometry.chunks() * shape.value_heads;
+    let chunk_len = Array::poisoned(places * 4);
+    let chunk_starts = Array::poisoned(geometry.chunk_slots_len() * 4);
+    let chunk_place = Array::poisoned(geometry.chunk_slots_len());
+    let chunk_log = Array::poisoned(geometry.chunk_slots_len() * 4);
+    let starts = geometry.starts_len();
+    let walks = Array::poisoned(starts * 32 * 4);
+    let (reach, next) = (Array::poisoned(starts * 4), Array::poisoned(starts));
+    let (energy, factor) = (Array::poisoned(starts * 4), Array::poisoned(starts * 4));
+    let totals = Array::poisoned(starts / 32 * 8);
+    let state = Array::poisoned(dims.rows() * SEGMENT_STATE_BYTES);
+
     let segment = SegmentParams {
         extents,
         k: k.pointer(),
@@ -220,10 +256,46 @@ fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
         tokens: tokens.pointer(),
         summed_drift: summed_drift.pointer(),
         open: open.pointer(),
+        chunk_len: chunk_len.pointer(),
+        chunk_starts: chunk_starts.pointer(),
+        chunk_place: chunk_place.pointer(),
+        chunk_log: chunk_log.pointer(),
+        walks: walks.pointer(),
+        reach: reach.pointer(),
+        energy: energy.pointer(),
+        factor: factor.pointer(),
+        totals: totals.pointer(),
+        next: next.pointer(),
+        state: state.pointer(),
+        from: 0,
+        to: 0,
         mass: (options.merge == Merge::Mass).into(),
         qk_l2norm: options.qk_l2norm.into(),
     };
-    launch(emulate, &kernel("segment"), dims.rows(), geometry.segment_shared_bytes(), &segment);
+    for window in cuts.windows(2) {
+        let segment = SegmentParams { from: window[0], to: window[1], ..segment };
+        let shared_bytes = geometry.segment_gram_shared_bytes();
+        launch(emulate, &kernel("segment_gram"), geometry.segment_gram_blocks(), shared_bytes, &segment);
+        launch(emulate, &kernel("segment"), dims.rows(), geometry.segment_shared_bytes(), &segment);
+    }
+    for array in [&walks, &reach, &next, &energy, &factor, &totals, &state] {
+        array.get::<u8>();
+    }
+    let segmented = Segmented {
+        drift: drift.get(),
+        events: events.get(),
+        len: len.get(),
+        tokens: tokens.get(),
+        summed_drift: summed_drift.get(),
+        open: open.get(),
+        chunk_len: chunk_len.get(),
+        chunk_starts: chunk_starts.get(),
+        chunk_place: chunk_place.get(),
+        chunk_log: chunk_log.get(),
+    };
+    if only_segment {
+        return (segmented, None);
+    }
 
     let p = Array::poisoned(geometry.p_len() * 2);
     let prepared = || Array::poisoned(if delta { geometry.prepared_len() * 2 } else { 0 });
@@ -242,7 +314,6 @@ fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
         qk_l2norm: options.qk_l2norm.into(),
     };
     let recurrence = if delta { "delta" } else { "gated" };
-    let places = geometry.chunks() * shape.value_heads;
     let name = kernel(&format!("prepare_{recurrence}"));
     launch(emulate, &name, places, geometry.prepare_shared_bytes(), &prepare);
 
@@ -254,8 +325,6 @@ fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
         None => Array::poisoned(per_token * shape.capacity * 4),
     };
     if let Some(route) = &case.route {
-        let entries = entries(&geometry, problem, cache, &events.get::<u8>());
-        let (chunk_len, chunk_starts) = (Array::of(&entries.len), Array::of(&entries.starts));
         let sums = Array::poisoned(geometry.route_sums_len() * 4);
         let bases = Array::poisoned(geometry.route_bases_len() * 8);
         let key_factors = options.qk_l2norm.then(|| Array::poisoned(shape.tokens() * shape.heads * 4));
@@ -291,10 +360,17 @@ fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
             logits: pointer(&logits),
             lambda: lambda.pointer(),
             keys: keys.pointer(),
+            from: 0,
+            to: 0,
             logit_columns: problem.logit_columns() as i32,
             qk_l2norm: options.qk_l2norm.into(),
         };
-        launch(emulate, &kernel("route"), places, geometry.route_shared_bytes(), &route);
+        for window in cuts.windows(2) {
+            let route = RouteParams { from: window[0], to: window[1], ..route };
+            let (from, to) = (window[0] as usize, window[1] as usize);
+            let blocks = geometry.route_blocks(shape.time, cu_seqlens.is_some(), from, to);
+            launch(emulate, &kernel("route"), blocks, geometry.route_shared_bytes(), &route);
+        }
         sums.get::<f32>();
         bases.get::<f64>();
         key_factors.iter().for_each(|factors| drop(factors.get::<f32>()));
@@ -339,54 +415,14 @@ fn forward(emulate: Emulate, case: &Case, problem: &Problem) -> Outputs {
         Dtype::Bf16 => o.get::<u16>().iter().map(|&x| bf16::from_bits(x).to_f64()).collect(),
         Dtype::F16 => o.get::<u16>().iter().map(|&x| f16::from_bits(x).to_f64()).collect(),
     };
-    Outputs {
+    let outputs = Outputs {
         o,
-        drift: drift.get(),
-        events: events.get(),
         lambda: routed.then(|| lambda.get()),
         states: states.get(),
-        len: len.get(),
-        tokens: tokens.get(),
-        summed_drift: summed_drift.get(),
-        open: open.get(),
         keys: routed.then(|| keys.get()),
-    }
-}
-
-/// The slots held at every chunk's entry, as abi.cuh has them: poison where a chunk holds none.
-struct Entries {
-    len: Vec<u32>,
-    starts: Vec<i32>,
-}
-
-/// Entries by the log, item by item: an item is a token, from 0 on, or an initial slot, -m0 the oldest and -1 the
-/// newest, and a slot is known by its first.
-fn entries(geometry: &Geometry, problem: &Problem, cache: Option<&Cache>, events: &[u8]) -> Entries {
-    let (chunk, capacity, value_heads) = (geometry.chunk(), geometry.capacity, geometry.value_heads);
-    let places = geometry.chunks() * value_heads;
-    let mut entries = Entries { len: vec![u32::MAX; places], starts: vec![i32::MIN; places * capacity] };
-    for (n, sequence) in problem.sequences().iter().enumerate() {
-        for head in 0..value_heads {
-            let initial = cache.map_or(0, |cache| cache.len[n * value_heads + head] as i32);
-            let mut starts: Vec<i32> = (-initial..0).collect();
-            for t in 0..sequence.len {
-                if t % chunk == 0 {
-                    let place = (sequence.start / chunk + n + t / chunk) * value_heads + head;
-                    entries.len[place] = starts.len() as u32;
-                    entries.starts[place * capacity..][..starts.len()].copy_from_slice(&starts);
-                }
-                let event = events[(sequence.start + t) * value_heads + head];
-                if event > OPEN {
-                    // The later slot of the pair starts no more.
-                    starts.remove(usize::from(event - 2) + 1);
-                }
-                if event != EXTEND {
-                    starts.push(t as i32);
-                }
-            }
-        }
-    }
-    entries
+        segmented: segmented.clone(),
+    };
+    (segmented, Some(outputs))
 }
 
 /// Largest relative error of o, lambda and the cache by dtype of the inputs.
@@ -422,20 +458,14 @@ impl Worst {
     }
 }
 
-fn check(emulate: Emulate, case: &Case, worst: &mut Worst) {
-    let problem = case.problem().unwrap();
-    check_problem(emulate, case, &problem, worst);
-}
-
-fn check_problem(emulate: Emulate, case: &Case, problem: &Problem, worst: &mut Worst) {
-    let out = forward(emulate, case, problem);
+/// The log is what the kernels' own drift asks for, byte for byte, or the caller's; so are the cache's sums and
+/// the slots at every chunk's entry.
+fn check_decisions(case: &Case, problem: &Problem, out: &Segmented) {
     let shape = *problem.shape();
     let options = problem.options();
-    let dtype = problem.dtype();
     let name = case.describe();
-    let f64s = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| x.into()).collect() };
-
-    // The log is what the kernels' own drift asks for, byte for byte, or the caller's.
+    let capacity = shape.capacity;
+    let chunk = if problem.dtype() == Dtype::Bf16 { 64 } else { 32 };
     for (n, sequence) in problem.sequences().iter().enumerate() {
         for head in 0..shape.value_heads {
             let row = n * shape.value_heads + head;
@@ -443,6 +473,7 @@ fn check_problem(emulate: Emulate, case: &Case, problem: &Problem, worst: &mut W
             let drift: Vec<f32> = (0..sequence.len).map(|t| out.drift[at(t)]).collect();
             let events: Vec<u8> = (0..sequence.len).map(|t| out.events[at(t)]).collect();
             let mut ledger = ledger_of(case.cache.as_ref(), row);
+            let entry = ledger.len();
             match problem.inputs().events {
                 Some(log) => {
                     assert!(events.iter().enumerate().all(|(t, &event)| event == log[at(t)]), "{name}: log");
@@ -450,24 +481,79 @@ fn check_problem(emulate: Emulate, case: &Case, problem: &Problem, worst: &mut W
                 }
                 None => {
                     let tau = options.tau.of(head);
-                    let planned = plan(&drift, tau, shape.capacity, options.merge, &mut ledger);
+                    let planned = plan(&drift, tau, capacity, options.merge, &mut ledger);
                     assert_eq!(events, planned, "{name}: events of row {row}");
                 }
             }
-            let slots = row * shape.capacity..(row + 1) * shape.capacity;
+            let slots = row * capacity..(row + 1) * capacity;
             let padded = |x: &[u32]| {
                 let mut x = x.to_vec();
-                x.resize(shape.capacity, 0);
+                x.resize(capacity, 0);
                 x
             };
             assert_eq!(out.len[row] as usize, ledger.len(), "{name}: cache_len of row {row}");
             assert_eq!(out.tokens[slots.clone()], padded(ledger.tokens()), "{name}: cache_tokens of {row}");
             assert_eq!(out.summed_drift[slots], padded(ledger.drift()), "{name}: cache_drift of {row}");
+
+            // The slots at every chunk's entry: where each starts, lies, and its log decay since it changed.
+            let mut held: Vec<(i32, u8)> = (0..entry).map(|j| (j as i32 - entry as i32, j as u8)).collect();
+            let mut logs = vec![0.0f64; capacity];
+            for first in (0..sequence.len).step_by(chunk) {
+                let place = sequence.start / chunk + n + first / chunk;
+                let at_place = place * shape.value_heads + head;
+                let slots = at_place * capacity..(at_place + 1) * capacity;
+                let describe = || format!("{name}: row {row}, chunk at {first}");
+                assert_eq!(out.chunk_len[at_place] as usize, held.len(), "{}", describe());
+                for (i, &(start, place)) in held.iter().enumerate() {
+                    assert_eq!(out.chunk_starts[slots.start + i], start, "{}: slot {i}", describe());
+                    assert_eq!(out.chunk_place[slots.start + i], place, "{}: slot {i}", describe());
+                    let (log, expected) = (out.chunk_log[slots.start + place as usize], logs[place as usize]);
+                    assert!(
+                        (f64::from(log) - expected).abs() <= 1e-6 * (1.0 + expected.abs()),
+                        "{}: log of place {place}: {log} for {expected}",
+                        describe()
+                    );
+                }
+                let mut touched = vec![false; capacity];
+                let mut total = 0.0;
+                for t in first..sequence.len.min(first + chunk) {
+                    match events[t] {
+                        EXTEND => touched[held.last().unwrap().1 as usize] = true,
+                        event => {
+                            let mut place = held.len() as u8;
+                            if event != OPEN {
+                                let i = usize::from(event - dla::events::MERGE);
+                                touched[held[i].1 as usize] = true;
+                                place = held.remove(i + 1).1;
+                            }
+                            held.push((t as i32, place));
+                            touched[place as usize] = true;
+                        }
+                    }
+                    total += case.g.as_ref().map_or(0.0, |g| f64::from(g[at(t)].max(-800.0)));
+                }
+                for (log, touched) in logs.iter_mut().zip(touched) {
+                    *log = if touched { 0.0 } else { *log + total };
+                }
+            }
         }
     }
+}
 
-    let expected = reference::forward(problem, &Arguments::of(problem), Some(&out.events), None);
-    let off = out.drift.iter().zip(&expected.drift).map(|(&x, r)| (f64::from(x) - r).abs());
+fn check(emulate: Emulate, case: &Case, worst: &mut Worst) {
+    let problem = case.problem().unwrap();
+    check_problem(emulate, case, &problem, worst);
+}
+
+fn check_problem(emulate: Emulate, case: &Case, problem: &Problem, worst: &mut Worst) {
+    let out = forward(emulate, case, problem);
+    let segmented = &out.segmented;
+    let dtype = problem.dtype();
+    let name = case.describe();
+    let f64s = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| x.into()).collect() };
+    check_decisions(case, problem, segmented);
+    let expected = reference::forward(problem, &Arguments::of(problem), Some(&segmented.events), None);
+    let off = segmented.drift.iter().zip(&expected.drift).map(|(&x, r)| (f64::from(x) - r).abs());
     let off = off.fold(0.0, |worst, x| if x > worst || x.is_nan() { x } else { worst });
     worst.take(dtype, "drift", off);
     assert!(off <= 2e-3, "{name}: drift off by {off:.2e}");
@@ -476,7 +562,7 @@ fn check_problem(emulate: Emulate, case: &Case, problem: &Problem, worst: &mut W
         worst.take(dtype, tensor, error);
         assert!(error <= bound(dtype), "{name}: {tensor} off by {error:.2e}, most at element {at}");
     };
-    judge("cache_open", &f64s(&out.open), &expected.cache.open);
+    judge("cache_open", &f64s(&segmented.open), &expected.cache.open);
     judge("o", &out.o, &expected.o);
     judge("cache_states", &f64s(&out.states), &expected.cache.states);
     if let (Some(lambda), Some(expected)) = (&out.lambda, &expected.lambda) {
@@ -534,6 +620,95 @@ fn every_kernel() {
         }
     }
     println!("{:?}", worst.0);
+}
+
+/// segment alone: capacities on both sides of every bound, long segments, caches whose sums saturate, zero tokens,
+/// and windows, which must give the bits of one window.
+#[test]
+fn segment_decides() {
+    let Some(emulate) = emulator() else { return };
+    let seed = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    println!("seeds from {seed}");
+    let mut worst: f64 = 0.0;
+    for (at, capacity) in [1, 2, 3, 30, 31, 32, 33, 64, 5, 30, 32, 64].into_iter().enumerate() {
+        for (turn, boundary_rate) in [1.0, 0.5, 0.1, 0.01, 0.0].into_iter().enumerate() {
+            let draw = at * 5 + turn;
+            let options = Options {
+                capacity,
+                merge: if draw % 2 == 0 { Merge::Density } else { Merge::Mass },
+                qk_l2norm: draw % 3 == 0,
+                ..Options::default()
+            };
+            let recipe = Recipe {
+                options,
+                time: 450,
+                heads: 1,
+                value_heads: 2,
+                dk: [16, 8, 24][draw % 3],
+                dv: [8, 40, 16][draw / 3 % 3],
+                dtype: [Dtype::Bf16, Dtype::F16, Dtype::F32][draw % 3],
+                boundary_rate,
+                decay: [Some(0.1), None, Some(1.0), Some(50.0)][draw / 2 % 4],
+                packed: (draw % 4 == 1).then(|| vec![0, 129, 1, 320, 0]),
+                resumed: draw % 3 != 1,
+                ..Recipe::default()
+            };
+            let mut case = recipe.draw(seed + draw as u64);
+            if let (Some(cache), true) = (&mut case.cache, draw % 7 == 0) {
+                // Sums that saturate; exact in f32, as ledger_of needs them.
+                for row in 0..cache.dims.rows() {
+                    for i in 0..cache.len[row] as usize {
+                        cache.drift[row * capacity + i] = 0xffff_ff00 - 0x400 * (i as u32 % 3);
+                    }
+                }
+            }
+            if draw % 5 == 2 {
+                zero_tokens(&mut case);
+            }
+            let problem = case.problem().unwrap();
+            let one = run(emulate, &case, &problem, &[0, i64::MAX / 64 * 64], true).0;
+            check_decisions(&case, &problem, &one);
+            let expected = reference::forward(&problem, &Arguments::of(&problem), Some(&one.events), None);
+            let off = one.drift.iter().zip(&expected.drift).map(|(&x, r)| (f64::from(x) - r).abs());
+            let off = off.fold(0.0, |worst, x| if x > worst || x.is_nan() { x } else { worst });
+            assert!(off <= 2e-3, "{}: drift off by {off:.2e}", case.describe());
+            worst = worst.max(off);
+            let open: Vec<f64> = one.open.iter().map(|&x| x.into()).collect();
+            let (error, _) = relative_error(&open, &expected.cache.open);
+            assert!(error <= bound(problem.dtype()), "{}: cache_open off by {error:.2e}", case.describe());
+
+            let mut cuts: Vec<i64> = (1..8).filter(|_| rand::random_bool(0.5)).map(|cut| cut * 64).collect();
+            cuts.insert(0, 0);
+            cuts.push(512);
+            let cut = run(emulate, &case, &problem, &cuts, true).0;
+            let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<_>>();
+            let name = format!("{}: windows {cuts:?}", case.describe());
+            assert_eq!(bits(&one.drift), bits(&cut.drift), "{name}");
+            assert_eq!(bits(&one.open), bits(&cut.open), "{name}");
+            assert_eq!((&one.events, &one.len), (&cut.events, &cut.len), "{name}");
+            assert_eq!((&one.tokens, &one.summed_drift), (&cut.tokens, &cut.summed_drift), "{name}");
+            assert_eq!((&one.chunk_len, &one.chunk_starts), (&cut.chunk_len, &cut.chunk_starts), "{name}");
+            assert_eq!(one.chunk_place, cut.chunk_place, "{name}");
+            assert_eq!(bits(&one.chunk_log), bits(&cut.chunk_log), "{name}");
+        }
+    }
+    println!("drift off by at most {worst:.1e}");
+}
+
+/// Puts zeros in stretches of k and of v.
+fn zero_tokens(case: &mut Case) {
+    let (dk, dv) = (case.recipe.dk * case.recipe.heads, case.recipe.dv * case.recipe.value_heads);
+    let zero = |x: &mut dla::Buffer, range: std::ops::Range<usize>| match x {
+        dla::Buffer::F32(x) => x[range].fill(0.0),
+        dla::Buffer::Bf16(x) => x[range].fill(bf16::ZERO),
+        dla::Buffer::F16(x) => x[range].fill(f16::ZERO),
+    };
+    for (from, to) in [(0, 3), (60, 140), (200, 201), (300, 337)] {
+        zero(&mut case.k, from * dk..to * dk);
+    }
+    for (from, to) in [(20, 30), (250, 260), (440, 450)] {
+        zero(&mut case.v, from * dv..to * dv);
+    }
 }
 
 /// The emulator sees what it is there to see.
@@ -646,6 +821,7 @@ fn shared_memory_fits() {
             delta,
         };
         let bytes = [
+            geometry.segment_gram_shared_bytes(),
             geometry.segment_shared_bytes(),
             geometry.prepare_shared_bytes(),
             geometry.route_sums_shared_bytes(),
@@ -654,7 +830,7 @@ fn shared_memory_fits() {
             geometry.scan_shared_bytes(),
         ];
         println!(
-            "{parts} parts, delta {delta}: segment, prepare, route_sums, route_bases, route, scan {bytes:?}"
+            "{parts} parts, delta {delta}: segment_gram, segment, prepare, route_sums, route_bases, route, scan {bytes:?}"
         );
         assert!(bytes.iter().all(|&bytes| bytes <= 99 * 1024), "{geometry:?}: {bytes:?}");
     }

@@ -90,7 +90,7 @@ fn explain(error: Error, path: &Path) -> anyhow::Error {
     let hint = match &error {
         // The library names options as the command line spells them.
         Error::Option { .. } => return anyhow!("--{error}"),
-        Error::Device(_) => return error.into(),
+        error if error.is_of_device() => return error.clone().into(),
         Error::Shape { name: "lambda" | "route_logits", .. } => "; M is that of --capacity",
         Error::Shape { name: "cache_states", .. } => "; M is that of --capacity, for both runs the same",
         Error::Value { name: "g", .. } => "; g is the logarithm of a decay",

@@ -457,9 +457,13 @@ fn nothing_panics() {
 }
 
 #[test]
-fn there_is_no_cuda_engine_yet() {
-    let reason = dla::cuda::available().expect_err("there is none").to_string();
-    assert!(reason.ends_with("no engine that launches them yet: use the cpu engine"), "{reason}");
+fn without_a_gpu_the_reason_is_told() {
+    let Err(error) = dla::cuda::available() else {
+        println!("SKIPPED: there is a GPU");
+        return;
+    };
+    let reason = error.to_string();
+    assert!(reason.starts_with("device: "), "{reason}");
     for command in [&["run", "in", "-o", "out"][..], &["check"], &["bench"]] {
         let ran = dla(command.iter().chain(&["--device", "cuda"]));
         one_line(&ran, &reason);

@@ -23,6 +23,9 @@ namespace dla {
 
 #ifdef DLA_ON_CPU
 
+using emulation::copies_wait;
+using emulation::copy_async_16;
+using emulation::divide;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
 using emulation::f16_to_f32;
@@ -48,7 +51,28 @@ DEVICE uint32_t dynamic_shared_bytes() {
     return bytes;
 }
 
+// The IEEE quotient of two integers below 2^32 in f32, the divisor not 0: what __fdiv_rn does after it has
+// looked for operands out of range, and without the branch.
+DEVICE float divide(float a, float b) {
+    float y;
+    asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
+    y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
+    float q = __fmul_rn(a, y);
+    q = __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+    return __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+}
+
 DEVICE void trap() { asm volatile("trap;"); }
+
+DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
+
+// Copies 16 bytes to shared memory, zeros where not `live`.
+DEVICE void copy_async_16(void* to, const void* from, bool live) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0)
+                 : "memory");
+}
+// Waits for the copies of this thread.
+DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Two f32 rounded to nearest even, `low` in the low half.
 DEVICE uint32_t pack_bf16(float low, float high) {

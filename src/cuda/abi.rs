@@ -2,15 +2,24 @@
 //! and offsets are asserted on both sides. Device pointers are their addresses; 0 is null.
 //!
 //! Also what a launch of each kernel takes beside its parameters: grid and shared memory. Blocks have
-//! [`THREADS`] threads.
+//! [`THREADS`] threads, those of `segment_gram_*` and `segment_*` [`SEGMENT_THREADS`].
 
 // Fields are described once, in abi.cuh.
 #![allow(missing_docs)]
 
 use std::mem::{offset_of, size_of};
 
-/// Threads of every block.
+/// Threads of a block.
 pub const THREADS: u32 = 256;
+
+/// Threads of a block of `segment_gram_*` and `segment_*`.
+pub const SEGMENT_THREADS: u32 = 128;
+
+/// Bytes of a row's record between two windows of `segment_*`.
+pub const SEGMENT_STATE_BYTES: usize = 1608;
+
+/// Windows of `segment_*` begin at multiples of this.
+pub const SEGMENT_WINDOW: usize = 64;
 
 /// Address on the device; 0 is null.
 pub type DevicePointer = u64;
@@ -30,7 +39,7 @@ pub struct Extents {
     pub newest_first: i32,
 }
 
-/// Parameters of `segment_*`.
+/// Parameters of `segment_gram_*` and `segment_*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SegmentParams {
@@ -50,6 +59,19 @@ pub struct SegmentParams {
     pub tokens: DevicePointer,
     pub summed_drift: DevicePointer,
     pub open: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_starts: DevicePointer,
+    pub chunk_place: DevicePointer,
+    pub chunk_log: DevicePointer,
+    pub walks: DevicePointer,
+    pub reach: DevicePointer,
+    pub energy: DevicePointer,
+    pub factor: DevicePointer,
+    pub totals: DevicePointer,
+    pub next: DevicePointer,
+    pub state: DevicePointer,
+    pub from: i64,
+    pub to: i64,
     pub mass: i32,
     pub qk_l2norm: i32,
 }
@@ -105,6 +127,8 @@ pub struct RouteParams {
     pub logits: DevicePointer,
     pub lambda: DevicePointer,
     pub keys: DevicePointer,
+    pub from: i64,
+    pub to: i64,
     pub logit_columns: i32,
     pub qk_l2norm: i32,
 }
@@ -135,18 +159,70 @@ pub struct ScanParams {
     pub reserved: i32,
 }
 
+/// Bytes of a `ChunkPlan`.
+pub const CHUNK_PLAN_BYTES: usize = 1952;
+
+/// Parameters of `prepare_sm90_bf16`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PrepareSm90Params {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub g: DevicePointer,
+    pub events: DevicePointer,
+    pub lambda: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_place: DevicePointer,
+    pub chunk_log: DevicePointer,
+    pub pairs: DevicePointer,
+    pub weights: DevicePointer,
+    pub plans: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub lambda_columns: i32,
+    pub slots: i32,
+    pub scale: f32,
+    pub qk_l2norm: i32,
+}
+
+/// Parameters of `scan_sm90_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ScanSm90Params {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub pairs: DevicePointer,
+    pub weights: DevicePointer,
+    pub plans: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub initial_states: DevicePointer,
+    pub banks: DevicePointer,
+    pub o: DevicePointer,
+    pub states: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+}
+
 const _: () = {
+    assert!(size_of::<PrepareSm90Params>() == 168 && offset_of!(PrepareSm90Params, pairs) == 112);
+    assert!(offset_of!(PrepareSm90Params, lambda_columns) == 152);
+    assert!(size_of::<ScanSm90Params>() == 152 && offset_of!(ScanSm90Params, initial_len) == 96);
+    assert!(offset_of!(ScanSm90Params, from) == 136);
     assert!(size_of::<Extents>() == 48 && offset_of!(Extents, heads) == 24);
     assert!(offset_of!(Extents, newest_first) == 44);
-    assert!(size_of::<SegmentParams>() == 176 && offset_of!(SegmentParams, k) == 48);
+    assert!(size_of::<SegmentParams>() == 280 && offset_of!(SegmentParams, k) == 48);
     assert!(offset_of!(SegmentParams, drift) == 120 && offset_of!(SegmentParams, open) == 160);
-    assert!(offset_of!(SegmentParams, qk_l2norm) == 172);
+    assert!(offset_of!(SegmentParams, walks) == 200 && offset_of!(SegmentParams, from) == 256);
+    assert!(offset_of!(SegmentParams, qk_l2norm) == 276);
     assert!(size_of::<PrepareParams>() == 120 && offset_of!(PrepareParams, p) == 80);
     assert!(offset_of!(PrepareParams, scale) == 112);
     assert!(size_of::<RouteSumsParams>() == 88 && offset_of!(RouteSumsParams, sums) == 56);
     assert!(offset_of!(RouteSumsParams, qk_l2norm) == 80);
-    assert!(size_of::<RouteParams>() == 184 && offset_of!(RouteParams, sums) == 88);
-    assert!(offset_of!(RouteParams, slope) == 136 && offset_of!(RouteParams, logit_columns) == 176);
+    assert!(size_of::<RouteParams>() == 200 && offset_of!(RouteParams, sums) == 88);
+    assert!(offset_of!(RouteParams, slope) == 136 && offset_of!(RouteParams, logit_columns) == 192);
     assert!(size_of::<ScanParams>() == 184 && offset_of!(ScanParams, p) == 96);
     assert!(offset_of!(ScanParams, bank) == 144 && offset_of!(ScanParams, lambda_columns) == 168);
 };
@@ -220,19 +296,31 @@ impl Geometry {
         parts * rows * (width + 8) * 2
     }
 
+    /// Blocks of `segment_gram_*`.
+    pub fn segment_gram_blocks(&self) -> usize {
+        self.chunks() * self.value_heads * self.chunk() / 32
+    }
+
+    /// Elements of `chunk_starts`, `chunk_place` and `chunk_log`.
+    pub fn chunk_slots_len(&self) -> usize {
+        self.chunks() * self.value_heads * self.capacity
+    }
+
+    /// Elements of `reach`, `energy`, `factor` and `next`; of `walks` 32 times as many, of `totals` a 32nd.
+    pub fn starts_len(&self) -> usize {
+        self.chunks() * self.value_heads * self.chunk()
+    }
+
+    /// Shared memory of `segment_gram_*`.
+    pub fn segment_gram_shared_bytes(&self) -> usize {
+        64 * 8 + 3 * 64 * 4 + (64 * 65 * 4).max(Self::tile(self.parts, 64, 64))
+    }
+
     /// Shared memory of `segment_*`.
     pub fn segment_shared_bytes(&self) -> usize {
-        let tile = |width: usize| Self::tile(self.parts, 32, width.next_multiple_of(16));
-        tile(self.dk)
-            + tile(self.dv)
-            + 2 * 32 * 33 * 4
-            + 32 * 4
-            + 8 * 16 * 4
-            + 32 * 8
-            + 4 * 32 * 4
-            + 32
-            + 32
-            + 16
+        let rounds = 2 * (104 * 8 + 64 * 16) + 3 * (64 * 4 + 64 + 16) + 64;
+        let tile = 2 * (16 * 17 * 4) + 4 * 16 * 4 + 16 + 32 * 8 + 3 * 16 * 4;
+        rounds + tile
     }
 
     /// Shared memory of `prepare_*`.
@@ -264,12 +352,22 @@ impl Geometry {
 
     /// Blocks of `route_sums_*`.
     pub fn route_sums_blocks(&self) -> usize {
-        self.chunks() * self.heads
+        self.chunks().saturating_mul(self.heads)
     }
 
     /// Blocks of `route_bases_*`.
     pub fn route_bases_blocks(&self) -> usize {
-        self.sequences * self.heads * self.dk / 8
+        self.sequences.saturating_mul(self.heads * self.dk / 8)
+    }
+
+    /// Blocks of `route_*` for the window `from..to` of every sequence; `packed`: there are cu_seqlens.
+    pub fn route_blocks(&self, time: usize, packed: bool, from: usize, to: usize) -> usize {
+        let places = if packed {
+            self.chunks()
+        } else {
+            self.sequences * to.min(time).saturating_sub(from).div_ceil(self.chunk()).max(1)
+        };
+        places.saturating_mul(self.value_heads)
     }
 
     /// Shared memory of `route_sums_*`.
@@ -314,5 +412,127 @@ impl Geometry {
             + (self.capacity * pitch).next_multiple_of(16)
             + Self::tile(self.parts, chunk, 16)
             + operands.max(8 * 16 * pitch).max(Self::tile(2, chunk, chunk))
+    }
+}
+
+/// One of the scans on Hopper (the table at the end of scan_sm90.cu): `scan_sm90_{dk}_{slots}_{groups}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScanSm90 {
+    /// Key dimension as computed.
+    pub dk: usize,
+    /// Places for slots.
+    pub slots: usize,
+    /// Groups of 128 threads, each with 8 columns of dv.
+    pub groups: usize,
+}
+
+impl ScanSm90 {
+    const TABLE: [(usize, usize, usize); 11] = [
+        (64, 16, 2),
+        (64, 30, 2),
+        (64, 32, 2),
+        (64, 64, 1),
+        (128, 16, 2),
+        (128, 30, 2),
+        (128, 30, 1),
+        (128, 32, 1),
+        (128, 64, 1),
+        (256, 16, 1),
+        (256, 30, 1),
+    ];
+
+    /// The scan for a problem on a card of `processors` multiprocessors; `None` where the portable one computes it: inputs
+    /// other than bf16, the delta rule, dk = 256 with more than 30 slots.
+    pub fn choose(geometry: &Geometry, processors: usize) -> Option<Self> {
+        if geometry.parts != 1 || geometry.delta {
+            return None;
+        }
+        let fits =
+            |&&(dk, slots, _): &&(usize, usize, usize)| dk >= geometry.dk && slots >= geometry.capacity;
+        // Two groups a block where that leaves no multiprocessor idle.
+        let crowded = geometry.rows() * geometry.dv.div_ceil(16) * 2 > processors;
+        let mut fitting = Self::TABLE.iter().filter(fits);
+        let &(dk, slots, groups) = fitting.next()?;
+        let scan = ScanSm90 { dk, slots, groups };
+        let thin = Self::TABLE.contains(&(dk, slots, 1));
+        Some(if crowded || !thin { scan } else { ScanSm90 { groups: 1, ..scan } })
+    }
+
+    /// Name of the kernel.
+    pub fn name(&self) -> String {
+        format!("scan_sm90_{}_{}_{}", self.dk, self.slots, self.groups)
+    }
+
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        128 * (self.groups as u32 + 1)
+    }
+
+    /// Columns of dv of a block.
+    pub fn columns(&self) -> usize {
+        8 * self.groups
+    }
+
+    /// Places that have weights.
+    pub fn weight_slots(&self) -> usize {
+        self.slots.next_multiple_of(4)
+    }
+
+    /// Shared memory.
+    pub fn shared_bytes(&self) -> usize {
+        // Q and K share a buffer where two do not fit.
+        let buffers = if self.dk * self.slots > 4096 { 1 } else { 2 };
+        self.groups * self.slots * self.dk * 24
+            + buffers * 64 * self.dk * 2
+            + 64 * self.weight_slots() * 4
+            + self.groups * 64 * 8 * 2
+            + self.groups * 1616
+            + 96
+    }
+
+    /// Shared memory of `prepare_sm90_bf16`.
+    pub fn prepare_shared_bytes(&self, geometry: &Geometry) -> usize {
+        geometry.replay_shared_bytes()
+            + 2 * 64 * 2
+            + 64 * 8
+            + 3 * 64 * 4
+            + 3 * 64
+            + 2 * Geometry::tile(1, 64, 64)
+            + 64 * geometry.capacity * 4
+    }
+
+    /// Bytes that a block of the scan leaves to the next window's.
+    pub fn bank_bytes(&self) -> usize {
+        self.groups * self.slots * self.dk * 24
+    }
+
+    /// Elements (u32) of P . Lambda.
+    pub fn pairs_len(&self, geometry: &Geometry) -> usize {
+        geometry.chunks() * geometry.value_heads * 10 * 32 * 4
+    }
+
+    /// Elements (f32) of the weights.
+    pub fn weights_len(&self, geometry: &Geometry) -> usize {
+        geometry.chunks() * geometry.value_heads * 64 * self.weight_slots()
+    }
+
+    /// Bytes of the plans.
+    pub fn plans_bytes(&self, geometry: &Geometry) -> usize {
+        geometry.chunks() * geometry.value_heads * CHUNK_PLAN_BYTES
+    }
+
+    /// Blocks of `prepare_sm90_bf16` for the window `from..to` of every sequence; `packed`: there are cu_seqlens.
+    pub fn prepare_blocks(geometry: &Geometry, time: usize, packed: bool, from: usize, to: usize) -> usize {
+        let places = if packed {
+            geometry.chunks()
+        } else {
+            geometry.sequences * to.min(time).saturating_sub(from).div_ceil(64)
+        };
+        places * geometry.value_heads
+    }
+
+    /// Blocks of the scan.
+    pub fn blocks(&self, geometry: &Geometry) -> usize {
+        geometry.rows() * geometry.dv.div_ceil(self.columns())
     }
 }

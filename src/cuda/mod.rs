@@ -1,23 +1,44 @@
-//! The GPU: kernels as this build compiled them. No engine launches them yet: they are checked on the CPU,
-//! by `tests/kernels_on_cpu.rs`, and have not run on a card.
+//! The engine on an NVIDIA GPU: kernels compiled ahead, libcuda loaded when it is first needed. The forward so far;
+//! **it has not run on a card yet**: the kernels are checked on the CPU, by `tests/kernels_on_cpu.rs`.
+//!
+//! [`Engine`] is one GPU and one stream. [`Engine::launch`] takes addresses on the GPU ([`RawInputs`],
+//! [`RawOutputs`]) and a [`Plan`], which chose the kernels and says how much workspace they need.
 
 #[doc(hidden)]
 pub mod abi;
+mod driver;
+mod engine;
+mod forward;
+mod launch;
+mod memory;
 mod module;
+mod plan;
+mod raw;
+mod stream;
+mod workspace;
 
-pub use module::{FATBINS, Fatbin};
+pub use abi::DevicePointer;
+pub use cudarc;
+pub use engine::Engine;
+pub use memory::Memory;
+pub use module::{FATBINS, Fatbin, SOURCE_HASH};
+pub use plan::{Call, Plan};
+pub use raw::{RawCache, RawInputs, RawOutputs};
+pub use stream::{Clock, Timeline};
 
 use crate::error::{Error, Result};
 
-/// Whether the operator can run on a GPU.
+/// Whether the operator can run on a GPU here: this build has kernels, there is a driver, and it shows a GPU.
 ///
 /// # Errors
-/// Says why it cannot: so far always, for no engine launches the kernels yet.
+/// Says what is missing: [`Error::NoKernels`], [`Error::NoDriver`], [`Error::OldDriver`] or [`Error::NoDevice`].
 pub fn available() -> Result<()> {
-    let reason = if FATBINS.is_empty() {
-        "this build has no GPU kernels (DLA_NVCC=pip compiles them) and no engine that launches them yet: use the cpu engine"
-    } else {
-        "this build has GPU kernels but no engine that launches them yet: use the cpu engine"
-    };
-    Err(Error::Device(reason.to_owned()))
+    if FATBINS.is_empty() {
+        return Err(Error::NoKernels);
+    }
+    driver::init()?;
+    match driver::device_count()? {
+        0 => Err(Error::NoDevice { count: 0, given: 0 }),
+        _ => Ok(()),
+    }
 }

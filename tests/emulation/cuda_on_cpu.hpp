@@ -48,6 +48,10 @@ struct alignas(16) uint4 {
 struct alignas(16) double2 {
     double x, y;
 };
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+static inline uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static inline float2 make_float2(float x, float y) { return {x, y}; }
 static inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 static inline uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
@@ -60,7 +64,7 @@ constexpr size_t STACK = 256 * 1024;
 constexpr size_t GUARD = 4096;
 
 // Where a fiber stands.
-enum class State { Ready, AtBarrier, AtCollective, Done };
+enum class State { Ready, AtBarrier, AtCollective, Waiting, Done };
 
 struct Fiber {
     void* stack = nullptr;
@@ -72,6 +76,7 @@ struct Fiber {
     State state = State::Done;
     int line = 0;
     unsigned thread = 0;
+    const std::function<bool()>* over = nullptr;  // what it waits for, in State::Waiting
 };
 
 // What the lanes of a warp hand to each other.
@@ -84,11 +89,18 @@ struct Exchange {
     float c[WARP][4];
     const uint16_t* rows[WARP];
     uint32_t r[WARP][4];
+    float* d[WARP];
+};
+
+// A barrier of some of a block's threads.
+struct Group {
+    unsigned arrived = 0, generation = 0;
 };
 
 struct Machine {
     Fiber fibers[MOST_THREADS];
     Exchange warps[MOST_THREADS / WARP];
+    Group groups[16];
     Fiber* current = nullptr;
 #if defined(__x86_64__)
     void* scheduler = nullptr;
@@ -187,6 +199,17 @@ inline void barrier(int line) {
     to_scheduler();
 }
 
+// Goes on once `over` is true.
+inline void wait_until(int line, const std::function<bool()>& over) {
+    Fiber& fiber = *machine.current;
+    while (!over()) {
+        fiber.over = &over;
+        fiber.line = line;
+        fiber.state = State::Waiting;
+        to_scheduler();
+    }
+}
+
 // A collective of the whole warp: every lane deposits, the last one works, all go on.
 template <typename Deposit, typename Work>
 inline void collective(int line, Deposit deposit, Work work) {
@@ -216,6 +239,7 @@ inline void run_block() {
     memset(m.shared, 0xff, m.shared_bytes + GUARD);
     for (unsigned thread = 0; thread < m.block_threads; thread++) start_fiber(m.fibers[thread], thread);
     for (unsigned warp = 0; warp < warps; warp++) m.warps[warp].arrived = 0;
+    for (Group& group : m.groups) group = {};
     while (m.error.empty()) {
         bool progress = false;
         for (unsigned w = 0; w < warps; w++) {
@@ -233,6 +257,22 @@ inline void run_block() {
             }
         }
         if (!m.error.empty()) break;
+        bool woken = false, asleep = false;
+        for (unsigned thread = 0; thread < m.block_threads; thread++) {
+            Fiber& fiber = m.fibers[thread];
+            if (fiber.state != State::Waiting) continue;
+            asleep = true;
+            if ((*fiber.over)()) fiber.state = State::Ready, woken = true;
+        }
+        if (woken) continue;
+        if (asleep) {
+            for (unsigned thread = 0; thread < m.block_threads; thread++) {
+                m.current = &m.fibers[thread];
+                if (m.current->state == State::Waiting)
+                    fail("a thread waits in vain, line " + std::to_string(m.current->line));
+            }
+            break;
+        }
         unsigned done = 0, waiting = 0;
         int line = 0;
         for (unsigned thread = 0; thread < m.block_threads; thread++) {
@@ -288,6 +328,8 @@ inline std::string launch(unsigned grid, unsigned block, uint32_t shared, const 
 
 inline unsigned char* dynamic_shared() { return machine.shared; }
 inline uint32_t dynamic_shared_bytes() { return machine.shared_bytes; }
+
+inline float divide(float a, float b) { return a / b; }
 
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 
@@ -385,6 +427,94 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 inline void ldmatrix_x4(uint32_t (&r)[4], const uint16_t* row) { ldmatrix_at(-2, r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const uint16_t* row) { ldmatrix_at(-3, r, row, true); }
 
+// An mbarrier: arrivals left and expected, and phases that have ended.
+struct Phases {
+    uint16_t left, expected;
+    uint32_t ended;
+};
+static_assert(sizeof(Phases) == 8);
+
+inline void barrier_init(uint64_t* barrier, uint32_t count) {
+    *barrier = std::bit_cast<uint64_t>(Phases{uint16_t(count), uint16_t(count), 0});
+}
+inline void fence_barriers() {}
+inline void barrier_arrive(uint64_t* barrier) {
+    auto phases = std::bit_cast<Phases>(*barrier);
+    if (--phases.left == 0) phases.left = phases.expected, phases.ended++;
+    *barrier = std::bit_cast<uint64_t>(phases);
+}
+inline void barrier_wait(uint64_t* barrier, uint32_t parity) {
+    wait_until(-4, [=] { return (std::bit_cast<Phases>(*barrier).ended & 1) != parity; });
+}
+inline void copy_async_16(void* to, const void* from, bool live) {
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || (live && reinterpret_cast<uintptr_t>(from) % 16 != 0))
+        fail("a copy that is not aligned");
+    if (live) memcpy(to, from, 16);
+    else memset(to, 0, 16);
+}
+inline void copies_wait() {}
+inline void copies_arrive(uint64_t* barrier) { barrier_arrive(barrier); }
+inline void group_barrier(int id, int threads) {
+    Group& group = machine.groups[id];
+    const unsigned generation = group.generation;
+    if (++group.arrived == unsigned(threads)) group.arrived = 0, group.generation++;
+    else wait_until(-5, [&group, generation] { return group.generation != generation; });
+}
+
+// The warpgroup's product, a warp's 16 rows at a time and at once. Operands as wgmma_operand makes them: offset in
+// shared memory and stride.
+template <int>
+inline void registers_fewer() {}
+template <int>
+inline void registers_more() {}
+inline void fence_async() {}
+inline void wgmma_begin() {}
+inline void wgmma_commit() {}
+inline void wgmma_wait() {}
+inline uint64_t wgmma_operand(const void* at, uint32_t across) {
+    const auto offset = static_cast<const unsigned char*>(at) - machine.shared;
+    if (offset < 0 || offset % 16 != 0 || offset + 256 > machine.shared_bytes) fail("an operand outside shared memory");
+    return uint64_t(offset / 16) | uint64_t(across / 16) << 32;
+}
+template <size_t REGISTERS>
+inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    constexpr unsigned N = REGISTERS * 2;
+    collective(
+        -6,
+        [&](Exchange& warp, unsigned lane) {
+            memcpy(warp.a[lane], a, sizeof a);
+            warp.d[lane] = d;
+        },
+        [=](Exchange& warp) {
+            static thread_local float A[16][16], B[16][N], D[16][N];
+            for (unsigned lane = 0; lane < WARP; lane++) {
+                const unsigned g = lane / 4, c2 = lane % 4 * 2;
+                for (unsigned i = 0; i < 4; i++) {
+                    const unsigned row = g + i % 2 * 8, k = c2 + i / 2 * 8;
+                    A[row][k] = bf16_bits_to_f32(warp.a[lane][i] & 0xffff);
+                    A[row][k + 1] = bf16_bits_to_f32(warp.a[lane][i] >> 16);
+                }
+            }
+            const unsigned char* from = machine.shared + (b & 0x3fff) * 16;
+            const size_t across = (b >> 32 & 0x3fff) * 16;
+            for (unsigned k = 0; k < 16; k++)
+                for (unsigned n = 0; n < N; n++) {
+                    uint16_t bits;
+                    memcpy(&bits, from + n / 8 * across + k / 8 * 128 + k % 8 * 16 + n % 8 * 2, 2);
+                    B[k][n] = bf16_bits_to_f32(bits);
+                }
+            memset(D, 0, sizeof D);
+            for (unsigned m = 0; m < 16; m++)
+                for (unsigned k = 0; k < 16; k++)
+                    for (unsigned n = 0; n < N; n++) D[m][n] += A[m][k] * B[k][n];
+            for (unsigned lane = 0; lane < WARP; lane++)
+                for (unsigned i = 0; i < REGISTERS; i++) {
+                    const unsigned row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+                    warp.d[lane][i] = D[row][column] + (accumulate ? warp.d[lane][i] : 0.0f);
+                }
+        });
+}
+
 // All lanes put a value in; lane l takes out what `pick` makes of them.
 template <typename T, typename Pick>
 inline T exchange(int line, uint32_t mask, T value, Pick pick) {
@@ -474,6 +604,12 @@ static inline uint32_t __float2uint_rn(float x) {
 }
 static inline uint32_t __float_as_uint(float x) { return std::bit_cast<uint32_t>(x); }
 static inline float __uint_as_float(uint32_t x) { return std::bit_cast<float>(x); }
+static inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t pick) {
+    const uint64_t bytes = uint64_t(b) << 32 | a;
+    uint32_t out = 0;
+    for (int i = 0; i < 4; i++) out |= uint32_t(bytes >> (pick >> 4 * i & 7) * 8 & 0xff) << 8 * i;
+    return out;
+}
 static inline int __popc(uint32_t x) { return std::popcount(x); }
 static inline int __popcll(uint64_t x) { return std::popcount(x); }
 static inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }

@@ -3,6 +3,8 @@
 #include "../../kernels/prepare.cu"
 #include "../../kernels/route.cu"
 #include "../../kernels/scan.cu"
+#include "../../kernels/prepare_sm90.cu"
+#include "../../kernels/scan_sm90.cu"
 
 // What the emulator must catch.
 struct NoParams {};
@@ -24,16 +26,20 @@ static void wrong_launch(NoParams) {
 extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_bytes, const void* params, char* error,
                            size_t error_bytes) {
     std::string wrong = "no such kernel";
-    const auto run = [&]<typename P>(const char* kernel, void (*function)(P)) {
+    const auto run = [&]<typename P>(const char* kernel, void (*function)(P), unsigned threads = dla::THREADS) {
         if (strcmp(name, kernel) != 0) return;
         P copy;
         memcpy(&copy, params, sizeof copy);
-        wrong = emulation::launch(grid, dla::THREADS, shared_bytes, [&] { function(copy); });
+        wrong = emulation::launch(grid, threads, shared_bytes, [&] { function(copy); });
     };
-#define RUN(kernel) run(#kernel, kernel)
+#define RUN(kernel, ...) run(#kernel, kernel __VA_OPT__(, ) __VA_ARGS__)
+#define RUN_OF(threads, kernel) RUN(kernel, threads)
+#define RUN_DTYPES_OF(threads, stem) \
+    RUN_OF(threads, stem##_bf16), RUN_OF(threads, stem##_f16), RUN_OF(threads, stem##_f32)
 #define RUN_DTYPES(stem) RUN(stem##_bf16), RUN(stem##_f16), RUN(stem##_f32)
     RUN(wrong_barrier), RUN(wrong_collective), RUN(wrong_write), RUN(wrong_launch);
-    RUN_DTYPES(segment);
+    RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment_gram);
+    RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment);
     RUN_DTYPES(prepare_gated);
     RUN_DTYPES(prepare_delta);
     RUN_DTYPES(route_sums);
@@ -41,6 +47,11 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES(route);
     RUN_DTYPES(scan_gated);
     RUN_DTYPES(scan_delta);
+    RUN(prepare_sm90_bf16);
+    RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
+    RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 256), RUN(scan_sm90_128_30_2, 384);
+    RUN(scan_sm90_128_32_1, 256), RUN(scan_sm90_128_64_1, 256);
+    RUN(scan_sm90_256_16_1, 256), RUN(scan_sm90_256_30_1, 256);
     snprintf(error, error_bytes, "%s: %s", name, wrong.c_str());
     return wrong.empty() ? 0 : 1;
 }

@@ -1,16 +1,17 @@
 //! `dla bench`: how long every stage takes, and what that is in FLOP and bytes a second.
 
 mod ceiling;
+mod cuda;
 mod plot;
 
 use std::path::PathBuf;
 use std::str::FromStr;
 use std::time::Instant;
 
-use anyhow::ensure;
+use anyhow::{bail, ensure};
 use dla::check::{Case, Recipe};
 use dla::{
-    Data, Dtype, Engine, Forward, Gradients, Inputs, Options, Problem, Route, Shape, Stage, StageTimes,
+    Data, Dtype, Engine, Forward, Gradients, Inputs, Options, Problem, Route, Shape, Stage, StageTimes, Tau,
     Tensor,
 };
 use serde::Serialize;
@@ -26,6 +27,9 @@ use crate::output::Output;
 /// Prints milliseconds, GFLOP/s and GB/s of useful work (cost.rs says what counts) beside the
 /// matrix-product rate of the same machine in the same run. A stage's milliseconds are its share of the
 /// threads' time, of the median call's wall time: the stages add up to the call.
+///
+/// On a GPU the forward alone, by the GPU's own clock: medians of calls whose inputs alternate between two sets, L2
+/// flushed before each; every stage by itself, and the call as it is made, stages side by side.
 #[derive(Debug, clap::Args)]
 pub struct Args {
     /// What computes
@@ -34,6 +38,9 @@ pub struct Args {
     /// Extents: batch, tokens, q/k heads, value heads, key dimension, value dimension
     #[arg(long, value_name = "B,T,H,HV,dk,dv", default_value = "1,4096,16,16,128,128")]
     shape: Extents,
+    /// Extents by name, commas between: 16 heads of 128 (S4 8, S5 32 of 64), T 4096, 8192, 32768, 131072, 2048, 1024
+    #[arg(long, value_name = "S1[,S2...]", value_enum, value_delimiter = ',', conflicts_with = "shape")]
+    size: Vec<Size>,
     /// How a slot's state evolves
     #[arg(long, value_enum, default_value_t)]
     recurrence: Recurrence,
@@ -46,9 +53,15 @@ pub struct Args {
     /// Where read weights come from
     #[arg(long, value_enum, default_value_t)]
     read: Read,
-    /// Dtype of q, k, v and o
-    #[arg(long, value_enum, default_value_t)]
-    dtype: DtypeArg,
+    /// Dtype of q, k, v and o [default: f32, on a GPU bf16]
+    #[arg(long, value_enum)]
+    dtype: Option<DtypeArg>,
+    /// Drift from which a token opens a slot; 0: every token does
+    #[arg(long, value_name = "X", default_value_t = 0.6, allow_negative_numbers = true)]
+    tau: f32,
+    /// On a GPU: dense bf16 matrix product that floors are taken from, in TFLOP/s; it is not measured here
+    #[arg(long, value_name = "X", default_value_t = 790.0)]
+    matmul_tflop_s: f64,
     /// Share of tokens that open a slot: 1 draws every token by itself, less repeats tokens with noise
     #[arg(long, value_name = "R", default_value_t = 1.0)]
     boundary_rate: f64,
@@ -85,6 +98,32 @@ impl From<DtypeArg> for Dtype {
     }
 }
 
+/// `--size`: the sizes at which kernels are compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+#[value(rename_all = "verbatim")]
+enum Size {
+    S1,
+    S2,
+    S3,
+    S4,
+    S5,
+    S6,
+}
+
+impl Size {
+    fn extents(self) -> Extents {
+        let [batch, time, heads, d] = match self {
+            Size::S1 => [4, 4096, 16, 128],
+            Size::S2 => [2, 8192, 16, 128],
+            Size::S3 => [1, 32_768, 16, 128],
+            Size::S4 => [1, 131_072, 8, 128],
+            Size::S5 => [8, 2048, 32, 64],
+            Size::S6 => [32, 1024, 16, 128],
+        };
+        Extents { batch, time, heads, value_heads: heads, dk: d, dv: d }
+    }
+}
+
 /// `--shape`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 struct Extents {
@@ -113,8 +152,18 @@ impl FromStr for Extents {
 }
 
 impl Args {
-    fn recipe(&self) -> anyhow::Result<Recipe> {
-        let Extents { batch, time, heads, value_heads, dk, dv } = self.shape;
+    /// The shapes asked for, with their names.
+    fn shapes(&self) -> Vec<(String, Extents)> {
+        if self.size.is_empty() {
+            let Extents { batch, time, heads, value_heads, dk, dv } = self.shape;
+            return vec![(format!("{batch},{time},{heads},{value_heads},{dk},{dv}"), self.shape)];
+        }
+        self.size.iter().map(|size| (name(size), size.extents())).collect()
+    }
+
+    /// The input of a shape; `dtype` where none was asked for.
+    fn recipe(&self, shape: Extents, dtype: DtypeArg) -> anyhow::Result<Recipe> {
+        let Extents { batch, time, heads, value_heads, dk, dv } = shape;
         ensure!(
             value_heads % heads == 0,
             "--shape: expected HV a multiple of H = {heads}, got HV = {value_heads}"
@@ -135,6 +184,7 @@ impl Args {
                 capacity: self.capacity,
                 merge: self.merge.into(),
                 read: self.read.into(),
+                tau: Tau::PerCall(self.tau),
                 ..Options::default()
             },
             batch,
@@ -143,7 +193,7 @@ impl Args {
             value_heads,
             dk,
             dv,
-            dtype: self.dtype.into(),
+            dtype: self.dtype.unwrap_or(dtype).into(),
             boundary_rate: self.boundary_rate,
             ..Recipe::default()
         })
@@ -160,7 +210,9 @@ impl Timed {
     fn of(device: Device) -> anyhow::Result<Self> {
         Ok(match device {
             Device::Auto | Device::Cpu => Timed::Cpu(dla::cpu::Engine),
-            Device::Reference | Device::Cuda => Timed::Other(device.engine()?),
+            Device::Reference => Timed::Other(Box::new(dla::reference::Engine)),
+            // Timed by its own clock, in cuda.rs.
+            Device::Cuda => Timed::Other(device.engine()?),
         })
     }
 
@@ -284,8 +336,19 @@ struct WallTimes {
 
 /// Runs the subcommand.
 pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
+    let gpu = match args.device {
+        Device::Auto => dla::cuda::available().is_ok(),
+        device => device == Device::Cuda,
+    };
+    if gpu {
+        return cuda::run(args, common);
+    }
     let timed = Timed::of(args.device)?;
-    let recipe = args.recipe()?;
+    let shapes = args.shapes();
+    let [(_, shape)] = shapes[..] else {
+        bail!("--size: expected one size on this device, got {}", shapes.len());
+    };
+    let recipe = args.recipe(shape, DtypeArg::F32)?;
     let output = |path: &Option<PathBuf>| path.as_deref().map(Output::at).transpose();
     let (json, svg) = (output(&args.json)?, output(&args.plot)?);
     let repeats = args.repeats.into();
@@ -330,12 +393,12 @@ pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
         device: timed.engine().name(),
         processor: processor(),
         threads: rayon::current_num_threads(),
-        shape: args.shape,
+        shape,
         recurrence: name(&args.recurrence),
         capacity: args.capacity,
         merge: name(&args.merge),
         read: name(&args.read),
-        dtype: name(&args.dtype),
+        dtype: recipe.dtype.to_string(),
         boundary_rate: BoundaryRate { asked: args.boundary_rate, measured: summary.boundary_rate },
         slots_held: summary.slots_held,
         seed: args.seed,

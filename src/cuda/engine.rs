@@ -1,0 +1,268 @@
+//! The operator on an NVIDIA GPU.
+
+use super::abi::DevicePointer;
+use super::driver::call;
+use super::forward::{self, Resident};
+use super::launch::Stages;
+use super::memory::Memory;
+use super::module::{self, Device};
+use super::plan::{Call, Plan};
+use super::raw::{self, RawInputs, RawOutputs};
+use super::stream::{self, Clock, OwnStream, SideStream, Timeline};
+use crate::cache::Cache;
+use crate::engine::{Forward, Gradients, Step};
+use crate::error::{Error, Result};
+use crate::problem::{OutputGradients, Problem};
+use cudarc::driver::sys::CUstream;
+use cudarc::driver::{CudaContext, CudaStream};
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// One GPU and one stream of it. Engines of one GPU share its kernels, which are loaded when they are first
+/// needed and kept until the process ends.
+///
+/// Two ways in: [`forward`](crate::Engine::forward) of the trait takes tensors of the host, copies them, and waits;
+/// [`Engine::launch`] takes addresses on the GPU, allocates nothing and waits for nothing.
+#[derive(Debug)]
+pub struct Engine {
+    device: Arc<Device>,
+    stream: Main,
+    /// Held while a call is being launched: two calls at once would mix up their forks and joins.
+    side: Mutex<SideStream>,
+}
+
+/// The stream that an engine launches on.
+#[derive(Debug)]
+enum Main {
+    Own(OwnStream),
+    Shared(Arc<CudaStream>),
+}
+
+impl Engine {
+    /// GPU `ordinal`, counted from 0, with a stream of its own, in the primary context: the one that other
+    /// libraries of this process use too.
+    ///
+    /// # Errors
+    /// [`Error::NoKernels`], [`Error::NoDriver`], [`Error::OldDriver`], [`Error::NoDevice`]; else what the driver says.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        let device = Device::of_ordinal(ordinal)?;
+        let stream = Main::Own(OwnStream::new(&device)?);
+        Engine::with(device, stream)
+    }
+
+    /// The GPU and the context of another library's stream; what is launched takes its turn on it.
+    ///
+    /// # Errors
+    /// As [`Engine::new`].
+    pub fn from_stream(stream: Arc<CudaStream>) -> Result<Self> {
+        super::available()?;
+        Engine::with(Device::of(stream.context().clone())?, Main::Shared(stream))
+    }
+
+    /// As [`Engine::from_stream`], of a stream known by its handle (null: the default stream), in the primary context
+    /// of GPU `ordinal`.
+    ///
+    /// # Errors
+    /// As [`Engine::new`]; [`Error::ForeignPointer`] where the stream is of another context.
+    ///
+    /// # Safety
+    /// `stream` is null or a stream that outlives the engine.
+    pub unsafe fn from_raw_stream(ordinal: usize, stream: CUstream) -> Result<Self> {
+        let device = Device::of_ordinal(ordinal)?;
+        device.bind()?;
+        if !stream.is_null() && raw::context_of(stream)? != device.context().cu_ctx() {
+            let given = "a stream of another GPU or context".to_owned();
+            return Err(Error::ForeignPointer { name: "stream", ordinal, given });
+        }
+        // SAFETY: of this context, as was just asked, and it outlives the engine, as the caller says.
+        let stream = unsafe { device.context().wrap_borrowed_stream(stream) };
+        Engine::with(device, Main::Shared(stream))
+    }
+
+    fn with(device: Arc<Device>, stream: Main) -> Result<Self> {
+        let side = Mutex::new(SideStream::new(&device)?);
+        Ok(Engine { device, stream, side })
+    }
+
+    /// The stream that this engine launches on.
+    pub fn raw_stream(&self) -> CUstream {
+        match &self.stream {
+            Main::Own(stream) => stream.raw(),
+            Main::Shared(stream) => stream.cu_stream(),
+        }
+    }
+
+    /// The context, as cudarc holds it.
+    pub fn context(&self) -> &Arc<CudaContext> {
+        self.device.context()
+    }
+
+    /// Ordinal of the GPU.
+    pub fn ordinal(&self) -> usize {
+        self.device.ordinal()
+    }
+
+    /// Compute capability, major and minor.
+    pub fn capability(&self) -> (i32, i32) {
+        self.device.capability()
+    }
+
+    /// Multiprocessors of the GPU.
+    pub fn multiprocessors(&self) -> usize {
+        self.device.multiprocessors().max(0) as usize
+    }
+
+    /// Name of the GPU, as its driver spells it.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn card(&self) -> Result<String> {
+        self.context().name().map_err(|error| module::wrapped("cuDeviceGetName", error))
+    }
+
+    /// Version of CUDA that the driver knows, as `major.minor`.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn driver_version(&self) -> Result<String> {
+        let mut version = 0;
+        // SAFETY: writes one int.
+        unsafe { call!(cuDriverGetVersion(&mut version)) }?;
+        Ok(format!("{}.{}", version / 1000, version % 1000 / 10))
+    }
+
+    /// Chooses a call's kernels, loads those that no call has needed before, and lays out the workspace.
+    ///
+    /// # Errors
+    /// [`Error::HeadSize`], [`Error::Limit`] and [`Error::Option`] where the kernels cannot do the call;
+    /// [`Error::Architecture`] where there are none for this GPU.
+    pub fn plan(&self, call: &Call<'_>) -> Result<Plan> {
+        self.device.bind()?;
+        Plan::new(&self.device, call)
+    }
+
+    /// Launches a call on this engine's stream: allocates nothing, waits for nothing, and may be captured into a
+    /// graph. With a `timeline` the stages run one after another and are timed; without, some run at once.
+    ///
+    /// `workspace` is an address and its bytes, [`Plan::workspace_bytes`] or more, whatever it holds; it must not be
+    /// used until the stream has come past the call.
+    ///
+    /// # Errors
+    /// Before anything is launched: an address that is null, misaligned or not of this GPU, a workspace that is too
+    /// small, arguments other than the plan was made for. After: what the driver says.
+    ///
+    /// # Safety
+    /// The plan is of this GPU. Every array has the extents that its field says and stays until the stream has come
+    /// past the call; outputs overlap nothing else. On the GPU, unseen from here: `cu_seqlens` runs from 0 to T without
+    /// descending; a caller's own log holds events that can happen; an initial cache holds at most M slots a row, and
+    /// at least one token a slot.
+    pub unsafe fn launch(
+        &self,
+        plan: &Plan,
+        inputs: &RawInputs,
+        outputs: &RawOutputs,
+        workspace: (DevicePointer, usize),
+        timeline: Option<&Timeline>,
+    ) -> Result<()> {
+        self.device.bind()?;
+        raw::check(plan, self.ordinal(), inputs, outputs, workspace)?;
+        let stages = Stages::new(plan, inputs, outputs, workspace.0);
+        let side = self.side.lock().unwrap_or_else(PoisonError::into_inner);
+        match timeline {
+            None => forward::forked(&stages, self.raw_stream(), &side),
+            Some(timeline) => forward::timed(&stages, self.raw_stream(), timeline),
+        }
+    }
+
+    /// A clock for [`Engine::launch`].
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn timeline(&self) -> Result<Timeline> {
+        Timeline::new(&self.device)
+    }
+
+    /// A clock for anything else on this engine's stream.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn clock(&self) -> Result<Clock> {
+        Clock::new(&self.device)
+    }
+
+    /// Copies all of `from` to the beginning of `to`, in the stream's order.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where `to` is shorter; else what the driver says.
+    pub fn copy(&self, from: &Memory, to: &Memory) -> Result<()> {
+        self.device.bind()?;
+        from.copy(to, self.raw_stream())
+    }
+
+    /// Memory on this GPU.
+    ///
+    /// # Errors
+    /// [`Error::OutOfMemory`].
+    pub fn allocate(&self, bytes: usize) -> Result<Memory> {
+        Memory::new(&self.device, bytes)
+    }
+
+    /// Fills memory with one byte, in the stream's order.
+    ///
+    /// # Errors
+    /// What the driver says.
+    pub fn fill(&self, memory: &Memory, byte: u8) -> Result<()> {
+        self.device.bind()?;
+        memory.fill(byte, self.raw_stream())
+    }
+
+    /// Copies bytes to the GPU, in the stream's order, and waits.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where they reach past the memory's end; else what the driver says.
+    pub fn upload(&self, memory: &Memory, offset: usize, from: &[u8]) -> Result<()> {
+        self.device.bind()?;
+        memory.upload(offset, from, self.raw_stream())?;
+        stream::synchronize(self.raw_stream())
+    }
+
+    /// Copies bytes from the GPU, in the stream's order, and waits.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] where they reach past the memory's end; else what the driver says.
+    pub fn download(&self, memory: &Memory, offset: usize, to: &mut [u8]) -> Result<()> {
+        self.device.bind()?;
+        memory.download(offset, to, self.raw_stream())
+    }
+
+    /// Waits for all that the stream holds.
+    ///
+    /// # Errors
+    /// What the driver says: also of a call before that failed on the GPU.
+    pub fn synchronize(&self) -> Result<()> {
+        self.device.bind()?;
+        stream::synchronize(self.raw_stream())
+    }
+}
+
+impl crate::engine::Engine for Engine {
+    fn name(&self) -> &'static str {
+        "cuda"
+    }
+
+    /// Copies the arguments to the GPU, computes there, and copies the results back. What [`Engine::plan`] says of
+    /// head sizes and extents holds here too.
+    fn forward(&self, problem: &Problem<'_>) -> Result<Forward> {
+        problem.check_forward()?;
+        let resident = Resident::new(self, problem)?;
+        resident.launch(self)?;
+        resident.results(self, problem)
+    }
+
+    fn backward(&self, _: &Problem<'_>, _: &[u8], _: &OutputGradients<'_>) -> Result<Gradients> {
+        Err(Error::NotBuilt { engine: "cuda", what: "backward" })
+    }
+
+    fn step(&self, _: &Problem<'_>, _: &mut Cache) -> Result<Step> {
+        Err(Error::NotBuilt { engine: "cuda", what: "step" })
+    }
+}

@@ -1,0 +1,234 @@
+//! Calls on arrays that are on the GPU already: addresses in, addresses out.
+
+use super::abi::DevicePointer;
+use super::driver::call;
+use super::plan::Plan;
+use crate::error::{Error, Result};
+use crate::options::Read;
+use crate::problem::Shape;
+use cudarc::driver::sys::{self, CUresult};
+
+/// Addresses of a call's arguments on the GPU; 0 is absent. All arrays are contiguous and row-major.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawInputs {
+    /// Queries, `[B,T,H,dk]`.
+    pub q: DevicePointer,
+    /// Keys, `[B,T,H,dk]`.
+    pub k: DevicePointer,
+    /// Values, `[B,T,HV,dv]`.
+    pub v: DevicePointer,
+    /// Log decay, `[B,T,HV]` f32, at most 0; absent is 0.
+    pub g: DevicePointer,
+    /// Write strength of the gated delta rule, `[B,T,HV]` f32.
+    pub beta: DevicePointer,
+    /// Given read weights, `[B,T,HV,lambda_columns]` f32.
+    pub lambda: DevicePointer,
+    /// Columns of lambda, M or more.
+    pub lambda_columns: usize,
+    /// Routed reads: slope, `[HV]` f32.
+    pub slope: DevicePointer,
+    /// Routed reads: bias, `[HV]` f32.
+    pub bias: DevicePointer,
+    /// Routed reads: logits, `[B,T,HV,logit_columns]` f32; absent is 0.
+    pub logits: DevicePointer,
+    /// Columns of the logits, M or more.
+    pub logit_columns: usize,
+    /// Drift from which a token opens a slot, `[HV]` f32.
+    pub tau: DevicePointer,
+    /// The caller's own event log, `[B,T,HV]` u8; absent, it is computed.
+    pub events: DevicePointer,
+    /// Packed sequences: offsets, `[N+1]` i64; absent, N = B sequences of T tokens.
+    pub cu_seqlens: DevicePointer,
+    /// Cache to resume from; absent, sequences begin empty.
+    pub cache: Option<RawCache>,
+}
+
+/// Addresses of a cache's arrays, chronological as [`Cache`](crate::Cache).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawCache {
+    /// Slot states S, `[N,HV,M,dk,dv]` f32.
+    pub states: DevicePointer,
+    /// Slots held m, `[N,HV]` u32.
+    pub len: DevicePointer,
+    /// Tokens n of every slot, `[N,HV,M]` u32.
+    pub tokens: DevicePointer,
+    /// Summed drift J of every slot in units of 2^-12, `[N,HV,M]` u32.
+    pub drift: DevicePointer,
+    /// The open segment's plain decayed sum R, `[N,HV,dk,dv]` f32.
+    pub open: DevicePointer,
+    /// Routed reads: key sums of every slot, `[N,HV,M,dk]` f32.
+    pub keys: DevicePointer,
+}
+
+/// Addresses of a call's results on the GPU: written whole, whatever they held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawOutputs {
+    /// Output, `[B,T,HV,dv]`, dtype of q.
+    pub o: DevicePointer,
+    /// Drift I of every token, `[B,T,HV]` f32.
+    pub drift: DevicePointer,
+    /// Event log, `[B,T,HV]` u8. May be the caller's own log, which is then what it was.
+    pub events: DevicePointer,
+    /// Routed reads: read weights, `[B,T,HV,M]` f32.
+    pub lambda: DevicePointer,
+    /// Final cache, where the plan was made for one. None of its arrays is one of the initial cache's.
+    pub cache: Option<RawCache>,
+}
+
+/// Alignment of what the kernels read and write 16 bytes at a time.
+const WIDE: u64 = 16;
+
+/// An address to be checked.
+struct Address {
+    name: &'static str,
+    address: DevicePointer,
+    alignment: u64,
+    /// Whether the array has elements: without, any address will do.
+    elements: bool,
+    required: bool,
+}
+
+/// Checks every address of a call: there where it must be, aligned, and of GPU `ordinal`.
+pub(super) fn check(
+    plan: &Plan,
+    ordinal: usize,
+    inputs: &RawInputs,
+    outputs: &RawOutputs,
+    workspace: (DevicePointer, usize),
+) -> Result<()> {
+    let Shape { capacity, sequences, .. } = plan.shape;
+    let (some_tokens, some_rows) = (plan.shape.tokens() > 0, sequences > 0);
+    let routed = plan.read == Read::Routed;
+    for (name, wanted, given) in [
+        ("lambda", !routed, inputs.lambda_columns),
+        ("route_logits", routed && inputs.logits != 0, inputs.logit_columns),
+    ] {
+        if wanted && (given < capacity || given > i32::MAX as usize) {
+            let expected = format!("[B,T,HV,M] with M = {capacity} columns or more");
+            return Err(Error::Shape { name, expected, given: format!("{given} columns") });
+        }
+    }
+    if inputs.cu_seqlens == 0 && sequences != plan.shape.batch {
+        return Err(Error::Missing {
+            name: "cu_seqlens",
+            why: "there are not as many sequences as batch entries",
+        });
+    }
+    if outputs.cache.is_some() != plan.final_cache {
+        let why = if plan.final_cache {
+            "absent, and the plan was made for a call that gives it room"
+        } else {
+            "not expected: the plan was made for a call without it"
+        };
+        return Err(Error::Plan { name: "final cache", why });
+    }
+    let (bytes, needed) = (workspace.1, plan.workspace_bytes());
+    if bytes < needed {
+        return Err(Error::Workspace { expected: needed, given: bytes });
+    }
+    let token = |name, address, alignment, required| Address {
+        name,
+        address,
+        alignment,
+        elements: some_tokens,
+        required,
+    };
+    let row = |name, address, alignment, required| Address {
+        name,
+        address,
+        alignment,
+        elements: some_rows,
+        required,
+    };
+    let given = !routed;
+    let arguments = [
+        token("q", inputs.q, WIDE, true),
+        token("k", inputs.k, WIDE, true),
+        token("v", inputs.v, WIDE, true),
+        token("g", inputs.g, 4, false),
+        token("beta", inputs.beta, 4, plan.delta),
+        token("lambda", if given { inputs.lambda } else { 0 }, 4, given),
+        row("route_slope", if routed { inputs.slope } else { 0 }, 4, routed),
+        row("route_bias", if routed { inputs.bias } else { 0 }, 4, routed),
+        token("route_logits", if routed { inputs.logits } else { 0 }, 4, false),
+        row("tau", inputs.tau, 4, true),
+        token("events", inputs.events, 1, false),
+        row("cu_seqlens", inputs.cu_seqlens, 8, false),
+        token("o", outputs.o, WIDE, true),
+        token("drift", outputs.drift, 4, true),
+        token("events", outputs.events, 1, true),
+        token("lambda", if routed { outputs.lambda } else { 0 }, 4, routed),
+        Address {
+            name: "workspace",
+            address: workspace.0,
+            alignment: WIDE,
+            elements: needed > 0,
+            required: true,
+        },
+    ];
+    let caches = [inputs.cache, outputs.cache].into_iter().flatten().flat_map(|cache| {
+        [
+            row("cache_states", cache.states, WIDE, true),
+            row("cache_len", cache.len, 4, true),
+            row("cache_tokens", cache.tokens, 4, true),
+            row("cache_drift", cache.drift, 4, true),
+            row("cache_open", cache.open, WIDE, true),
+            row("cache_keys", if routed { cache.keys } else { 0 }, 4, routed),
+        ]
+    });
+    for address in arguments.into_iter().chain(caches) {
+        check_address(&address, ordinal)?;
+    }
+    if let (Some(initial), Some(last)) = (inputs.cache, outputs.cache)
+        && some_rows
+        && (initial.open == last.open || initial.states == last.states)
+    {
+        return Err(Error::Plan {
+            name: "final cache",
+            why: "expected memory of its own, not the initial cache's",
+        });
+    }
+    Ok(())
+}
+
+fn check_address(address: &Address, ordinal: usize) -> Result<()> {
+    let &Address { name, address, alignment, elements, required } = address;
+    if !elements {
+        return Ok(());
+    }
+    if address == 0 {
+        return if required {
+            Err(Error::Missing { name, why: "this call reads or writes it: its address is null" })
+        } else {
+            Ok(())
+        };
+    }
+    if address % alignment != 0 {
+        return Err(Error::Misaligned { name, alignment, given: address });
+    }
+    let mut found: i32 = -1;
+    let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;
+    // SAFETY: the driver looks the address up and does not read at it; it writes one int.
+    let code =
+        unsafe { sys::cuPointerGetAttribute(std::ptr::from_mut(&mut found).cast(), attribute, address) };
+    let foreign = |given: String| Err(Error::ForeignPointer { name, ordinal, given });
+    match code {
+        CUresult::CUDA_ERROR_INVALID_VALUE => foreign(format!("{address:#x}, which CUDA does not know")),
+        code => {
+            super::driver::check("cuPointerGetAttribute", code)?;
+            if usize::try_from(found) == Ok(ordinal) {
+                Ok(())
+            } else {
+                foreign(format!("one of GPU {found}"))
+            }
+        }
+    }
+}
+
+/// The context that a stream belongs to.
+pub(super) fn context_of(stream: sys::CUstream) -> Result<sys::CUcontext> {
+    let mut context = std::ptr::null_mut();
+    // SAFETY: writes one handle; that the stream is one is the caller's to answer for.
+    unsafe { call!(cuStreamGetCtx(stream, &mut context)) }?;
+    Ok(context)
+}

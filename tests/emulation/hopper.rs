@@ -1,0 +1,231 @@
+//! The Hopper kernels of the gated scan, emulated, given the log of the reference.
+
+use super::*;
+use dla::cuda::abi::{PrepareSm90Params, ScanSm90, ScanSm90Params};
+use dla::events::MERGE;
+
+/// What the segment stage says of every chunk: the slots at its entry (abi.cuh, SegmentParams).
+pub struct ChunkRecords {
+    pub len: Vec<u32>,
+    pub place: Vec<u8>,
+    pub log: Vec<f32>,
+}
+
+/// Replays a log on the host.
+pub fn chunk_records(case: &Case, problem: &Problem, events: &[u8], chunk: usize) -> ChunkRecords {
+    let shape = problem.shape();
+    let (heads, capacity) = (shape.value_heads, shape.capacity);
+    let places = (shape.tokens() / chunk + shape.sequences) * heads;
+    let mut records = ChunkRecords {
+        len: vec![u32::MAX; places],
+        place: vec![255; places * capacity],
+        log: vec![f32::NAN; places * capacity],
+    };
+    for (n, sequence) in problem.sequences().iter().enumerate() {
+        for head in 0..heads {
+            let row = n * heads + head;
+            let initial = case.cache.as_ref().map_or(0, |cache| cache.len[row] as usize);
+            let mut order: Vec<u8> = (0..initial as u8).collect();
+            let mut logs = vec![0.0f64; capacity];
+            for first in (0..sequence.len).step_by(chunk) {
+                let at = (sequence.start / chunk + n + first / chunk) * heads + head;
+                records.len[at] = order.len() as u32;
+                records.place[at * capacity..][..order.len()].copy_from_slice(&order);
+                for (to, &log) in records.log[at * capacity..].iter_mut().zip(&logs) {
+                    *to = log as f32;
+                }
+                let mut total = 0.0;
+                let mut touched = vec![false; capacity];
+                for t in first..sequence.len.min(first + chunk) {
+                    let at = (sequence.start + t) * heads + head;
+                    total += case.g.as_ref().map_or(0.0, |g| f64::from(g[at].max(-800.0)));
+                    match events[at] {
+                        EXTEND => {}
+                        OPEN => order.push(order.len() as u8),
+                        event => {
+                            let pair = (event - MERGE) as usize;
+                            let freed = order.remove(pair + 1);
+                            touched[order[pair] as usize] = true;
+                            order.push(freed);
+                        }
+                    }
+                    touched[*order.last().unwrap() as usize] = true;
+                }
+                for (log, touched) in logs.iter_mut().zip(touched) {
+                    *log = if touched { 0.0 } else { *log + total };
+                }
+            }
+        }
+    }
+    records
+}
+
+/// o and the final states, the sequence cut into windows of `window` tokens.
+fn scan(
+    emulate: Emulate,
+    case: &Case,
+    problem: &Problem,
+    events: &[u8],
+    window: usize,
+    processors: usize,
+) -> (Vec<f64>, Vec<f32>) {
+    let shape = *problem.shape();
+    let options = problem.options();
+    let dims = shape.cache_dims();
+    let geometry = Geometry {
+        parts: 1,
+        sequences: shape.sequences,
+        tokens: shape.tokens(),
+        heads: shape.heads,
+        value_heads: shape.value_heads,
+        dk: shape.dk,
+        dv: shape.dv,
+        capacity: shape.capacity,
+        delta: false,
+    };
+    let kernel = ScanSm90::choose(&geometry, processors).unwrap();
+    let cu_seqlens = case.cu_seqlens.as_ref().map(|x| Array::of(x));
+    let extents = Extents {
+        cu_seqlens: pointer(&cu_seqlens),
+        sequences: shape.sequences as i64,
+        time: shape.time as i64,
+        heads: shape.heads as i32,
+        value_heads: shape.value_heads as i32,
+        dk: shape.dk as i32,
+        dv: shape.dv as i32,
+        capacity: shape.capacity as i32,
+        newest_first: (options.slot_order == SlotOrder::NewestFirst).into(),
+    };
+    let (q, k, v) = (Array::of_buffer(&case.q), Array::of_buffer(&case.k), Array::of_buffer(&case.v));
+    let g = case.g.as_ref().map(|x| Array::of(x));
+    let lambda = Array::of(case.lambda.as_ref().unwrap());
+    let initial_len = case.cache.as_ref().map(|cache| Array::of(&cache.len));
+    let initial_states = case.cache.as_ref().map(|cache| Array::of(&cache.states));
+    let records = chunk_records(case, problem, events, 64);
+    let log = Array::of(events);
+    let (chunk_len, chunk_place, chunk_log) =
+        (Array::of(&records.len), Array::of(&records.place), Array::of(&records.log));
+    let pairs = Array::poisoned(kernel.pairs_len(&geometry) * 4);
+    let weights = Array::poisoned(kernel.weights_len(&geometry) * 4);
+    let plans = Array::poisoned(kernel.plans_bytes(&geometry));
+    let o = Array::poisoned(shape.tokens() * shape.value_heads * shape.dv * 2);
+    let states = Array::poisoned(dims.rows() * dims.bank() * 4);
+    let banks = Array::poisoned(kernel.blocks(&geometry) * kernel.bank_bytes());
+    let mut from = 0;
+    while from == 0 || from < shape.time {
+        let to = from + window;
+        let prepare = PrepareSm90Params {
+            extents,
+            q: q.pointer(),
+            k: k.pointer(),
+            g: pointer(&g),
+            events: log.pointer(),
+            lambda: lambda.pointer(),
+            chunk_len: chunk_len.pointer(),
+            chunk_place: chunk_place.pointer(),
+            chunk_log: chunk_log.pointer(),
+            pairs: pairs.pointer(),
+            weights: weights.pointer(),
+            plans: plans.pointer(),
+            from: from as i64,
+            to: to as i64,
+            lambda_columns: problem.lambda_columns() as i32,
+            slots: kernel.weight_slots() as i32,
+            scale: problem.scale(),
+            qk_l2norm: options.qk_l2norm.into(),
+        };
+        let blocks = ScanSm90::prepare_blocks(&geometry, shape.time, case.cu_seqlens.is_some(), from, to);
+        launch(emulate, "prepare_sm90_bf16", blocks, kernel.prepare_shared_bytes(&geometry), &prepare);
+        let scan = ScanSm90Params {
+            extents,
+            q: q.pointer(),
+            k: k.pointer(),
+            v: v.pointer(),
+            pairs: pairs.pointer(),
+            weights: weights.pointer(),
+            plans: plans.pointer(),
+            initial_len: pointer(&initial_len),
+            initial_states: pointer(&initial_states),
+            banks: banks.pointer(),
+            o: o.pointer(),
+            states: states.pointer(),
+            from: from as i64,
+            to: to as i64,
+        };
+        launch(emulate, &kernel.name(), kernel.blocks(&geometry), kernel.shared_bytes(), &scan);
+        from = to;
+    }
+    pairs.get::<u32>();
+    weights.get::<f32>();
+    plans.get::<u8>();
+    let o = o.get::<u16>().iter().map(|&x| bf16::from_bits(x).to_f64()).collect();
+    (o, states.get())
+}
+
+/// Every scan of the table, over capacities, ragged, packed and cut sequences, resumed caches, own logs' merges below
+/// capacity excepted (segment's tests have them).
+#[test]
+fn hopper_scan() {
+    let Some(emulate) = emulator() else { return };
+    let seed: u64 = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    println!("seeds from {seed}");
+    let mut worst = Worst::default();
+    let sizes = [(64, 16), (128, 32), (256, 8), (40, 24), (72, 40), (128, 16), (64, 8), (136, 16)];
+    for (at, capacity) in [30, 16, 30, 32, 29, 31, 64, 3, 30, 1, 40, 2].into_iter().enumerate() {
+        let (dk, dv) = sizes[at % sizes.len()];
+        let options = Options {
+            capacity: if dk > 128 { capacity.min(30) } else { capacity },
+            merge: if at % 3 == 0 { Merge::Mass } else { Merge::Density },
+            slot_order: if at % 4 < 2 { SlotOrder::OldestFirst } else { SlotOrder::NewestFirst },
+            qk_l2norm: at % 5 == 2,
+            ..Options::default()
+        };
+        let packed = at % 3 == 2;
+        let recipe = Recipe {
+            options,
+            batch: if packed { 1 } else { 1 + at % 2 },
+            time: [200, 262, 330, 64][at % 4],
+            heads: 1 + at % 2,
+            value_heads: 2,
+            dk,
+            dv,
+            dtype: Dtype::Bf16,
+            boundary_rate: [1.0, 0.25, 1.0, 0.02][at / 2 % 4],
+            decay: [Some(0.1), None, Some(1.0), Some(50.0)][at / 3 % 4],
+            extra_columns: at % 3,
+            packed: packed.then(|| match at % 4 {
+                0 => vec![0, 1, 65, 0, 134],
+                1 => vec![64, 128, 70],
+                2 => vec![0, 1, 130, 0, 199, 0],
+                _ => vec![33, 31],
+            }),
+            resumed: at % 3 != 1,
+            ..Recipe::default()
+        };
+        let case = recipe.draw(seed + at as u64);
+        let problem = case.problem().unwrap();
+        let name = case.describe();
+        let expected = reference::forward(&problem, &Arguments::of(&problem), None, None);
+        let mut first: Option<(Vec<f64>, Vec<f32>)> = None;
+        for (window, processors) in [(1 << 20, 1), (64, 1000), (128, 1)] {
+            let (o, states) = scan(emulate, &case, &problem, &expected.events, window, processors);
+            let f64s: Vec<f64> = states.iter().map(|&x| x.into()).collect();
+            for (tensor, x, reference) in
+                [("o", &o, &expected.o), ("cache_states", &f64s, &expected.cache.states)]
+            {
+                let (error, at) = relative_error(x, reference);
+                worst.take(Dtype::Bf16, tensor, error);
+                assert!(
+                    error <= bound(Dtype::Bf16),
+                    "{name}: {tensor} off by {error:.2e}, most at element {at}"
+                );
+            }
+            // Groups and windows change nothing.
+            match &first {
+                None => first = Some((o, states)),
+                Some(first) => assert!(first.0 == o && first.1 == states, "{name}: windows of {window}"),
+            }
+        }
+    }
+    println!("{:?}", worst.0);
+}
