@@ -18,14 +18,19 @@
 // products. A prefix from the sequence's start would lose a one-token slot's digits; here f32 sums never span more
 // than a chunk (an error of at most C 2^-24 of a mean key), what is longer is a difference of f64.
 //
-// Shared memory (bf16, M = 30, dk = 128): route_sums 4,352 bytes, route_bases 2,048, route 73 KB, so three blocks an
-// SM. Registers: at the end of the file.
+// Shared memory: route_sums (C + C / 8 dk) 4, at most 8,448 bytes; route_bases 2,048; route (bf16, M = 30, dk = 128) 74,672,
+// so that three blocks stand on an SM of Hopper, and at most 100,528. Registers: at the end of the file.
 //
-// Counts at S3 (H = HV = 16, M = 30, every token a boundary). Workspace: sums 34 MB, bases 8 MB. route_sums reads k and
-// writes the sums, 168 MB, 0.06 ms; route_bases 4 + 8 MB, some 5 us. route: from memory q, k, lambda, starts and a few rows
-// a chunk, 370 MB, 0.12 ms; from L2 q and k 32 KB a block and for each of 30 slots a row of 512 bytes, 2 keys (256
-// each) and now and then two bases (1 KB each), 45 KB, 0.63 GB in all, 0.12 ms; some 12,000 warp instructions
-// a block, 0.11 ms at full issue. 2,000 expf a block. Predicted, not measured: 0.17 + 0.065 ms.
+// Counts at S3 (H = HV = 16, M = 30, dk = 128, bf16, every token a boundary). Workspace: sums 34 MB, bases 8 MB.
+//   route_sums   reads k, writes the sums: 168 MB, 0.06 ms. It and route_bases need no log: they run beside segment
+//   route_bases  4 MB read, 8 written, in three trips to memory: some 5 us
+//   route        memory: q, k 268 MB, lambda 63, starts 16, sums once 34: 0.38 GB, 0.13 ms. L2: q and k 32 KB a block, and
+//                for each of 30 slots a row of sums (512 bytes), 2 keys on average (256 each) and for a quarter
+//                of them two bases (1 KB each): 45 KB; 0.63 GB in all, 0.12 ms. Some 12,000 warp instructions
+//                a block, 0.11 ms at full issue; 416 mma a block; 2,048 exponentials
+// Predicted, not measured: route 0.17 ms, route_sums and route_bases 0.065 ms.
+// The other ways counted: a bank a chunk writes and reads 126 MB each; prefixes at every boundary of a chunk are as
+// many as slots in the worst case, 126 MB; rows every 16 tokens halve the sums and add 15 KB of keys a block.
 
 #include "common/replay.cuh"
 
@@ -554,6 +559,8 @@ DEVICE void route(const RouteParams& p) {
 }  // namespace
 }  // namespace dla
 
+// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: route_sums 70 to 80 on all, route_bases
+// 56 / 56 / 72 / 77, route_bf16 128 / 80 / 128 / 126, route_f16 and _f32 up to 128.
 // Blocks of route that a multiprocessor's shared memory holds at a usual size: of 228 KiB three, else two. Two planes
 // want more registers than a third block leaves.
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900

@@ -792,6 +792,11 @@ fn route_of_long_sequences() {
         let mut case = recipe.draw(rand::random());
         shift(&mut case.k, 1.0);
         check(emulate, &case, &mut worst);
+        // Windows change nothing.
+        let problem = case.problem().unwrap();
+        let whole = forward(emulate, &case, &problem);
+        let cut = run(emulate, &case, &problem, &[0, 192, 640, 1 << 40], false).1.unwrap();
+        assert!(whole.lambda == cut.lambda && whole.keys == cut.keys, "{}", case.describe());
     }
     println!("{:?}", worst.0);
 }
@@ -833,6 +838,11 @@ fn shared_memory_fits() {
             "{parts} parts, delta {delta}: segment_gram, segment, prepare, route_sums, route_bases, route, scan {bytes:?}"
         );
         assert!(bytes.iter().all(|&bytes| bytes <= 99 * 1024), "{geometry:?}: {bytes:?}");
+        // Route takes more columns at a time where slots are few; three blocks an SM of Hopper's at a usual size.
+        let few = Geometry { capacity: 32, ..geometry }.route_shared_bytes();
+        let usual = Geometry { capacity: 30, dk: 128, ..geometry }.route_shared_bytes();
+        println!("route at M = 32, dk = 256: {few}; at M = 30, dk = 128: {usual}");
+        assert!(few <= 99 * 1024 && 3 * (usual + 1024) <= 228 * 1024, "{few} {usual}");
     }
 }
 
