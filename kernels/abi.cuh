@@ -161,8 +161,8 @@ struct ChunkPlan {
     uint8_t exit_place[64];   // of exit slot i
 };
 
-// q, k, g, events, lambda -> what the scan on Hopper takes of a chunk. Grid: (cu_seqlens ? B T / C + N : N x chunks of
-// the window) x HV.
+// q, k, g, events, lambda -> what the scan on Hopper takes of a chunk. Grid: W x HV. What it leaves of a chunk stands where
+// the chunk does among W = cu_seqlens ? B T / C + N : N x chunks of the window, sequence by sequence.
 struct PrepareSm90Params {
     Extents extents;
     const void* q;                // [B,T,H,dk]
@@ -173,9 +173,9 @@ struct PrepareSm90Params {
     const uint32_t* chunk_len;    // as segment leaves them
     const uint8_t* chunk_place;
     const float* chunk_log;
-    uint32_t* pairs;              // [B T / C + N, HV, 10, 32, 4] bf16 pairs out: P . Lambda, lower blocks, as left operands
-    float* weights;               // [B T / C + N, HV, 4, slots / 4, 2, 8, 4] out: by warp, place / 4, half, row, place % 4
-    ChunkPlan* plans;             // [B T / C + N, HV] out
+    uint32_t* pairs;              // [W, HV, 10, 32, 4] bf16 pairs out: P . Lambda, lower blocks, as left operands
+    float* weights;               // [W, HV, 4, slots / 4, 2, 8, 4] out: by warp, place / 4, half, row, place % 4
+    ChunkPlan* plans;             // [W, HV] out
     int64_t from, to;             // window of every sequence, multiples of C
     int32_t lambda_columns;       // M or more
     int32_t slots;                // places that have weights, a multiple of 4
@@ -200,6 +200,72 @@ struct ScanSm90Params {
     int64_t from, to;               // window of every sequence, multiples of C; in order
 };
 
+// What a chunk of the delta rule's scan on Hopper does to its slots, by place. Entry slots that merge away are numbered,
+// oldest first.
+struct DeltaPlan {
+    uint8_t gone[32];          // number of the entry slot here that merges away, else 255
+    uint8_t merged_from[32];   // numbers of those that merge into the slot that stands here
+    uint8_t merged_to[32];
+    uint8_t tokens_from[32];   // tokens of the chunk that end here
+    uint8_t tokens_to[32];
+    uint8_t steps[4];          // of places 8 n to 8 n + 7: bit s, tokens 16 s to 16 s + 15 have some that end there
+    uint32_t merges;           // entry slots that merge away
+    float decay;               // e^{Gamma_C}
+    uint32_t exit_len;         // slots held after the chunk
+    uint8_t exit_place[32];    // of exit slot i
+};
+
+// q, k, g, beta, events, lambda -> what the delta rule's scan on Hopper takes of a chunk. Grid W x HV (PrepareSm90Params).
+// D = width: dk as computed, 64 or 128. Matrices [k][n] stand as right operands: blocks of 8 x 8, [n / 8][k / 8][k % 8][n % 8].
+struct PrepareDeltaSm90Params {
+    Extents extents;
+    const void* q;                // [B,T,H,dk]
+    const void* k;                // [B,T,H,dk]
+    const float* g;               // [B,T,HV], or null: 0
+    const float* beta;            // [B,T,HV]
+    const uint8_t* events;        // [B,T,HV]
+    const float* lambda;          // [B,T,HV,lambda_columns]
+    const uint32_t* chunk_len;    // as segment leaves them
+    const uint8_t* chunk_place;
+    uint32_t* pairs;              // [W, HV, 10, 32, 4] bf16 pairs out: P . Lambda, lower blocks, as left operands
+    float* weights;               // [W, HV, 4, slots / 4, 2, 8, 4] out: by warp, place / 4, half, row, place % 4
+    uint32_t* queries;            // [W, HV, 4, D / 16, 32, 4] bf16 pairs out: Qt as left operands, by warp, step, lane
+    uint16_t* transition;         // [W, HV, D D] bf16 out: (-Kd^T W)^T [k][n]
+    uint16_t* writes;             // [W, HV, 2, C D] bf16 out: Kh [t][n], two planes
+    DeltaPlan* plans;             // [W, HV] out
+    int64_t from, to;             // window of every sequence, multiples of C
+    int32_t lambda_columns;       // M or more
+    int32_t slots;                // places that have weights: 16 or 32
+    int32_t width;                // D
+    float scale;
+    int32_t qk_l2norm;
+    int32_t reserved;
+};
+
+// Everything -> o and the states of the cache, delta rule, on Hopper. Grid N x HV x dv / 8.
+struct ScanDeltaSm90Params {
+    Extents extents;
+    const void* v;                  // [B,T,HV,dv]
+    const uint32_t* pairs;          // as prepare_delta_sm90 leaves them
+    const float* weights;
+    const uint32_t* queries;
+    const uint16_t* transition;
+    const uint16_t* writes;
+    const DeltaPlan* plans;
+    const uint32_t* initial_len;    // [N,HV], or null: no initial cache
+    const float* initial_states;    // [N,HV,M,dk,dv]
+    const uint32_t* chunk_len;      // as segment leaves them; read where from > 0
+    const uint8_t* chunk_place;
+    void* o;                        // [B,T,HV,dv] out
+    float* states;                  // [N,HV,M,dk,dv] out, unused slots 0; null only where the window is everything
+    int64_t from, to;               // window of every sequence, multiples of C
+};
+
+static_assert(sizeof(DeltaPlan) == 208 && offsetof(DeltaPlan, steps) == 160 && offsetof(DeltaPlan, exit_place) == 176);
+static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90Params, pairs) == 112 &&
+              offsetof(PrepareDeltaSm90Params, from) == 160 && offsetof(PrepareDeltaSm90Params, qk_l2norm) == 192);
+static_assert(sizeof(ScanDeltaSm90Params) == 168 && offsetof(ScanDeltaSm90Params, initial_len) == 104 &&
+              offsetof(ScanDeltaSm90Params, from) == 152);
 static_assert(sizeof(ChunkPlan) == 1952 && offsetof(ChunkPlan, entry_place) == 1536 && offsetof(ChunkPlan, exit_len) == 1616);
 static_assert(sizeof(PrepareSm90Params) == 168 && offsetof(PrepareSm90Params, pairs) == 112 &&
               offsetof(PrepareSm90Params, lambda_columns) == 152);

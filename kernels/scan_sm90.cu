@@ -130,7 +130,7 @@ struct Scan {
         const Bf16* const v = static_cast<const Bf16*>(p.v);
         constexpr int UNITS = DK / 8, STEP = 64 / UNITS;
         const int unit = thread % UNITS;
-        const int64_t chunk0 = first_chunk(row, C), step = static_cast<int64_t>(STEP) * row.heads * dk;
+        const int64_t place0 = first_of_window(e, row, from, p.to, C), step = static_cast<int64_t>(STEP) * row.heads * dk;
         const auto rows = [&](const Rows<DK>& into, const void* tensor, int64_t first, int len) {
             const Bf16* at = static_cast<const Bf16*>(tensor) + row.key_at(first + thread / UNITS) * dk + unit * 8;
 #pragma unroll 8
@@ -142,7 +142,7 @@ struct Scan {
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-            const int64_t index = (chunk0 + first / C) * e.value_heads + row.head;
+            const int64_t index = (place0 + n) * e.value_heads + row.head;
             if (warp < 2) {
                 barrier_wait(&barriers->q_empty, phase(n + 1));
                 if (ONE_BUFFER) barrier_wait(&barriers->kv_empty, phase(n + 1));
@@ -184,7 +184,7 @@ struct Scan {
         const Slots<DK> mine = {slots.upper + group * SLOTS * DK * 16, slots.lower + group * SLOTS * DK * 8};
         const uint16_t* const v_rows = values + group * C * COLUMNS;
         const bool live_columns = column < dv;
-        const int64_t chunk0 = first_chunk(row, C), state = static_cast<int64_t>(dk) * dv;
+        const int64_t place0 = first_of_window(e, row, from, p.to, C), state = static_cast<int64_t>(dk) * dv;
         // Row of dk and column of this thread's elements (tile, half) of a slot.
         const auto k_of = [&](int tile, int half) { return (warp * TILES + tile) * 16 + half * 8 + g; };
 
@@ -228,7 +228,7 @@ struct Scan {
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-            const int64_t index = (chunk0 + first / C) * e.value_heads + row.head;
+            const int64_t index = (place0 + n) * e.value_heads + row.head;
 
             // Read.
             float out[4] = {};
@@ -401,7 +401,7 @@ struct Scan {
         }
         // The cache, oldest first; unused slots zero.
         if (!p.states) return;
-        const ChunkPlan* const last = to > 0 ? p.plans + (chunk0 + (to - 1) / C) * e.value_heads + row.head : nullptr;
+        const ChunkPlan* const last = to > 0 ? p.plans + (place0 + (to - 1 - from) / C) * e.value_heads + row.head : nullptr;
         const int held = last ? static_cast<int>(last->exit_len) : p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
 #pragma unroll 2
         for (int i = 0; i < capacity; i++) {

@@ -12,17 +12,21 @@ using Barrier = uint64_t;
 #ifdef DLA_ON_CPU
 
 using emulation::barrier_arrive;
+using emulation::barrier_expect;
 using emulation::barrier_init;
 using emulation::barrier_wait;
 using emulation::copies_arrive;
+using emulation::copy_bulk;
 using emulation::fence_async;
 using emulation::fence_barriers;
 using emulation::group_barrier;
 using emulation::registers_fewer;
 using emulation::registers_more;
+using emulation::stmatrix_x4_trans;
 using emulation::wgmma_begin;
 using emulation::wgmma_bf16;
 using emulation::wgmma_commit;
+using emulation::wgmma_hold;
 using emulation::wgmma_operand;
 using emulation::wgmma_wait;
 
@@ -55,6 +59,26 @@ DEVICE void copies_arrive(Barrier* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
 }
 
+// Arrives, and has the phase wait for `bytes` of copy_bulk besides.
+DEVICE void barrier_expect(Barrier* barrier, uint32_t bytes) {
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+                 : "memory");
+}
+// Copies `bytes`, a multiple of 16, to shared memory; the barrier's phase counts them. By one thread.
+DEVICE void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier* barrier) {
+    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
+                 ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier))
+                 : "memory");
+}
+
+// The reverse of ldmatrix_x4_trans: lane l gives, of each matrix, elements (2 (l % 4), l / 4) and the one below, and the
+// address of row l % 8 of matrix l / 8.
+DEVICE void stmatrix_x4_trans(uint16_t* row, const uint32_t (&r)[4]) {
+    asm volatile("stmatrix.sync.aligned.m8n8.x4.trans.shared.b16 [%0], {%1, %2, %3, %4};"
+                 ::"r"(shared_address(row)), "r"(r[0]), "r"(r[1]), "r"(r[2]), "r"(r[3])
+                 : "memory");
+}
+
 // Barrier `id` (1..15) of `threads` threads of the block.
 DEVICE void group_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
@@ -78,6 +102,13 @@ DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" :::
 // Waits for all products of this warpgroup.
 DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
 
+// Accumulators of a product in flight: nothing is done to them on the other side of this.
+template <int N>
+DEVICE void wgmma_hold(float (&d)[N]) {
+#pragma unroll
+    for (int i = 0; i < N; i++) asm volatile("" : "+f"(d[i])::"memory");
+}
+
 // A right operand [k][n] in shared memory whose blocks of 8 x 8 (n contiguous, 16 bytes a row of k) lie `across`
 // bytes apart in n and 128 in k, no swizzle.
 DEVICE uint64_t wgmma_operand(const void* at, uint32_t across) {
@@ -88,6 +119,22 @@ DEVICE uint64_t wgmma_operand(const void* at, uint32_t across) {
 // D [64, N] = A [64, 16] B [16, N] (+ D where `accumulate`), by the four warps of a warpgroup, asynchronously: `d` may
 // not be touched before wgmma_wait. Warp w has rows 16 w..: with g = lane / 4, c = lane % 4, d[4 n + i] is
 // D(g + i / 2 * 8, 8 n + 2 c + i % 2); `a` as in mma_bf16.
+DEVICE void wgmma_bf16(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+        "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+          "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+          "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+          "+f"(d[30]), "+f"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
 DEVICE void wgmma_bf16(float (&d)[64], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %69, 0;\n"

@@ -46,6 +46,17 @@ DEVICE int64_t sequence_of_chunk(const Extents& e, int64_t place, int chunk) {
 
 DEVICE int64_t first_chunk(const Row& row, int chunk) { return row.start / chunk + row.sequence; }
 
+// Chunks of a window of a sequence of e.time tokens.
+DEVICE int64_t chunks_of_window(const Extents& e, int64_t from, int64_t to, int chunk) {
+    const int64_t end = to < e.time ? to : e.time;
+    return end > from ? (end - from + chunk - 1) / chunk : 0;
+}
+
+// Where what is kept of the window's first chunk stands (abi.cuh, PrepareSm90Params); the others follow.
+DEVICE int64_t first_of_window(const Extents& e, const Row& row, int64_t from, int64_t to, int chunk) {
+    return e.cu_seqlens ? first_chunk(row, chunk) + from / chunk : row.sequence * chunks_of_window(e, from, to, chunk);
+}
+
 // Column of lambda that weighs slot `slot` while `len` are held.
 DEVICE int column_of(const Extents& e, int slot, int len) { return e.newest_first ? len - 1 - slot : slot; }
 

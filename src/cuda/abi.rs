@@ -206,7 +206,68 @@ pub struct ScanSm90Params {
     pub to: i64,
 }
 
+/// Bytes of a `DeltaPlan`.
+pub const DELTA_PLAN_BYTES: usize = 208;
+
+/// Parameters of `prepare_delta_sm90_bf16`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PrepareDeltaSm90Params {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub g: DevicePointer,
+    pub beta: DevicePointer,
+    pub events: DevicePointer,
+    pub lambda: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_place: DevicePointer,
+    pub pairs: DevicePointer,
+    pub weights: DevicePointer,
+    pub queries: DevicePointer,
+    pub transition: DevicePointer,
+    pub writes: DevicePointer,
+    pub plans: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub lambda_columns: i32,
+    pub slots: i32,
+    pub width: i32,
+    pub scale: f32,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `scan_delta_sm90_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ScanDeltaSm90Params {
+    pub extents: Extents,
+    pub v: DevicePointer,
+    pub pairs: DevicePointer,
+    pub weights: DevicePointer,
+    pub queries: DevicePointer,
+    pub transition: DevicePointer,
+    pub writes: DevicePointer,
+    pub plans: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub initial_states: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_place: DevicePointer,
+    pub o: DevicePointer,
+    pub states: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+}
+
 const _: () = {
+    assert!(size_of::<PrepareDeltaSm90Params>() == 200);
+    assert!(offset_of!(PrepareDeltaSm90Params, pairs) == 112);
+    assert!(offset_of!(PrepareDeltaSm90Params, from) == 160);
+    assert!(offset_of!(PrepareDeltaSm90Params, qk_l2norm) == 192);
+    assert!(size_of::<ScanDeltaSm90Params>() == 168);
+    assert!(offset_of!(ScanDeltaSm90Params, initial_len) == 104);
+    assert!(offset_of!(ScanDeltaSm90Params, from) == 152);
     assert!(size_of::<PrepareSm90Params>() == 168 && offset_of!(PrepareSm90Params, pairs) == 112);
     assert!(offset_of!(PrepareSm90Params, lambda_columns) == 152);
     assert!(size_of::<ScanSm90Params>() == 152 && offset_of!(ScanSm90Params, initial_len) == 96);
@@ -415,19 +476,22 @@ impl Geometry {
     }
 }
 
-/// One of the scans on Hopper (the table at the end of scan_sm90.cu): `scan_sm90_{dk}_{slots}_{groups}`.
+/// One of the scans on Hopper: `scan_sm90_{dk}_{slots}_{groups}` (the table at the end of scan_sm90.cu) or, for the
+/// delta rule, `scan_delta_sm90_{dk}_{slots}`. Workspaces are sized in `places` of chunks, [`ScanSm90::places`].
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ScanSm90 {
+    /// Gated delta rule.
+    pub delta: bool,
     /// Key dimension as computed.
     pub dk: usize,
     /// Places for slots.
     pub slots: usize,
-    /// Groups of 128 threads, each with 8 columns of dv.
+    /// Groups of 128 threads, each with 8 columns of dv; under the delta rule they share 8.
     pub groups: usize,
 }
 
 impl ScanSm90 {
-    const TABLE: [(usize, usize, usize); 11] = [
+    const GATED: [(usize, usize, usize); 11] = [
         (64, 16, 2),
         (64, 30, 2),
         (64, 32, 2),
@@ -440,27 +504,44 @@ impl ScanSm90 {
         (256, 16, 1),
         (256, 30, 1),
     ];
+    const DELTA: [(usize, usize, usize); 4] = [(64, 16, 2), (64, 32, 2), (128, 16, 2), (128, 32, 2)];
 
     /// The scan for a problem on a card of `processors` multiprocessors; `None` where the portable one computes it: inputs
-    /// other than bf16, the delta rule, dk = 256 with more than 30 slots.
+    /// other than bf16, dk = 256 with more than 30 slots, the delta rule with dk above 128 or more than 32 slots.
     pub fn choose(geometry: &Geometry, processors: usize) -> Option<Self> {
-        if geometry.parts != 1 || geometry.delta {
+        if geometry.parts != 1 {
             return None;
         }
+        let delta = geometry.delta;
+        let table: &[_] = if delta { &Self::DELTA } else { &Self::GATED };
         let fits =
             |&&(dk, slots, _): &&(usize, usize, usize)| dk >= geometry.dk && slots >= geometry.capacity;
         // Two groups a block where that leaves no multiprocessor idle.
         let crowded = geometry.rows() * geometry.dv.div_ceil(16) * 2 > processors;
-        let mut fitting = Self::TABLE.iter().filter(fits);
+        let mut fitting = table.iter().filter(fits);
         let &(dk, slots, groups) = fitting.next()?;
-        let scan = ScanSm90 { dk, slots, groups };
-        let thin = Self::TABLE.contains(&(dk, slots, 1));
+        let scan = ScanSm90 { delta, dk, slots, groups };
+        let thin = table.contains(&(dk, slots, 1));
         Some(if crowded || !thin { scan } else { ScanSm90 { groups: 1, ..scan } })
     }
 
     /// Name of the kernel.
     pub fn name(&self) -> String {
-        format!("scan_sm90_{}_{}_{}", self.dk, self.slots, self.groups)
+        if self.delta {
+            format!("scan_delta_sm90_{}_{}", self.dk, self.slots)
+        } else {
+            format!("scan_sm90_{}_{}_{}", self.dk, self.slots, self.groups)
+        }
+    }
+
+    /// File that it is in.
+    pub fn stage(&self) -> &'static str {
+        if self.delta { "scan_delta_sm90" } else { "scan_sm90" }
+    }
+
+    /// Name of the kernel that prepares for it.
+    pub fn prepare_name(&self) -> &'static str {
+        if self.delta { "prepare_delta_sm90_bf16" } else { "prepare_sm90_bf16" }
     }
 
     /// Threads of a block.
@@ -470,7 +551,7 @@ impl ScanSm90 {
 
     /// Columns of dv of a block.
     pub fn columns(&self) -> usize {
-        8 * self.groups
+        if self.delta { 8 } else { 8 * self.groups }
     }
 
     /// Places that have weights.
@@ -480,6 +561,18 @@ impl ScanSm90 {
 
     /// Shared memory.
     pub fn shared_bytes(&self) -> usize {
+        if self.delta {
+            return self.slots * self.dk * 16
+                + 2 * self.dk * self.dk * 2
+                + 2 * 64 * self.dk * 2
+                + 64 * self.dk * 2
+                + 64 * self.slots * 4
+                + 2 * 64 * 8 * 2
+                + 2 * 128 * 16
+                + 2 * DELTA_PLAN_BYTES
+                + 2 * 4 * self.dk * 32
+                + 64;
+        }
         // Q and K share a buffer where two do not fit.
         let buffers = if self.dk * self.slots > 4096 { 1 } else { 2 };
         self.groups * self.slots * self.dk * 24
@@ -490,44 +583,63 @@ impl ScanSm90 {
             + 96
     }
 
-    /// Shared memory of `prepare_sm90_bf16`.
+    /// Shared memory of the kernel that prepares for it.
     pub fn prepare_shared_bytes(&self, geometry: &Geometry) -> usize {
-        geometry.replay_shared_bytes()
-            + 2 * 64 * 2
-            + 64 * 8
-            + 3 * 64 * 4
-            + 3 * 64
-            + 2 * Geometry::tile(1, 64, 64)
-            + 64 * geometry.capacity * 4
+        let common =
+            geometry.replay_shared_bytes() + 2 * 64 * 2 + 64 * 8 + 3 * 64 * 4 + 64 * geometry.capacity * 4;
+        if self.delta {
+            common + 3 * 64 + DELTA_PLAN_BYTES + 4 * Geometry::tile(2, 64, 64)
+        } else {
+            common + 3 * 64 + 2 * Geometry::tile(1, 64, 64)
+        }
     }
 
-    /// Bytes that a block of the scan leaves to the next window's.
+    /// Bytes that a block of the gated scan leaves to the next window's.
     pub fn bank_bytes(&self) -> usize {
-        self.groups * self.slots * self.dk * 24
+        if self.delta { 0 } else { self.groups * self.slots * self.dk * 24 }
     }
 
-    /// Elements (u32) of P . Lambda.
-    pub fn pairs_len(&self, geometry: &Geometry) -> usize {
-        geometry.chunks() * geometry.value_heads * 10 * 32 * 4
-    }
-
-    /// Elements (f32) of the weights.
-    pub fn weights_len(&self, geometry: &Geometry) -> usize {
-        geometry.chunks() * geometry.value_heads * 64 * self.weight_slots()
-    }
-
-    /// Bytes of the plans.
-    pub fn plans_bytes(&self, geometry: &Geometry) -> usize {
-        geometry.chunks() * geometry.value_heads * CHUNK_PLAN_BYTES
-    }
-
-    /// Blocks of `prepare_sm90_bf16` for the window `from..to` of every sequence; `packed`: there are cu_seqlens.
-    pub fn prepare_blocks(geometry: &Geometry, time: usize, packed: bool, from: usize, to: usize) -> usize {
-        let places = if packed {
+    /// Places of chunks for the window `from..to` of every sequence; `packed`: there are cu_seqlens.
+    pub fn places(geometry: &Geometry, time: usize, packed: bool, from: usize, to: usize) -> usize {
+        if packed {
             geometry.chunks()
         } else {
             geometry.sequences * to.min(time).saturating_sub(from).div_ceil(64)
-        };
+        }
+    }
+
+    /// Elements (u32) of P . Lambda.
+    pub fn pairs_len(&self, geometry: &Geometry, places: usize) -> usize {
+        places * geometry.value_heads * 10 * 32 * 4
+    }
+
+    /// Elements (f32) of the weights.
+    pub fn weights_len(&self, geometry: &Geometry, places: usize) -> usize {
+        places * geometry.value_heads * 64 * self.weight_slots()
+    }
+
+    /// Bytes of the plans.
+    pub fn plans_bytes(&self, geometry: &Geometry, places: usize) -> usize {
+        places * geometry.value_heads * if self.delta { DELTA_PLAN_BYTES } else { CHUNK_PLAN_BYTES }
+    }
+
+    /// Elements (u32) of Qt, delta rule.
+    pub fn queries_len(&self, geometry: &Geometry, places: usize) -> usize {
+        if self.delta { places * geometry.value_heads * 64 * self.dk / 2 } else { 0 }
+    }
+
+    /// Elements (u16) of the transitions, delta rule.
+    pub fn transition_len(&self, geometry: &Geometry, places: usize) -> usize {
+        if self.delta { places * geometry.value_heads * self.dk * self.dk } else { 0 }
+    }
+
+    /// Elements (u16) of Kh, delta rule.
+    pub fn writes_len(&self, geometry: &Geometry, places: usize) -> usize {
+        if self.delta { places * geometry.value_heads * 2 * 64 * self.dk } else { 0 }
+    }
+
+    /// Blocks of the kernel that prepares for it.
+    pub fn prepare_blocks(geometry: &Geometry, places: usize) -> usize {
         places * geometry.value_heads
     }
 

@@ -34,19 +34,22 @@ pub(super) fn forked(stages: &Stages<'_>, main: CUstream, side: &SideStream) -> 
     Ok(())
 }
 
-/// The stages one after another, each for all tokens and timed.
+/// The stages one after another, timed.
 pub(super) fn timed(stages: &Stages<'_>, main: CUstream, timeline: &Timeline) -> Result<()> {
-    let all = 0..i64::MAX as usize;
-    timeline.time(Stage::Segment, main, || {
+    timeline.begin();
+    timeline.time(Stage::Segment, 0, main, || {
         stages.segment_gram(main)?;
-        stages.segment(all.clone(), main)
+        stages.segment(0..i64::MAX as usize, main)
     })?;
-    timeline.time(Stage::Route, main, || {
+    timeline.time(Stage::Route, 0, main, || {
         stages.route_sums(main)?;
-        stages.route(all.clone(), main)
+        stages.route(0..i64::MAX as usize, main)
     })?;
-    timeline.time(Stage::Prepare, main, || stages.prepare(all.clone(), main))?;
-    timeline.time(Stage::Scan, main, || stages.scan(all, main))
+    for (index, window) in stages.windows().enumerate() {
+        timeline.time(Stage::Prepare, index, main, || stages.prepare(window.clone(), main))?;
+        timeline.time(Stage::Scan, index, main, || stages.scan(window, main))?;
+    }
+    Ok(())
 }
 
 /// Arrays of a call in one piece of memory.

@@ -1,8 +1,8 @@
 //! One function per stage: its parameters and its launch.
 
 use super::abi::{
-    DevicePointer, Extents, PrepareParams, PrepareSm90Params, RouteParams, RouteSumsParams, ScanParams,
-    ScanSm90, ScanSm90Params, SegmentParams,
+    DevicePointer, Extents, PrepareDeltaSm90Params, PrepareParams, PrepareSm90Params, RouteParams,
+    RouteSumsParams, ScanDeltaSm90Params, ScanParams, ScanSm90, ScanSm90Params, SegmentParams,
 };
 use super::driver::call;
 use super::module::Kernel;
@@ -43,7 +43,10 @@ impl<'a> Stages<'a> {
             open: workspace + layout.open as u64,
             keys: workspace + layout.keys as u64,
         });
-        let extents = Extents { cu_seqlens: inputs.cu_seqlens, ..plan.extents };
+        // One sequence of all tokens is not packed, whatever says so: the plan may have cut it into windows.
+        let packed = plan.shape.sequences != plan.shape.batch;
+        let cu_seqlens = if packed { inputs.cu_seqlens } else { 0 };
+        let extents = Extents { cu_seqlens, ..plan.extents };
         Stages {
             plan,
             inputs: *inputs,
@@ -151,6 +154,39 @@ impl<'a> Stages<'a> {
                 launch(prepare, &params, stream)
             }
             Scan::Hopper { form, prepare, .. } => {
+                let (time, packed) = (self.plan.shape.time, self.extents.cu_seqlens != 0);
+                let places = ScanSm90::places(&self.plan.geometry, time, packed, window.start, window.end);
+                let blocks = ScanSm90::prepare_blocks(&self.plan.geometry, places);
+                // At most those of all tokens, which the plan has counted.
+                let kernel = Kernel { blocks: (blocks as u32).min(prepare.blocks), ..*prepare };
+                if form.delta {
+                    let params = PrepareDeltaSm90Params {
+                        extents: self.extents,
+                        q: self.inputs.q,
+                        k: self.inputs.k,
+                        g: self.inputs.g,
+                        beta: self.inputs.beta,
+                        events: self.outputs.events,
+                        lambda,
+                        chunk_len: self.at(layout.chunk_len),
+                        chunk_place: self.at(layout.chunk_place),
+                        pairs: self.at(layout.pairs),
+                        weights: self.at(layout.weights),
+                        queries: self.at(layout.queries),
+                        transition: self.at(layout.transition),
+                        writes: self.at(layout.writes),
+                        plans: self.at(layout.plans),
+                        from: window.start as i64,
+                        to: window.end as i64,
+                        lambda_columns: lambda_columns as i32,
+                        slots: form.weight_slots() as i32,
+                        width: form.dk as i32,
+                        scale: self.plan.scale,
+                        qk_l2norm: self.plan.qk_l2norm.into(),
+                        reserved: 0,
+                    };
+                    return launch(&kernel, &params, stream);
+                }
                 let params = PrepareSm90Params {
                     extents: self.extents,
                     q: self.inputs.q,
@@ -171,11 +207,6 @@ impl<'a> Stages<'a> {
                     scale: self.plan.scale,
                     qk_l2norm: self.plan.qk_l2norm.into(),
                 };
-                let (time, packed) = (self.plan.shape.time, self.inputs.cu_seqlens != 0);
-                let blocks =
-                    ScanSm90::prepare_blocks(&self.plan.geometry, time, packed, window.start, window.end);
-                // At most those of all tokens, which the plan has counted.
-                let kernel = Kernel { blocks: (blocks as u32).min(prepare.blocks), ..*prepare };
                 launch(&kernel, &params, stream)
             }
         }
@@ -259,6 +290,27 @@ impl<'a> Stages<'a> {
                     scale: self.plan.scale,
                     qk_l2norm: self.plan.qk_l2norm.into(),
                     reserved: 0,
+                };
+                launch(scan, &params, stream)
+            }
+            Scan::Hopper { form, scan, .. } if form.delta => {
+                let params = ScanDeltaSm90Params {
+                    extents: self.extents,
+                    v: self.inputs.v,
+                    pairs: self.at(layout.pairs),
+                    weights: self.at(layout.weights),
+                    queries: self.at(layout.queries),
+                    transition: self.at(layout.transition),
+                    writes: self.at(layout.writes),
+                    plans: self.at(layout.plans),
+                    initial_len: self.initial.len,
+                    initial_states: self.initial.states,
+                    chunk_len: self.at(layout.chunk_len),
+                    chunk_place: self.at(layout.chunk_place),
+                    o: self.outputs.o,
+                    states: self.cache.states,
+                    from: window.start as i64,
+                    to: window.end as i64,
                 };
                 launch(scan, &params, stream)
             }

@@ -2,7 +2,7 @@
 
 use super::abi::{Extents, Geometry, SEGMENT_THREADS, SEGMENT_WINDOW, ScanSm90};
 use super::module::{Choice, Device, Kernel};
-use super::workspace::Layout;
+use super::workspace::{Layout, Windowed};
 use crate::error::{Error, Result};
 use crate::options::{MAX_CAPACITY, Merge, Options, Read, Recurrence, SlotOrder};
 use crate::problem::{Problem, Shape};
@@ -48,7 +48,7 @@ pub(super) struct Pipeline {
 pub(super) enum Scan {
     /// Any card.
     Portable { prepare: Kernel, scan: Kernel },
-    /// Hopper, bf16, gated. prepare comes after the log; its blocks are those of the largest window.
+    /// Hopper, bf16. prepare comes after the log; its blocks are those of the largest window.
     Hopper { form: ScanSm90, prepare: Kernel, scan: Kernel },
 }
 
@@ -86,8 +86,14 @@ impl Pipeline {
                 let prepare = form.prepare_shared_bytes(g);
                 Scan::Hopper {
                     form,
-                    prepare: choose("prepare_sm90", "prepare_sm90", places, prepare).resolve(device)?,
-                    scan: Choice::portable("scan_sm90", form.name(), form.blocks(g), form.shared_bytes())
+                    prepare: Choice::portable(
+                        "prepare_sm90",
+                        form.prepare_name().to_owned(),
+                        places,
+                        prepare,
+                    )
+                    .resolve(device)?,
+                    scan: Choice::portable(form.stage(), form.name(), form.blocks(g), form.shared_bytes())
                         .of_threads(form.threads())
                         .resolve(device)?,
                 }
@@ -120,13 +126,16 @@ impl Pipeline {
     }
 }
 
+/// Windows of a call at most.
+pub(super) const MOST_WINDOWS: usize = 4;
+
 /// Tokens of a window of sequences of `time` tokens: while one window is scanned the chain is at the next. What the scan
 /// holds goes through memory in between, so there are few.
 fn window(time: usize) -> usize {
     let windows = match time {
         ..4096 => return time.max(1),
         4096..16384 => 2,
-        _ => 4,
+        _ => MOST_WINDOWS,
     };
     time.div_ceil(windows).next_multiple_of(SEGMENT_WINDOW)
 }
@@ -172,16 +181,16 @@ impl Plan {
             _ => None,
         };
         // Packed sequences' lengths, and so what a window would hold, are known on the GPU alone.
-        let cut = hopper.is_some() && shape.sequences == shape.batch;
+        // The delta rule's scan hands its states over as the final cache.
+        let cut = hopper.is_some() && shape.sequences == shape.batch && (final_cache || !delta);
         let window = if cut { window(shape.time) } else { shape.time.max(1) };
-        let layout = Layout::new(
-            &geometry,
-            routed,
-            options.qk_l2norm,
-            final_cache,
-            hopper.map(|scan| (scan, window < shape.time)),
-        )
-        .ok_or(Error::OutOfMemory { bytes: usize::MAX, free: 0 })?;
+        let windowed = hopper.map(|scan| {
+            let packed = shape.sequences != shape.batch;
+            let places = ScanSm90::places(&geometry, shape.time, packed, 0, window);
+            Windowed { scan, places, cut: window < shape.time }
+        });
+        let layout = Layout::new(&geometry, routed, options.qk_l2norm, final_cache, windowed)
+            .ok_or(Error::OutOfMemory { bytes: usize::MAX, free: 0 })?;
         let extents = Extents {
             cu_seqlens: 0,
             sequences: shape.sequences as i64,
@@ -260,7 +269,7 @@ mod tests {
         for time in [0, 1, 63, 4095, 4096, 4097, 16384, 16385, 131_072, 2_097_152] {
             let window = window(time);
             assert!(window >= time || window.is_multiple_of(SEGMENT_WINDOW), "{time}: {window}");
-            assert!(window > 0 && time.div_ceil(window) <= 4);
+            assert!(window > 0 && time.div_ceil(window) <= MOST_WINDOWS);
         }
     }
 

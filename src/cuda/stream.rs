@@ -3,10 +3,12 @@
 use super::driver::{self, call};
 use super::engine::Engine;
 use super::module::Device;
+use super::plan::MOST_WINDOWS;
 use crate::engine::Stage;
 use crate::error::Result;
 use cudarc::driver::sys::{self, CUevent, CUstream};
 use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 /// An event of the driver.
 #[derive(Debug)]
@@ -136,28 +138,39 @@ impl SideStream {
 /// When the stages of one call began and ended on the GPU.
 #[derive(Debug)]
 pub struct Timeline {
-    /// Begin and end of every stage, in the order of [`Stage::ALL`].
-    marks: [[Event; 2]; 4],
+    /// Begin and end of every stage, in the order of [`Stage::ALL`], a window after the other.
+    marks: [[[Event; 2]; MOST_WINDOWS]; 4],
+    /// Bit 4 w + s: stage s of window w has been timed.
+    timed: AtomicU32,
 }
 
 impl Timeline {
     pub(super) fn new(device: &Arc<Device>) -> Result<Timeline> {
         let event = || Event::new(device, true);
         let pair = || Ok([event()?, event()?]);
-        Ok(Timeline { marks: [pair()?, pair()?, pair()?, pair()?] })
+        let stage = || Ok([pair()?, pair()?, pair()?, pair()?]);
+        Ok(Timeline { marks: [stage()?, stage()?, stage()?, stage()?], timed: AtomicU32::new(0) })
     }
 
-    /// Times what `launch` puts on the stream as `stage`.
+    /// Forgets the last call.
+    pub(super) fn begin(&self) {
+        self.timed.store(0, Ordering::Relaxed);
+    }
+
+    /// Times what `launch` puts on the stream as `stage` of a window.
     pub(super) fn time(
         &self,
         stage: Stage,
+        window: usize,
         stream: CUstream,
         launch: impl FnOnce() -> Result<()>,
     ) -> Result<()> {
-        let [begin, end] = &self.marks[stage as usize];
+        let Some([begin, end]) = self.marks[stage as usize].get(window) else { return launch() };
         begin.record(stream)?;
         launch()?;
-        end.record(stream)
+        end.record(stream)?;
+        self.timed.fetch_or(1 << (4 * window + stage as usize), Ordering::Relaxed);
+        Ok(())
     }
 
     /// Waits for the call and returns the milliseconds of every stage, in the order of [`Stage::ALL`].
@@ -166,8 +179,13 @@ impl Timeline {
     /// Where the call failed on the GPU, or there was none.
     pub fn stage_ms(&self) -> Result<[f64; 4]> {
         let mut ms = [0.0; 4];
-        for (ms, [begin, end]) in ms.iter_mut().zip(&self.marks) {
-            *ms = end.ms_since(begin)?;
+        let timed = self.timed.load(Ordering::Relaxed);
+        for (stage, (ms, windows)) in ms.iter_mut().zip(&self.marks).enumerate() {
+            for (window, [begin, end]) in windows.iter().enumerate() {
+                if timed >> (4 * window + stage) & 1 == 1 {
+                    *ms += end.ms_since(begin)?;
+                }
+            }
         }
         Ok(ms)
     }

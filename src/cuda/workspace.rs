@@ -1,6 +1,6 @@
 //! The only byte layout of the workspace.
 
-use super::abi::{CHUNK_PLAN_BYTES, Geometry, SEGMENT_STATE_BYTES, ScanSm90};
+use super::abi::{Geometry, SEGMENT_STATE_BYTES, ScanSm90};
 
 /// Every array of the workspace begins on as many bytes.
 pub(super) const ALIGNMENT: usize = 256;
@@ -24,10 +24,14 @@ pub(super) struct Layout {
     pub(super) next: usize,
     /// A row's record between two windows of segment.
     pub(super) state: usize,
-    /// Hopper's scan: P . Lambda, weights, plans, and what its blocks hold between windows.
+    /// Hopper's scan, of a window: P . Lambda, weights and plans; delta rule: Qt, transitions and Kh.
     pub(super) pairs: usize,
     pub(super) weights: usize,
     pub(super) plans: usize,
+    pub(super) queries: usize,
+    pub(super) transition: usize,
+    pub(super) writes: usize,
+    /// What the blocks of Hopper's scan hold between windows.
     pub(super) banks: usize,
     /// P, [`Geometry::p_len`] bf16.
     pub(super) p: usize,
@@ -53,15 +57,25 @@ pub(super) struct Layout {
     pub(super) bytes: usize,
 }
 
+/// Hopper's scan, a window at a time.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Windowed {
+    pub(super) scan: ScanSm90,
+    /// Places of chunks of the largest window.
+    pub(super) places: usize,
+    /// Whether there is more than one window.
+    pub(super) cut: bool,
+}
+
 impl Layout {
-    /// The layout of a call; `hopper`: the scan, and whether its sequences are cut into windows. `None` where it would be of
+    /// The layout of a call; `hopper`: Hopper's scan, if it is that. `None` where it would be of
     /// more bytes than there are addresses.
     pub(super) fn new(
         geometry: &Geometry,
         routed: bool,
         qk_l2norm: bool,
         cache_wanted: bool,
-        hopper: Option<(ScanSm90, bool)>,
+        hopper: Option<Windowed>,
     ) -> Option<Layout> {
         let g = geometry;
         let mut layout = Layout::default();
@@ -89,19 +103,24 @@ impl Layout {
         let totals = take(true, &[8, places, heads, chunk / 32])?;
         let next = take(true, &[places, heads, chunk])?;
         let state = take(true, &[rows, SEGMENT_STATE_BYTES])?;
-        let weight_slots = hopper.map_or(0, |(scan, _)| scan.weight_slots());
-        let pairs = take(hopper.is_some(), &[4, places, heads, 10 * 32 * 4])?;
-        let weights = take(hopper.is_some(), &[4, places, heads, chunk, weight_slots])?;
-        let plans = take(hopper.is_some(), &[places, heads, CHUNK_PLAN_BYTES])?;
+        let mut of_window = |len: fn(&ScanSm90, &Geometry, usize) -> usize, bytes: usize| {
+            take(true, &[bytes, hopper.map_or(0, |windowed| len(&windowed.scan, g, windowed.places))])
+        };
+        let pairs = of_window(ScanSm90::pairs_len, 4)?;
+        let weights = of_window(ScanSm90::weights_len, 4)?;
+        let plans = of_window(ScanSm90::plans_bytes, 1)?;
+        let queries = of_window(ScanSm90::queries_len, 4)?;
+        let transition = of_window(ScanSm90::transition_len, 2)?;
+        let writes = of_window(ScanSm90::writes_len, 2)?;
         let banks = match hopper {
-            Some((scan, true)) => take(true, &[scan.blocks(g), scan.bank_bytes()])?,
+            Some(Windowed { scan, cut: true, .. }) => take(true, &[scan.blocks(g), scan.bank_bytes()])?,
             _ => take(false, &[])?,
         };
         let portable = hopper.is_none();
         let p = take(portable, &[2, places, g.value_heads, parts, chunk, chunk])?;
-        let qt = take(g.delta, &prepared)?;
-        let w = take(g.delta, &prepared)?;
-        let kh = take(g.delta, &prepared)?;
+        let qt = take(portable && g.delta, &prepared)?;
+        let w = take(portable && g.delta, &prepared)?;
+        let kh = take(portable && g.delta, &prepared)?;
         let key_sums = take(routed, &[4, places, g.heads, chunk / 8, g.dk])?;
         let key_bases = take(routed, &[8, places, g.heads, g.dk])?;
         let key_factors = take(routed && qk_l2norm, &[4, g.tokens, g.heads])?;
@@ -127,6 +146,9 @@ impl Layout {
             pairs,
             weights,
             plans,
+            queries,
+            transition,
+            writes,
             banks,
             p,
             qt,
@@ -166,10 +188,13 @@ mod tests {
 
     #[test]
     fn arrays_follow_one_another() {
-        let scan = ScanSm90::choose(&geometry(false, 1), 1).unwrap();
+        let windowed = |delta, cut| {
+            Some(Windowed { scan: ScanSm90::choose(&geometry(delta, 1), 1).unwrap(), places: 2, cut })
+        };
         for (delta, parts, routed, cache_wanted, hopper) in [
-            (false, 1, false, true, Some((scan, true))),
-            (false, 1, true, true, Some((scan, false))),
+            (false, 1, false, true, windowed(false, true)),
+            (false, 1, true, true, windowed(false, false)),
+            (true, 1, true, true, windowed(true, true)),
             (true, 2, true, false, None),
             (true, 1, true, true, None),
             (false, 2, false, false, None),
@@ -177,7 +202,10 @@ mod tests {
             let g = geometry(delta, parts);
             let layout = Layout::new(&g, routed, delta, cache_wanted, hopper).unwrap();
             let portable = hopper.is_none();
-            let on_hopper = |bytes: usize| if portable { 0 } else { bytes };
+            let of_window = |len: fn(&ScanSm90, &Geometry, usize) -> usize| {
+                hopper.map_or(0, |windowed: Windowed| len(&windowed.scan, &g, windowed.places))
+            };
+            let scan = hopper.map(|windowed| windowed.scan);
             let lengths = [
                 (layout.chunk_len, 4 * g.chunks() * 2),
                 (layout.chunk_starts, 4 * g.chunk_slots_len()),
@@ -190,21 +218,21 @@ mod tests {
                 (layout.totals, 8 * g.starts_len() / 32),
                 (layout.next, g.starts_len()),
                 (layout.state, 6 * SEGMENT_STATE_BYTES),
-                (layout.pairs, on_hopper(4 * scan.pairs_len(&g))),
-                (layout.weights, on_hopper(4 * scan.weights_len(&g))),
-                (layout.plans, on_hopper(scan.plans_bytes(&g))),
+                (layout.pairs, 4 * of_window(ScanSm90::pairs_len)),
+                (layout.weights, 4 * of_window(ScanSm90::weights_len)),
+                (layout.plans, of_window(ScanSm90::plans_bytes)),
+                (layout.queries, 4 * of_window(ScanSm90::queries_len)),
+                (layout.transition, 2 * of_window(ScanSm90::transition_len)),
+                (layout.writes, 2 * of_window(ScanSm90::writes_len)),
                 (
                     layout.banks,
-                    if hopper.is_some_and(|hopper| hopper.1) {
-                        scan.blocks(&g) * scan.bank_bytes()
-                    } else {
-                        0
-                    },
+                    scan.filter(|_| hopper.is_some_and(|windowed| windowed.cut))
+                        .map_or(0, |scan| scan.blocks(&g) * scan.bank_bytes()),
                 ),
                 (layout.p, if portable { 2 * g.p_len() } else { 0 }),
-                (layout.qt, if delta { 2 * g.prepared_len() } else { 0 }),
-                (layout.w, if delta { 2 * g.prepared_len() } else { 0 }),
-                (layout.kh, if delta { 2 * g.prepared_len() } else { 0 }),
+                (layout.qt, if delta && portable { 2 * g.prepared_len() } else { 0 }),
+                (layout.w, if delta && portable { 2 * g.prepared_len() } else { 0 }),
+                (layout.kh, if delta && portable { 2 * g.prepared_len() } else { 0 }),
                 (layout.key_sums, if routed { 4 * g.route_sums_len() } else { 0 }),
                 (layout.key_bases, if routed { 8 * g.route_bases_len() } else { 0 }),
                 (layout.key_factors, if routed && delta { 4 * 130 } else { 0 }),

@@ -454,6 +454,32 @@ inline void copy_async_16(void* to, const void* from, bool live) {
 }
 inline void copies_wait() {}
 inline void copies_arrive(uint64_t* barrier) { barrier_arrive(barrier); }
+// Its bytes have come when it returns, so the phase has only the arrivals to wait for.
+inline void barrier_expect(uint64_t* barrier, uint32_t) { barrier_arrive(barrier); }
+inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t*) {
+    const auto at = static_cast<unsigned char*>(to);
+    if (reinterpret_cast<uintptr_t>(to) % 16 != 0 || reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0)
+        fail("a bulk copy that is not aligned");
+    if (at < machine.shared || at + bytes > machine.shared + machine.shared_bytes) return fail("a bulk copy outside shared memory");
+    memcpy(to, from, bytes);
+}
+inline void stmatrix_x4_trans(uint16_t* row, const uint32_t (&r)[4]) {
+    const auto at = reinterpret_cast<unsigned char*>(row);
+    if (at < machine.shared || at + 16 > machine.shared + machine.shared_bytes || reinterpret_cast<uintptr_t>(row) % 16 != 0)
+        return fail("stmatrix outside shared memory or misaligned");
+    collective(
+        -7,
+        [&](Exchange& warp, unsigned lane) {
+            warp.rows[lane] = row;
+            memcpy(warp.r[lane], r, sizeof r);
+        },
+        [](Exchange& warp) {
+            for (unsigned lane = 0; lane < WARP; lane++)
+                for (unsigned i = 0; i < 4; i++)
+                    for (unsigned n = 0; n < 2; n++)
+                        const_cast<uint16_t*>(warp.rows[i * 8 + lane % 4 * 2 + n])[lane / 4] = uint16_t(warp.r[lane][i] >> 16 * n);
+        });
+}
 inline void group_barrier(int id, int threads) {
     Group& group = machine.groups[id];
     const unsigned generation = group.generation;
@@ -471,6 +497,8 @@ inline void fence_async() {}
 inline void wgmma_begin() {}
 inline void wgmma_commit() {}
 inline void wgmma_wait() {}
+template <size_t N>
+inline void wgmma_hold(float (&)[N]) {}
 inline uint64_t wgmma_operand(const void* at, uint32_t across) {
     const auto offset = static_cast<const unsigned char*>(at) - machine.shared;
     if (offset < 0 || offset % 16 != 0 || offset + 256 > machine.shared_bytes) fail("an operand outside shared memory");

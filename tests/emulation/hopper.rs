@@ -1,8 +1,12 @@
-//! The Hopper kernels of the gated scan, emulated, given the log of the reference.
+//! The Hopper kernels of the scan, emulated, given the log of the reference.
 
 use super::*;
-use dla::cuda::abi::{PrepareSm90Params, ScanSm90, ScanSm90Params};
+use dla::cuda::abi::{
+    PrepareDeltaSm90Params, PrepareSm90Params, ScanDeltaSm90Params, ScanSm90, ScanSm90Params,
+};
 use dla::events::MERGE;
+use rand::rngs::StdRng;
+use rand::{RngExt, SeedableRng};
 
 /// What the segment stage says of every chunk: the slots at its entry (abi.cuh, SegmentParams).
 pub struct ChunkRecords {
@@ -81,7 +85,7 @@ fn scan(
         dk: shape.dk,
         dv: shape.dv,
         capacity: shape.capacity,
-        delta: false,
+        delta: options.recurrence == Recurrence::GatedDelta,
     };
     let kernel = ScanSm90::choose(&geometry, processors).unwrap();
     let cu_seqlens = case.cu_seqlens.as_ref().map(|x| Array::of(x));
@@ -105,75 +109,156 @@ fn scan(
     let log = Array::of(events);
     let (chunk_len, chunk_place, chunk_log) =
         (Array::of(&records.len), Array::of(&records.place), Array::of(&records.log));
-    let pairs = Array::poisoned(kernel.pairs_len(&geometry) * 4);
-    let weights = Array::poisoned(kernel.weights_len(&geometry) * 4);
-    let plans = Array::poisoned(kernel.plans_bytes(&geometry));
+    let beta = case.beta.as_ref().map(|x| Array::of(x));
+    let packed = case.cu_seqlens.is_some();
     let o = Array::poisoned(shape.tokens() * shape.value_heads * shape.dv * 2);
     let states = Array::poisoned(dims.rows() * dims.bank() * 4);
     let banks = Array::poisoned(kernel.blocks(&geometry) * kernel.bank_bytes());
     let mut from = 0;
     while from == 0 || from < shape.time {
         let to = from + window;
-        let prepare = PrepareSm90Params {
-            extents,
-            q: q.pointer(),
-            k: k.pointer(),
-            g: pointer(&g),
-            events: log.pointer(),
-            lambda: lambda.pointer(),
-            chunk_len: chunk_len.pointer(),
-            chunk_place: chunk_place.pointer(),
-            chunk_log: chunk_log.pointer(),
-            pairs: pairs.pointer(),
-            weights: weights.pointer(),
-            plans: plans.pointer(),
-            from: from as i64,
-            to: to as i64,
-            lambda_columns: problem.lambda_columns() as i32,
-            slots: kernel.weight_slots() as i32,
-            scale: problem.scale(),
-            qk_l2norm: options.qk_l2norm.into(),
-        };
-        let blocks = ScanSm90::prepare_blocks(&geometry, shape.time, case.cu_seqlens.is_some(), from, to);
-        launch(emulate, "prepare_sm90_bf16", blocks, kernel.prepare_shared_bytes(&geometry), &prepare);
-        let scan = ScanSm90Params {
-            extents,
-            q: q.pointer(),
-            k: k.pointer(),
-            v: v.pointer(),
-            pairs: pairs.pointer(),
-            weights: weights.pointer(),
-            plans: plans.pointer(),
-            initial_len: pointer(&initial_len),
-            initial_states: pointer(&initial_states),
-            banks: banks.pointer(),
-            o: o.pointer(),
-            states: states.pointer(),
-            from: from as i64,
-            to: to as i64,
-        };
-        launch(emulate, &kernel.name(), kernel.blocks(&geometry), kernel.shared_bytes(), &scan);
+        // A window's own workspace: what another leaves is not needed.
+        let places = ScanSm90::places(&geometry, shape.time, packed, from, to);
+        let pairs = Array::poisoned(kernel.pairs_len(&geometry, places) * 4);
+        let weights = Array::poisoned(kernel.weights_len(&geometry, places) * 4);
+        let plans = Array::poisoned(kernel.plans_bytes(&geometry, places));
+        let queries = Array::poisoned(kernel.queries_len(&geometry, places) * 4);
+        let transition = Array::poisoned(kernel.transition_len(&geometry, places) * 2);
+        let writes = Array::poisoned(kernel.writes_len(&geometry, places) * 2);
+        let (name, prepare) = (kernel.name(), kernel.prepare_name());
+        let (shared, prepare_shared) = (kernel.shared_bytes(), kernel.prepare_shared_bytes(&geometry));
+        let (blocks, prepare_blocks) =
+            (kernel.blocks(&geometry), ScanSm90::prepare_blocks(&geometry, places));
+        if kernel.delta {
+            let params = PrepareDeltaSm90Params {
+                extents,
+                q: q.pointer(),
+                k: k.pointer(),
+                g: pointer(&g),
+                beta: pointer(&beta),
+                events: log.pointer(),
+                lambda: lambda.pointer(),
+                chunk_len: chunk_len.pointer(),
+                chunk_place: chunk_place.pointer(),
+                pairs: pairs.pointer(),
+                weights: weights.pointer(),
+                queries: queries.pointer(),
+                transition: transition.pointer(),
+                writes: writes.pointer(),
+                plans: plans.pointer(),
+                from: from as i64,
+                to: to as i64,
+                lambda_columns: problem.lambda_columns() as i32,
+                slots: kernel.weight_slots() as i32,
+                width: kernel.dk as i32,
+                scale: problem.scale(),
+                qk_l2norm: options.qk_l2norm.into(),
+                reserved: 0,
+            };
+            launch(emulate, prepare, prepare_blocks, prepare_shared, &params);
+            let params = ScanDeltaSm90Params {
+                extents,
+                v: v.pointer(),
+                pairs: pairs.pointer(),
+                weights: weights.pointer(),
+                queries: queries.pointer(),
+                transition: transition.pointer(),
+                writes: writes.pointer(),
+                plans: plans.pointer(),
+                initial_len: pointer(&initial_len),
+                initial_states: pointer(&initial_states),
+                chunk_len: chunk_len.pointer(),
+                chunk_place: chunk_place.pointer(),
+                o: o.pointer(),
+                states: states.pointer(),
+                from: from as i64,
+                to: to as i64,
+            };
+            launch(emulate, &name, blocks, shared, &params);
+        } else {
+            let params = PrepareSm90Params {
+                extents,
+                q: q.pointer(),
+                k: k.pointer(),
+                g: pointer(&g),
+                events: log.pointer(),
+                lambda: lambda.pointer(),
+                chunk_len: chunk_len.pointer(),
+                chunk_place: chunk_place.pointer(),
+                chunk_log: chunk_log.pointer(),
+                pairs: pairs.pointer(),
+                weights: weights.pointer(),
+                plans: plans.pointer(),
+                from: from as i64,
+                to: to as i64,
+                lambda_columns: problem.lambda_columns() as i32,
+                slots: kernel.weight_slots() as i32,
+                scale: problem.scale(),
+                qk_l2norm: options.qk_l2norm.into(),
+            };
+            launch(emulate, prepare, prepare_blocks, prepare_shared, &params);
+            let params = ScanSm90Params {
+                extents,
+                q: q.pointer(),
+                k: k.pointer(),
+                v: v.pointer(),
+                pairs: pairs.pointer(),
+                weights: weights.pointer(),
+                plans: plans.pointer(),
+                initial_len: pointer(&initial_len),
+                initial_states: pointer(&initial_states),
+                banks: banks.pointer(),
+                o: o.pointer(),
+                states: states.pointer(),
+                from: from as i64,
+                to: to as i64,
+            };
+            launch(emulate, &name, blocks, shared, &params);
+        }
+        // Workspaces: nothing past their ends.
+        for array in [&pairs, &weights, &plans, &queries, &transition, &writes] {
+            array.get::<u8>();
+        }
         from = to;
     }
-    pairs.get::<u32>();
-    weights.get::<f32>();
-    plans.get::<u8>();
     let o = o.get::<u16>().iter().map(|&x| bf16::from_bits(x).to_f64()).collect();
     (o, states.get())
 }
 
-/// Every scan of the table, over capacities, ragged, packed and cut sequences, resumed caches, own logs' merges below
-/// capacity excepted (segment's tests have them).
-#[test]
-fn hopper_scan() {
+/// A log of a caller's own: merges anywhere, below capacity too.
+fn own_log(case: &Case, problem: &Problem, seed: u64) -> Vec<u8> {
+    let mut rng = StdRng::seed_from_u64(seed);
+    let shape = problem.shape();
+    let mut log = vec![0; shape.tokens() * shape.value_heads];
+    for (n, sequence) in problem.sequences().iter().enumerate() {
+        for head in 0..shape.value_heads {
+            let mut ledger = ledger_of(case.cache.as_ref(), n * shape.value_heads + head);
+            for t in sequence.start..sequence.start + sequence.len {
+                let mut choices: Vec<u8> =
+                    (0..=MERGE + 64).filter(|&event| ledger.allows(event, shape.capacity)).collect();
+                // As many slots that open as others.
+                if choices.contains(&OPEN) {
+                    choices.extend(vec![OPEN; choices.len()]);
+                }
+                let event = choices[rng.random_range(0..choices.len())];
+                ledger.apply(event, 0.0);
+                log[t * shape.value_heads + head] = event;
+            }
+        }
+    }
+    log
+}
+
+/// Every scan of the table of a recurrence, over capacities, ragged, packed and cut sequences, resumed caches, own logs.
+fn every_scan(recurrence: Recurrence, sizes: &[(usize, usize)], capacities: &[usize]) {
     let Some(emulate) = emulator() else { return };
     let seed: u64 = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
     println!("seeds from {seed}");
     let mut worst = Worst::default();
-    let sizes = [(64, 16), (128, 32), (256, 8), (40, 24), (72, 40), (128, 16), (64, 8), (136, 16)];
-    for (at, capacity) in [30, 16, 30, 32, 29, 31, 64, 3, 30, 1, 40, 2].into_iter().enumerate() {
+    for (at, &capacity) in capacities.iter().enumerate() {
         let (dk, dv) = sizes[at % sizes.len()];
         let options = Options {
+            recurrence,
             capacity: if dk > 128 { capacity.min(30) } else { capacity },
             merge: if at % 3 == 0 { Merge::Mass } else { Merge::Density },
             slot_order: if at % 4 < 2 { SlotOrder::OldestFirst } else { SlotOrder::NewestFirst },
@@ -205,7 +290,8 @@ fn hopper_scan() {
         let case = recipe.draw(seed + at as u64);
         let problem = case.problem().unwrap();
         let name = case.describe();
-        let expected = reference::forward(&problem, &Arguments::of(&problem), None, None);
+        let log = (at % 4 == 3).then(|| own_log(&case, &problem, seed + at as u64));
+        let expected = reference::forward(&problem, &Arguments::of(&problem), log.as_deref(), None);
         let mut first: Option<(Vec<f64>, Vec<f32>)> = None;
         for (window, processors) in [(1 << 20, 1), (64, 1000), (128, 1)] {
             let (o, states) = scan(emulate, &case, &problem, &expected.events, window, processors);
@@ -228,4 +314,48 @@ fn hopper_scan() {
         }
     }
     println!("{:?}", worst.0);
+}
+
+/// Gated.
+#[test]
+fn hopper_scan() {
+    let sizes = [(64, 16), (128, 32), (256, 8), (40, 24), (72, 40), (128, 16), (64, 8), (136, 16)];
+    every_scan(Recurrence::Gated, &sizes, &[30, 16, 30, 32, 29, 31, 64, 3, 30, 1, 40, 2]);
+}
+
+/// The gated delta rule.
+#[test]
+fn hopper_delta_scan() {
+    let sizes = [(64, 16), (128, 16), (40, 8), (72, 24), (128, 8)];
+    every_scan(Recurrence::GatedDelta, &sizes, &[30, 16, 30, 32, 29, 31, 8, 3, 30, 1, 17, 2]);
+}
+
+/// The bound's margin where the delta rule rounds most often: long, without decay. Minutes.
+#[test]
+#[ignore = "minutes; run by hand"]
+fn hopper_delta_margin() {
+    let Some(emulate) = emulator() else { return };
+    let mut worst = Worst::default();
+    for decay in [None, Some(0.02)] {
+        for capacity in [1, 4, 30] {
+            for boundary_rate in [0.01, 0.25, 1.0] {
+                let options = Options { recurrence: Recurrence::GatedDelta, capacity, ..Options::default() };
+                let (time, dk, dv, dtype) = (1024, 128, 16, Dtype::Bf16);
+                let recipe =
+                    Recipe { options, time, dk, dv, dtype, boundary_rate, decay, ..Recipe::default() };
+                let case = recipe.draw(rand::random());
+                let problem = case.problem().unwrap();
+                let expected = reference::forward(&problem, &Arguments::of(&problem), None, None);
+                let (o, states) = scan(emulate, &case, &problem, &expected.events, 1 << 20, 1);
+                let states: Vec<f64> = states.iter().map(|&x| x.into()).collect();
+                let (o, _) = relative_error(&o, &expected.o);
+                let (states, _) = relative_error(&states, &expected.cache.states);
+                println!("{decay:?} M = {capacity} rate {boundary_rate}: o {o:.2e} states {states:.2e}");
+                worst.take(Dtype::Bf16, "o", o);
+                worst.take(Dtype::Bf16, "cache_states", states);
+            }
+        }
+    }
+    println!("{:?}", worst.0);
+    assert!(worst.0.values().all(|&error| error <= bound(Dtype::Bf16)));
 }
