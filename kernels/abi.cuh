@@ -81,36 +81,40 @@ struct PrepareParams {
     int32_t qk_l2norm;  // 1: queries and keys of unit norm
 };
 
-// k, events -> key sums of the slots held before every chunk, and of the final cache. Grid N x HV.
-struct RouteBankParams {
+// k -> sums of keys, from which route takes those of slots. route_sums, grid (B T / C + N) x H, then route_bases, grid
+// N x H x dk / 8.
+struct RouteSumsParams {
     Extents extents;
-    const void* k;                  // [B,T,H,dk]
-    const uint8_t* events;          // [B,T,HV]
-    const uint32_t* initial_len;    // [N,HV], or null: no initial cache
-    const uint32_t* initial_tokens; // [N,HV,M]
-    const float* initial_keys;      // [N,HV,M,dk]
-    float* bank_keys;               // [B T / C + N, HV, M, dk] out, the slots held
-    uint32_t* bank_tokens;          // [B T / C + N, HV, M] out, the slots held
-    uint32_t* bank_len;             // [B T / C + N, HV] out
-    float* keys;                    // [N,HV,M,dk] out, unused slots 0
+    const void* k;       // [B,T,H,dk]
+    float* sums;         // [B T / C + N, H, C / 8, dk] out: of a chunk's tokens before its 8th, 16th, ..., C-th
+    double* bases;       // [B T / C + N, H, dk] out: of the sequence's tokens before a chunk
+    float* key_factors;  // [B,T,H] out, of keys under qk_l2norm; or null without
     int32_t qk_l2norm;
     int32_t reserved;
 };
 
-// q, k, events, the bank -> lambda. Grid as prepare.
+// q, k, events, slots, sums of keys -> lambda and, in a row's last window, the final cache's key sums. Grid:
+// (cu_seqlens ? B T / C + N : N x chunks of the window, at least one) x HV.
 struct RouteParams {
     Extents extents;
-    const void* q;                // [B,T,H,dk]
-    const void* k;                // [B,T,H,dk]
-    const uint8_t* events;        // [B,T,HV]
-    const float* slope;           // [HV]
-    const float* bias;            // [HV]
-    const float* logits;          // [B,T,HV,logit_columns], or null: 0
-    const float* bank_keys;       // as RouteBankParams leaves them
-    const uint32_t* bank_tokens;
-    const uint32_t* bank_len;
-    float* lambda;                // [B,T,HV,M] out, columns without a slot 0
-    int32_t logit_columns;        // M or more
+    const void* q;                  // [B,T,H,dk]
+    const void* k;                  // [B,T,H,dk]
+    const uint8_t* events;          // [B,T,HV]
+    const uint32_t* chunk_len;      // as segment leaves them
+    const int32_t* chunk_starts;
+    const float* sums;              // as route_sums and route_bases leave them
+    const double* bases;
+    const float* key_factors;       // or null without qk_l2norm
+    const uint32_t* initial_len;    // [N,HV], or null: no initial cache
+    const uint32_t* initial_tokens; // [N,HV,M]
+    const float* initial_keys;      // [N,HV,M,dk]
+    const float* slope;             // [HV]
+    const float* bias;              // [HV]
+    const float* logits;            // [B,T,HV,logit_columns], or null: 0
+    float* lambda;                  // [B,T,HV,M] out, columns without a slot 0
+    float* keys;                    // [N,HV,M,dk] out, unused slots 0
+    int64_t from, to;               // window of every sequence, multiples of C; to may exceed every length
+    int32_t logit_columns;          // M or more
     int32_t qk_l2norm;
 };
 
@@ -270,10 +274,10 @@ static_assert(sizeof(SegmentParams) == 280 && offsetof(SegmentParams, k) == 48 &
               offsetof(SegmentParams, open) == 160 && offsetof(SegmentParams, walks) == 200 &&
               offsetof(SegmentParams, from) == 256 && offsetof(SegmentParams, qk_l2norm) == 276);
 static_assert(sizeof(PrepareParams) == 120 && offsetof(PrepareParams, p) == 80 && offsetof(PrepareParams, scale) == 112);
-static_assert(sizeof(RouteBankParams) == 128 && offsetof(RouteBankParams, bank_keys) == 88 &&
-              offsetof(RouteBankParams, qk_l2norm) == 120);
-static_assert(sizeof(RouteParams) == 136 && offsetof(RouteParams, bank_keys) == 96 &&
-              offsetof(RouteParams, logit_columns) == 128);
+static_assert(sizeof(RouteSumsParams) == 88 && offsetof(RouteSumsParams, sums) == 56 &&
+              offsetof(RouteSumsParams, qk_l2norm) == 80);
+static_assert(sizeof(RouteParams) == 200 && offsetof(RouteParams, sums) == 88 && offsetof(RouteParams, slope) == 136 &&
+              offsetof(RouteParams, logit_columns) == 192);
 static_assert(sizeof(ScanParams) == 184 && offsetof(ScanParams, p) == 96 && offsetof(ScanParams, bank) == 144 &&
               offsetof(ScanParams, lambda_columns) == 168);
 

@@ -4,7 +4,7 @@
 
 use dla::check::{Case, Recipe, relative_error};
 use dla::cuda::abi::{
-    DevicePointer, Extents, Geometry, PrepareParams, RouteBankParams, RouteParams, SEGMENT_STATE_BYTES,
+    DevicePointer, Extents, Geometry, PrepareParams, RouteParams, RouteSumsParams, SEGMENT_STATE_BYTES,
     ScanParams, SegmentParams,
 };
 use dla::events::{EXTEND, Ledger, OPEN, plan};
@@ -187,6 +187,7 @@ fn run(
         parts: if dtype == Dtype::Bf16 { 1 } else { 2 },
         sequences: shape.sequences,
         tokens: shape.tokens(),
+        heads: shape.heads,
         value_heads: shape.value_heads,
         dk: shape.dk,
         dv: shape.dv,
@@ -324,42 +325,55 @@ fn run(
         None => Array::poisoned(per_token * shape.capacity * 4),
     };
     if let Some(route) = &case.route {
-        let bank_keys = Array::poisoned(places * shape.capacity * shape.dk * 4);
-        let bank_tokens = Array::poisoned(places * shape.capacity * 4);
-        let bank_len = Array::poisoned(places * 4);
-        let bank = RouteBankParams {
+        let sums = Array::poisoned(geometry.route_sums_len() * 4);
+        let bases = Array::poisoned(geometry.route_bases_len() * 8);
+        let key_factors = options.qk_l2norm.then(|| Array::poisoned(shape.tokens() * shape.heads * 4));
+        let key_sums = RouteSumsParams {
             extents,
             k: k.pointer(),
-            events: events.pointer(),
-            initial_len: pointer(&initial_len),
-            initial_tokens: pointer(&initial_tokens),
-            initial_keys: pointer(&initial_keys),
-            bank_keys: bank_keys.pointer(),
-            bank_tokens: bank_tokens.pointer(),
-            bank_len: bank_len.pointer(),
-            keys: keys.pointer(),
+            sums: sums.pointer(),
+            bases: bases.pointer(),
+            key_factors: pointer(&key_factors),
             qk_l2norm: options.qk_l2norm.into(),
             reserved: 0,
         };
-        let shared_bytes = geometry.route_bank_shared_bytes();
-        launch(emulate, &kernel("route_bank"), dims.rows(), shared_bytes, &bank);
+        let (blocks, shared_bytes) = (geometry.route_sums_blocks(), geometry.route_sums_shared_bytes());
+        launch(emulate, &kernel("route_sums"), blocks, shared_bytes, &key_sums);
+        let (blocks, shared_bytes) = (geometry.route_bases_blocks(), geometry.route_bases_shared_bytes());
+        launch(emulate, &kernel("route_bases"), blocks, shared_bytes, &key_sums);
         let (slope, bias, logits) = (Array::of(&route.slope), Array::of(&route.bias), floats(&route.logits));
         let route = RouteParams {
             extents,
             q: q.pointer(),
             k: k.pointer(),
             events: events.pointer(),
+            chunk_len: chunk_len.pointer(),
+            chunk_starts: chunk_starts.pointer(),
+            sums: sums.pointer(),
+            bases: bases.pointer(),
+            key_factors: pointer(&key_factors),
+            initial_len: pointer(&initial_len),
+            initial_tokens: pointer(&initial_tokens),
+            initial_keys: pointer(&initial_keys),
             slope: slope.pointer(),
             bias: bias.pointer(),
             logits: pointer(&logits),
-            bank_keys: bank_keys.pointer(),
-            bank_tokens: bank_tokens.pointer(),
-            bank_len: bank_len.pointer(),
             lambda: lambda.pointer(),
+            keys: keys.pointer(),
+            from: 0,
+            to: 0,
             logit_columns: problem.logit_columns() as i32,
             qk_l2norm: options.qk_l2norm.into(),
         };
-        launch(emulate, &kernel("route"), places, geometry.route_shared_bytes(), &route);
+        for window in cuts.windows(2) {
+            let route = RouteParams { from: window[0], to: window[1], ..route };
+            let (from, to) = (window[0] as usize, window[1] as usize);
+            let blocks = geometry.route_blocks(shape.time, cu_seqlens.is_some(), from, to);
+            launch(emulate, &kernel("route"), blocks, geometry.route_shared_bytes(), &route);
+        }
+        sums.get::<f32>();
+        bases.get::<f64>();
+        key_factors.iter().for_each(|factors| drop(factors.get::<f32>()));
     }
 
     let o = Array::poisoned(per_token * shape.dv * dtype.bytes());
@@ -748,6 +762,54 @@ fn own_log_and_wide_heads() {
     println!("{:?}", worst.0);
 }
 
+/// Routed reads over many chunks of keys with a mean: a slot of one token beside one of thousands, resumed and not, every
+/// width of slices, grouped heads.
+#[test]
+fn route_of_long_sequences() {
+    let Some(emulate) = emulator() else { return };
+    let mut worst = Worst::default();
+    for (i, dtype) in [Dtype::Bf16, Dtype::F16, Dtype::F32].into_iter().cycle().take(6).enumerate() {
+        let options = Options {
+            capacity: [30, 64, 5][i % 3],
+            read: Read::Routed,
+            qk_l2norm: i == 4,
+            merge: if i < 3 { Merge::Density } else { Merge::Mass },
+            ..Options::default()
+        };
+        let recipe = Recipe {
+            options,
+            time: [1100, 700, 640][i % 3],
+            heads: 1,
+            value_heads: 1 + i % 2,
+            dk: [16, 136, 72][(i + i / 3) % 3],
+            dv: 8,
+            dtype,
+            boundary_rate: [1.0, 0.25][i / 3],
+            logits: i % 2 == 0,
+            resumed: i % 2 == 1,
+            ..Recipe::default()
+        };
+        let mut case = recipe.draw(rand::random());
+        shift(&mut case.k, 1.0);
+        check(emulate, &case, &mut worst);
+        // Windows change nothing.
+        let problem = case.problem().unwrap();
+        let whole = forward(emulate, &case, &problem);
+        let cut = run(emulate, &case, &problem, &[0, 192, 640, 1 << 40], false).1.unwrap();
+        assert!(whole.lambda == cut.lambda && whole.keys == cut.keys, "{}", case.describe());
+    }
+    println!("{:?}", worst.0);
+}
+
+/// Adds to every element.
+fn shift(x: &mut dla::Buffer, by: f32) {
+    match x {
+        dla::Buffer::F32(x) => x.iter_mut().for_each(|x| *x += by),
+        dla::Buffer::Bf16(x) => x.iter_mut().for_each(|x| *x = bf16::from_f32(x.to_f32() + by)),
+        dla::Buffer::F16(x) => x.iter_mut().for_each(|x| *x = f16::from_f32(x.to_f32() + by)),
+    }
+}
+
 /// Shared memory of every kernel fits the smallest cards that are built for (99 KiB a block) at any size.
 #[test]
 fn shared_memory_fits() {
@@ -756,6 +818,7 @@ fn shared_memory_fits() {
             parts,
             sequences: 1,
             tokens: 1,
+            heads: 1,
             value_heads: 1,
             dk: 256,
             dv: 256,
@@ -766,14 +829,20 @@ fn shared_memory_fits() {
             geometry.segment_gram_shared_bytes(),
             geometry.segment_shared_bytes(),
             geometry.prepare_shared_bytes(),
-            geometry.route_bank_shared_bytes(),
+            geometry.route_sums_shared_bytes(),
+            geometry.route_bases_shared_bytes(),
             geometry.route_shared_bytes(),
             geometry.scan_shared_bytes(),
         ];
         println!(
-            "{parts} parts, delta {delta}: segment_gram, segment, prepare, route_bank, route, scan {bytes:?}"
+            "{parts} parts, delta {delta}: segment_gram, segment, prepare, route_sums, route_bases, route, scan {bytes:?}"
         );
         assert!(bytes.iter().all(|&bytes| bytes <= 99 * 1024), "{geometry:?}: {bytes:?}");
+        // Route takes more columns at a time where slots are few; three blocks an SM of Hopper's at a usual size.
+        let few = Geometry { capacity: 32, ..geometry }.route_shared_bytes();
+        let usual = Geometry { capacity: 30, dk: 128, ..geometry }.route_shared_bytes();
+        println!("route at M = 32, dk = 256: {few}; at M = 30, dk = 128: {usual}");
+        assert!(few <= 99 * 1024 && 3 * (usual + 1024) <= 228 * 1024, "{few} {usual}");
     }
 }
 

@@ -16,7 +16,6 @@ using emulation::barrier_expect;
 using emulation::barrier_init;
 using emulation::barrier_wait;
 using emulation::copies_arrive;
-using emulation::copy_async_16;
 using emulation::copy_bulk;
 using emulation::fence_async;
 using emulation::fence_barriers;
@@ -56,11 +55,6 @@ DEVICE void barrier_wait(Barrier* barrier, uint32_t parity) {
         : "memory");
 }
 
-// Copies 16 bytes to shared memory, zeros where not `live`.
-DEVICE void copy_async_16(void* to, const void* from, bool live) {
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0)
-                 : "memory");
-}
 // Arrives, once the copies of this thread so far are done; one of the barrier's count.
 DEVICE void copies_arrive(Barrier* barrier) {
     asm volatile("cp.async.mbarrier.arrive.noinc.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");

@@ -23,6 +23,8 @@ namespace dla {
 
 #ifdef DLA_ON_CPU
 
+using emulation::copies_wait;
+using emulation::copy_async_16;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
 using emulation::f16_to_f32;
@@ -80,6 +82,14 @@ DEVICE uint2 shared_uint2(uint32_t address) {
 }
 
 DEVICE void trap() { asm volatile("trap;"); }
+
+// Copies 16 bytes to shared memory, zeros where not `live`.
+DEVICE void copy_async_16(void* to, const void* from, bool live) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0)
+                 : "memory");
+}
+// Waits for the copies of this thread.
+DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
 // Two f32 rounded to nearest even, `low` in the low half.
 DEVICE uint32_t pack_bf16(float low, float high) {

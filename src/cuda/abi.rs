@@ -93,20 +93,15 @@ pub struct PrepareParams {
     pub qk_l2norm: i32,
 }
 
-/// Parameters of `route_bank_*`.
+/// Parameters of `route_sums_*` and `route_bases_*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
-pub struct RouteBankParams {
+pub struct RouteSumsParams {
     pub extents: Extents,
     pub k: DevicePointer,
-    pub events: DevicePointer,
-    pub initial_len: DevicePointer,
-    pub initial_tokens: DevicePointer,
-    pub initial_keys: DevicePointer,
-    pub bank_keys: DevicePointer,
-    pub bank_tokens: DevicePointer,
-    pub bank_len: DevicePointer,
-    pub keys: DevicePointer,
+    pub sums: DevicePointer,
+    pub bases: DevicePointer,
+    pub key_factors: DevicePointer,
     pub qk_l2norm: i32,
     pub reserved: i32,
 }
@@ -119,13 +114,21 @@ pub struct RouteParams {
     pub q: DevicePointer,
     pub k: DevicePointer,
     pub events: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_starts: DevicePointer,
+    pub sums: DevicePointer,
+    pub bases: DevicePointer,
+    pub key_factors: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub initial_tokens: DevicePointer,
+    pub initial_keys: DevicePointer,
     pub slope: DevicePointer,
     pub bias: DevicePointer,
     pub logits: DevicePointer,
-    pub bank_keys: DevicePointer,
-    pub bank_tokens: DevicePointer,
-    pub bank_len: DevicePointer,
     pub lambda: DevicePointer,
+    pub keys: DevicePointer,
+    pub from: i64,
+    pub to: i64,
     pub logit_columns: i32,
     pub qk_l2norm: i32,
 }
@@ -277,10 +280,10 @@ const _: () = {
     assert!(offset_of!(SegmentParams, qk_l2norm) == 276);
     assert!(size_of::<PrepareParams>() == 120 && offset_of!(PrepareParams, p) == 80);
     assert!(offset_of!(PrepareParams, scale) == 112);
-    assert!(size_of::<RouteBankParams>() == 128 && offset_of!(RouteBankParams, bank_keys) == 88);
-    assert!(offset_of!(RouteBankParams, qk_l2norm) == 120);
-    assert!(size_of::<RouteParams>() == 136 && offset_of!(RouteParams, bank_keys) == 96);
-    assert!(offset_of!(RouteParams, logit_columns) == 128);
+    assert!(size_of::<RouteSumsParams>() == 88 && offset_of!(RouteSumsParams, sums) == 56);
+    assert!(offset_of!(RouteSumsParams, qk_l2norm) == 80);
+    assert!(size_of::<RouteParams>() == 200 && offset_of!(RouteParams, sums) == 88);
+    assert!(offset_of!(RouteParams, slope) == 136 && offset_of!(RouteParams, logit_columns) == 192);
     assert!(size_of::<ScanParams>() == 184 && offset_of!(ScanParams, p) == 96);
     assert!(offset_of!(ScanParams, bank) == 144 && offset_of!(ScanParams, lambda_columns) == 168);
 };
@@ -294,6 +297,8 @@ pub struct Geometry {
     pub sequences: usize,
     /// Tokens B x T.
     pub tokens: usize,
+    /// Key heads H.
+    pub heads: usize,
     /// Value heads HV.
     pub value_heads: usize,
     /// Key dimension.
@@ -394,17 +399,61 @@ impl Geometry {
         2 * chunk + chunk * (64 + chunk)
     }
 
-    /// Shared memory of `route_bank_*`.
-    pub fn route_bank_shared_bytes(&self) -> usize {
-        self.replay_shared_bytes() + self.chunk() * 4 + 64 * 4
+    /// Elements of route's `sums`, f32.
+    pub fn route_sums_len(&self) -> usize {
+        self.chunks() * self.heads * self.chunk() / 8 * self.dk
+    }
+
+    /// Elements of route's `bases`, f64.
+    pub fn route_bases_len(&self) -> usize {
+        self.chunks() * self.heads * self.dk
+    }
+
+    /// Blocks of `route_sums_*`.
+    pub fn route_sums_blocks(&self) -> usize {
+        self.chunks().saturating_mul(self.heads)
+    }
+
+    /// Blocks of `route_bases_*`.
+    pub fn route_bases_blocks(&self) -> usize {
+        self.sequences.saturating_mul(self.heads * self.dk / 8)
+    }
+
+    /// Blocks of `route_*` for the window `from..to` of every sequence; `packed`: there are cu_seqlens.
+    pub fn route_blocks(&self, time: usize, packed: bool, from: usize, to: usize) -> usize {
+        let places = if packed {
+            self.chunks()
+        } else {
+            self.sequences * to.min(time).saturating_sub(from).div_ceil(self.chunk()).max(1)
+        };
+        places.saturating_mul(self.value_heads)
+    }
+
+    /// Shared memory of `route_sums_*`.
+    pub fn route_sums_shared_bytes(&self) -> usize {
+        self.chunk() * 4 + self.chunk() / 8 * self.dk * 4
+    }
+
+    /// Shared memory of `route_bases_*`.
+    pub fn route_bases_shared_bytes(&self) -> usize {
+        THREADS as usize * 8
     }
 
     /// Shared memory of `route_*`.
     pub fn route_shared_bytes(&self) -> usize {
         let chunk = self.chunk();
-        let operands = 2 * Self::tile(self.parts, chunk, 64) + Self::tile(2, 64, 64);
-        let scores = chunk * (64 + chunk + 1) * 4;
-        self.replay_shared_bytes() + 2 * chunk * 4 + operands.max(scores).next_multiple_of(16)
+        let slots = self.capacity.next_multiple_of(16);
+        let width = if self.dk > 64 && self.capacity <= 32 { 128 } else { 64 };
+        let items = 3 * chunk + 64 + chunk + (chunk * 65).next_multiple_of(16);
+        let bounds = 2 * (65usize * 4).next_multiple_of(16);
+        let counts = ((64 + chunk + 1) * 8).next_multiple_of(16) + 2 * chunk * 4;
+        let operands = 2 * Self::tile(self.parts, chunk, width)
+            + Self::tile(2, slots, width)
+            + (self.capacity + 1) * width * 4;
+        let scores = chunk * (slots + chunk + 1) * 4;
+        let sums = chunk * (slots + 1) * 4;
+        let rest = if self.dk <= width { operands.max(scores + sums) } else { scores + operands.max(sums) };
+        items + bounds + counts + rest.next_multiple_of(16)
     }
 
     /// Shared memory of `scan_*`.

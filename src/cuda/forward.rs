@@ -18,13 +18,14 @@ use cudarc::driver::sys::CUstream;
 pub(super) fn forked(stages: &Stages<'_>, main: CUstream, side: &SideStream) -> Result<()> {
     let beside = side.fork(main)?;
     stages.segment_gram(beside)?;
+    stages.route_sums(main)?;
     for window in stages.windows() {
         stages.segment(window.clone(), beside)?;
         if !stages.prepares_from_log() {
             stages.prepare(window.clone(), main)?;
         }
         side.join(main)?;
-        stages.route(main)?;
+        stages.route(window.clone(), main)?;
         if stages.prepares_from_log() {
             stages.prepare(window.clone(), main)?;
         }
@@ -40,7 +41,10 @@ pub(super) fn timed(stages: &Stages<'_>, main: CUstream, timeline: &Timeline) ->
         stages.segment_gram(main)?;
         stages.segment(0..i64::MAX as usize, main)
     })?;
-    timeline.time(Stage::Route, 0, main, || stages.route(main))?;
+    timeline.time(Stage::Route, 0, main, || {
+        stages.route_sums(main)?;
+        stages.route(0..i64::MAX as usize, main)
+    })?;
     for (index, window) in stages.windows().enumerate() {
         timeline.time(Stage::Prepare, index, main, || stages.prepare(window.clone(), main))?;
         timeline.time(Stage::Scan, index, main, || stages.scan(window, main))?;

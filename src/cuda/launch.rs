@@ -1,8 +1,8 @@
 //! One function per stage: its parameters and its launch.
 
 use super::abi::{
-    DevicePointer, Extents, PrepareDeltaSm90Params, PrepareParams, PrepareSm90Params, RouteBankParams,
-    RouteParams, ScanDeltaSm90Params, ScanParams, ScanSm90, ScanSm90Params, SegmentParams,
+    DevicePointer, Extents, PrepareDeltaSm90Params, PrepareParams, PrepareSm90Params, RouteParams,
+    RouteSumsParams, ScanDeltaSm90Params, ScanParams, ScanSm90, ScanSm90Params, SegmentParams,
 };
 use super::driver::call;
 use super::module::Kernel;
@@ -212,43 +212,55 @@ impl<'a> Stages<'a> {
         }
     }
 
-    /// q, k, events -> lambda. Given reads have no such stage.
-    pub(super) fn route(&self, stream: CUstream) -> Result<()> {
-        let Some([bank, route]) = &self.plan.pipeline.route else { return Ok(()) };
+    /// k -> sums of keys, of all tokens: the part of route that knows nothing of the log. Given reads have no such stage.
+    pub(super) fn route_sums(&self, stream: CUstream) -> Result<()> {
+        let Some([sums, bases, _]) = &self.plan.pipeline.route else { return Ok(()) };
         let layout = &self.plan.layout;
-        let (bank_keys, bank_tokens) = (self.at(layout.bank_keys), self.at(layout.bank_tokens));
-        let bank_len = self.at(layout.bank_len);
-        let params = RouteBankParams {
+        let params = RouteSumsParams {
             extents: self.extents,
             k: self.inputs.k,
-            events: self.outputs.events,
-            initial_len: self.initial.len,
-            initial_tokens: self.initial.tokens,
-            initial_keys: self.initial.keys,
-            bank_keys,
-            bank_tokens,
-            bank_len,
-            keys: self.cache.keys,
+            sums: self.at(layout.key_sums),
+            bases: self.at(layout.key_bases),
+            key_factors: self.at(layout.key_factors),
             qk_l2norm: self.plan.qk_l2norm.into(),
             reserved: 0,
         };
-        launch(bank, &params, stream)?;
+        launch(sums, &params, stream)?;
+        launch(bases, &params, stream)
+    }
+
+    /// q, k, events, sums of keys -> lambda of a window's tokens. Given reads have no such stage.
+    pub(super) fn route(&self, window: Range<usize>, stream: CUstream) -> Result<()> {
+        let Some([_, _, route]) = &self.plan.pipeline.route else { return Ok(()) };
+        let layout = &self.plan.layout;
         let params = RouteParams {
             extents: self.extents,
             q: self.inputs.q,
             k: self.inputs.k,
             events: self.outputs.events,
+            chunk_len: self.at(layout.chunk_len),
+            chunk_starts: self.at(layout.chunk_starts),
+            sums: self.at(layout.key_sums),
+            bases: self.at(layout.key_bases),
+            key_factors: self.at(layout.key_factors),
+            initial_len: self.initial.len,
+            initial_tokens: self.initial.tokens,
+            initial_keys: self.initial.keys,
             slope: self.inputs.slope,
             bias: self.inputs.bias,
             logits: self.inputs.logits,
-            bank_keys,
-            bank_tokens,
-            bank_len,
             lambda: self.outputs.lambda,
+            keys: self.cache.keys,
+            from: window.start as i64,
+            to: window.end as i64,
             logit_columns: self.inputs.logit_columns as i32,
             qk_l2norm: self.plan.qk_l2norm.into(),
         };
-        launch(route, &params, stream)
+        let (time, packed) = (self.plan.shape.time, self.inputs.cu_seqlens != 0);
+        let blocks = self.plan.geometry.route_blocks(time, packed, window.start, window.end);
+        // At most those of all tokens, which the plan has counted.
+        let kernel = Kernel { blocks: (blocks as u32).min(route.blocks), ..*route };
+        launch(&kernel, &params, stream)
     }
 
     /// Everything -> o and the states of the cache.

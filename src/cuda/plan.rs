@@ -38,8 +38,8 @@ impl<'a> Call<'a> {
 pub(super) struct Pipeline {
     /// What is parallel over chunks, then the chain.
     pub(super) segment: [Kernel; 2],
-    /// Routed reads: the bank of key sums, then lambda.
-    pub(super) route: Option<[Kernel; 2]>,
+    /// Routed reads: sums of keys within chunks and before them, then lambda; its blocks are those of all tokens.
+    pub(super) route: Option<[Kernel; 3]>,
     pub(super) scan: Scan,
 }
 
@@ -71,7 +71,10 @@ impl Pipeline {
         let route = match read {
             Read::Given => None,
             Read::Routed => Some([
-                choose("route", "route_bank", g.rows(), g.route_bank_shared_bytes()).resolve(device)?,
+                choose("route", "route_sums", g.route_sums_blocks(), g.route_sums_shared_bytes())
+                    .resolve(device)?,
+                choose("route", "route_bases", g.route_bases_blocks(), g.route_bases_shared_bytes())
+                    .resolve(device)?,
                 choose("route", "route", places, g.route_shared_bytes()).resolve(device)?,
             ]),
         };
@@ -164,6 +167,7 @@ impl Plan {
             parts: if dtype == Dtype::Bf16 { 1 } else { 2 },
             sequences: shape.sequences,
             tokens: shape.tokens(),
+            heads: shape.heads,
             value_heads: shape.value_heads,
             dk: shape.dk,
             dv: shape.dv,
@@ -176,16 +180,16 @@ impl Plan {
             (9, 0) => ScanSm90::choose(&geometry, device.multiprocessors().max(0) as usize),
             _ => None,
         };
-        // Packed sequences' lengths, and so what a window would hold, are known on the GPU alone; route knows no windows.
+        // Packed sequences' lengths, and so what a window would hold, are known on the GPU alone.
         // The delta rule's scan hands its states over as the final cache.
-        let cut = hopper.is_some() && !routed && shape.sequences == shape.batch && (final_cache || !delta);
+        let cut = hopper.is_some() && shape.sequences == shape.batch && (final_cache || !delta);
         let window = if cut { window(shape.time) } else { shape.time.max(1) };
         let windowed = hopper.map(|scan| {
             let packed = shape.sequences != shape.batch;
             let places = ScanSm90::places(&geometry, shape.time, packed, 0, window);
             Windowed { scan, places, cut: window < shape.time }
         });
-        let layout = Layout::new(&geometry, routed, final_cache, windowed)
+        let layout = Layout::new(&geometry, routed, options.qk_l2norm, final_cache, windowed)
             .ok_or(Error::OutOfMemory { bytes: usize::MAX, free: 0 })?;
         let extents = Extents {
             cu_seqlens: 0,

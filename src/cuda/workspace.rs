@@ -39,12 +39,11 @@ pub(super) struct Layout {
     pub(super) qt: usize,
     pub(super) w: usize,
     pub(super) kh: usize,
-    /// Routed reads: the key sums before every chunk, `[chunks,HV,M,dk]` f32.
-    pub(super) bank_keys: usize,
-    /// Their tokens, `[chunks,HV,M]` u32.
-    pub(super) bank_tokens: usize,
-    /// Slots held before every chunk, `[chunks,HV]` u32.
-    pub(super) bank_len: usize,
+    /// Routed reads: sums of keys within chunks, [`Geometry::route_sums_len`] f32, and before them,
+    /// [`Geometry::route_bases_len`] f64; under qk_l2norm the keys' factors, `[B,T,H]` f32.
+    pub(super) key_sums: usize,
+    pub(super) key_bases: usize,
+    pub(super) key_factors: usize,
     /// Masters of the states, [`Geometry::bank_len`] f32.
     pub(super) bank: usize,
     /// R while segment runs, `[N,HV,dk,dv]` f32; and what else of the cache segment and route write, where the
@@ -74,6 +73,7 @@ impl Layout {
     pub(super) fn new(
         geometry: &Geometry,
         routed: bool,
+        qk_l2norm: bool,
         cache_wanted: bool,
         hopper: Option<Windowed>,
     ) -> Option<Layout> {
@@ -121,9 +121,9 @@ impl Layout {
         let qt = take(portable && g.delta, &prepared)?;
         let w = take(portable && g.delta, &prepared)?;
         let kh = take(portable && g.delta, &prepared)?;
-        let bank_keys = take(routed, &[4, places, g.value_heads, g.capacity, g.dk])?;
-        let bank_tokens = take(routed, &[4, places, g.value_heads, g.capacity])?;
-        let bank_len = take(routed, &[4, places, g.value_heads])?;
+        let key_sums = take(routed, &[4, places, g.heads, chunk / 8, g.dk])?;
+        let key_bases = take(routed, &[8, places, g.heads, g.dk])?;
+        let key_factors = take(routed && qk_l2norm, &[4, g.tokens, g.heads])?;
         let bank = take(portable, &[4, rows, g.slices(), 16, g.capacity, g.padded_dk()])?;
         let open = take(!cache_wanted, &[4, rows, g.dk, g.dv])?;
         let len = take(!cache_wanted, &[4, rows])?;
@@ -154,9 +154,9 @@ impl Layout {
             qt,
             w,
             kh,
-            bank_keys,
-            bank_tokens,
-            bank_len,
+            key_sums,
+            key_bases,
+            key_factors,
             bank,
             open,
             len,
@@ -173,7 +173,17 @@ mod tests {
     use super::*;
 
     fn geometry(delta: bool, parts: usize) -> Geometry {
-        Geometry { parts, sequences: 3, tokens: 130, value_heads: 2, dk: 24, dv: 40, capacity: 5, delta }
+        Geometry {
+            parts,
+            sequences: 3,
+            tokens: 130,
+            heads: 1,
+            value_heads: 2,
+            dk: 24,
+            dv: 40,
+            capacity: 5,
+            delta,
+        }
     }
 
     #[test]
@@ -190,7 +200,7 @@ mod tests {
             (false, 2, false, false, None),
         ] {
             let g = geometry(delta, parts);
-            let layout = Layout::new(&g, routed, cache_wanted, hopper).unwrap();
+            let layout = Layout::new(&g, routed, delta, cache_wanted, hopper).unwrap();
             let portable = hopper.is_none();
             let of_window = |len: fn(&ScanSm90, &Geometry, usize) -> usize| {
                 hopper.map_or(0, |windowed: Windowed| len(&windowed.scan, &g, windowed.places))
@@ -223,9 +233,9 @@ mod tests {
                 (layout.qt, if delta && portable { 2 * g.prepared_len() } else { 0 }),
                 (layout.w, if delta && portable { 2 * g.prepared_len() } else { 0 }),
                 (layout.kh, if delta && portable { 2 * g.prepared_len() } else { 0 }),
-                (layout.bank_keys, if routed { 4 * g.chunks() * 2 * 5 * 24 } else { 0 }),
-                (layout.bank_tokens, if routed { 4 * g.chunks() * 2 * 5 } else { 0 }),
-                (layout.bank_len, if routed { 4 * g.chunks() * 2 } else { 0 }),
+                (layout.key_sums, if routed { 4 * g.route_sums_len() } else { 0 }),
+                (layout.key_bases, if routed { 8 * g.route_bases_len() } else { 0 }),
+                (layout.key_factors, if routed && delta { 4 * 130 } else { 0 }),
                 (layout.bank, if portable { 4 * g.bank_len() } else { 0 }),
                 (layout.open, if cache_wanted { 0 } else { 4 * 6 * 24 * 40 }),
                 (layout.len, if cache_wanted { 0 } else { 4 * 6 }),
@@ -245,6 +255,6 @@ mod tests {
     #[test]
     fn a_workspace_of_no_size_is_none() {
         let g = Geometry { sequences: usize::MAX / 1000, tokens: 0, ..geometry(true, 2) };
-        assert_eq!(Layout::new(&g, true, true, None), None);
+        assert_eq!(Layout::new(&g, true, true, true, None), None);
     }
 }

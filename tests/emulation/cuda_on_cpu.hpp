@@ -45,6 +45,9 @@ struct alignas(8) float2 {
 struct alignas(16) uint4 {
     unsigned x, y, z, w;
 };
+struct alignas(16) double2 {
+    double x, y;
+};
 struct alignas(8) uint2 {
     unsigned x, y;
 };
@@ -458,6 +461,7 @@ inline void copy_async_16(void* to, const void* from, bool live) {
     if (live) memcpy(to, from, 16);
     else memset(to, 0, 16);
 }
+inline void copies_wait() {}
 inline void copies_arrive(uint64_t* barrier) { barrier_arrive(barrier); }
 // Its bytes have come when it returns, so the phase has only the arrivals to wait for.
 inline void barrier_expect(uint64_t* barrier, uint32_t) { barrier_arrive(barrier); }
@@ -627,6 +631,9 @@ inline uint32_t least(int line, uint32_t mask, uint32_t value) {
 
 static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
+static inline float __fdividef(float a, float b) { return a / b; }
+// A macro: the C library has a function of this name.
+#define __expf(a) expf(a)
 static inline float __fsqrt_rn(float a) { return sqrtf(a); }
 static inline float __uint2float_rn(uint32_t x) { return float(x); }
 static inline uint32_t __float2uint_rn(float x) {

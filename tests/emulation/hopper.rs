@@ -80,6 +80,7 @@ fn scan(
         parts: 1,
         sequences: shape.sequences,
         tokens: shape.tokens(),
+        heads: shape.heads,
         value_heads: shape.value_heads,
         dk: shape.dk,
         dv: shape.dv,

@@ -49,7 +49,8 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment);
     RUN_DTYPES(prepare_gated);
     RUN_DTYPES(prepare_delta);
-    RUN_DTYPES(route_bank);
+    RUN_DTYPES(route_sums);
+    RUN_DTYPES(route_bases);
     RUN_DTYPES(route);
     RUN_DTYPES(scan_gated);
     RUN_DTYPES(scan_delta);
