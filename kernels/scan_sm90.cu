@@ -284,8 +284,9 @@ struct Scan {
                         __syncwarp();
                         if (lane == 0) barrier_arrive(&barriers->turn[1 - group]);
                     }
-                    // The next chunk's Q, now that the products are done with its registers.
-                    if (STEPS == TILES && first + C < to) load_q(first + C, 0);
+                    // The next chunk's Q, now that the products are done with its registers; after the last chunk too, for
+                    // under a condition the loads would be waited for here.
+                    if (STEPS == TILES) load_q(first + C, 0);
                 }
 #pragma unroll
                 for (int quad = 0; quad < (AT_ONCE + 3) / 4; quad++) {
