@@ -20,8 +20,10 @@ struct Extents {
     int32_t newest_first;       // columns of lambda and logits: 0 = oldest slot first, 1 = newest
 };
 
-// Threads of a block of segment_gram and of segment, and bytes of a row's record between windows.
+// Threads of a block of segment_gram and of segment; shared memory of segment, whatever the head size; bytes of a
+// row's record between windows.
 constexpr int SEGMENT_THREADS = 128;
+constexpr int SEGMENT_SHARED_BYTES = 9280;
 constexpr int SEGMENT_STATE_BYTES = 1608;
 
 // k, v, g -> drift, events; n, J and R of the cache; the slots at every chunk's entry. segment_gram, grid
@@ -140,15 +142,11 @@ struct ScanParams {
     int32_t reserved;
 };
 
-// An exit slot that is not an entry slot as it was: which of the chunk's tokens (bit t) and of the entry slots end in it.
-struct alignas(16) Change {
-    uint64_t tokens;
-    uint8_t place, entries_from, entries_to, reserved[5];
-};
-
 // What a chunk of the scan on Hopper does to its slots. Slots stand in places (SegmentParams) and stay there.
 struct ChunkPlan {
-    Change changed[64];       // oldest first; so those without entry slots come last
+    // Exit slots that are not an entry slot as it was, oldest first: place | entry slots from << 8, to << 16 |
+    // tokens from << 24, to << 32. So those without entry slots come last.
+    uint64_t changed[64];
     float factor[64];         // decay of entry slot j until the chunk's end
     float value_factor[64];   // of token s until the chunk's end, times its key's norm factor
     uint8_t entry_place[64];  // of entry slot j
@@ -266,7 +264,7 @@ static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90
               offsetof(PrepareDeltaSm90Params, from) == 160 && offsetof(PrepareDeltaSm90Params, qk_l2norm) == 192);
 static_assert(sizeof(ScanDeltaSm90Params) == 168 && offsetof(ScanDeltaSm90Params, initial_len) == 104 &&
               offsetof(ScanDeltaSm90Params, from) == 152);
-static_assert(sizeof(ChunkPlan) == 1952 && offsetof(ChunkPlan, entry_place) == 1536 && offsetof(ChunkPlan, exit_len) == 1616);
+static_assert(sizeof(ChunkPlan) == 1440 && offsetof(ChunkPlan, entry_place) == 1024 && offsetof(ChunkPlan, exit_len) == 1104);
 static_assert(sizeof(PrepareSm90Params) == 168 && offsetof(PrepareSm90Params, pairs) == 112 &&
               offsetof(PrepareSm90Params, lambda_columns) == 152);
 static_assert(sizeof(ScanSm90Params) == 152 && offsetof(ScanSm90Params, initial_len) == 96 &&

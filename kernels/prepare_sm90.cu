@@ -224,11 +224,11 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
             const bool same = entries.to - entries.from == 1 && tokens.to == tokens.from;
             const bool changed = i < exit_len && !same;
             const uint32_t all = __ballot_sync(ALL, changed);
-            if (changed) {
-                const auto below = [](int t) { return t == 64 ? ~uint64_t{0} : (uint64_t{1} << t) - 1; };
-                plan->changed[changes + __popc(all & ((1u << lane) - 1))] = {
-                    below(tokens.to) & ~below(tokens.from), exit_place[i], entries.from, entries.to, {}};
-            }
+            if (changed)
+                plan->changed[changes + __popc(all & ((1u << lane) - 1))] =
+                    static_cast<uint64_t>(exit_place[i]) | static_cast<uint64_t>(entries.from) << 8 |
+                    static_cast<uint64_t>(entries.to) << 16 | static_cast<uint64_t>(tokens.from) << 24 |
+                    static_cast<uint64_t>(tokens.to) << 32;
             changes += __popc(all);
             plan->exit_place[i] = exit_place[i];
             plan->exit_factor[i] = i < exit_len && same ? expf(logs[exit_place[i]] + value(total)) : 1.0f;

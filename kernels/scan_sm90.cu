@@ -4,21 +4,26 @@
 //   S'_i = sum over j that end in i of decay_j S_j + sum over s that end in i of decay_s k_s v_s^T
 //
 // A block has WARPGROUPS groups of 128 threads, each with 8 columns of dv and all slots of them, and four warps that
-// bring what they read (and leave their registers to two groups). Grid: N HV x dv / (8 WARPGROUPS), slices of a row next to each other.
+// bring what they read (and leave their registers to two groups). Grid: N HV x dv / (8 WARPGROUPS), slices of a row next
+// to each other.
 //
 // Read. The slots are one operand [dk][8 SLOTS] in shared memory: a chunk of 64 tokens is a chain of dk / 16
 // wgmma m64n(8 SLOTS)k16 with Q in registers. A thread's accumulators 4 j .. 4 j + 3 are slot j's, so the sum over slots
 // is arithmetic inside the thread; (P . Lambda) V is added by mma. Where there are two groups they take turns at
 // the tensor cores: while one reads, the other sums and writes.
 // Write. Only slots that the chunk changes are touched (by the plan; 3 of 30 under mass, 9 under density, where every
-// token opens one): K^T V by mma, a slot's tokens masked in, then what it merges.
+// token opens one), four at a time, one a warp: K^T V by mma, the slot's tokens masked in, then what it merges. A warp that
+// has a whole slot has 16 products and 16 loads to wait for at once; where four warps shared each, they waited for one
+// after the other, and a chunk took 6,500 clocks more than without writes.
 //
 // Slots stand in places and never move. A state is kept relative to the chunk in which it was last written; its decay since
 // is in the weights. It has 16 bits of mantissa: the upper 8 are the operand, a bf16 rounded to nearest; the others,
 // signed, a plane of bytes. So a slot that merges in every chunk loses 2^-17 each time, not 2^-9.
 //
-// Shared memory (bytes; W = WARPGROUPS): slots W SLOTS dk 24; Q and K 256 dk, or 128 dk where they share it; weights
-// 256 SLOTS to a multiple of 4; V W 1024; plans W 1,616; barriers 96. At dk = 128: 30 slots, W = 2: 230,656.
+// Rows of dk stand as a thread's 8-byte loads of Q want them: of 16, row 4 c + e at 2 c + e (e < 2) or 2 c + e + 6.
+//
+// Shared memory (bytes; W = WARPGROUPS): slots W SLOTS dk 24; weights 256 SLOTS to a multiple of 4; a stage, one or two: K
+// 128 dk, V W 1024, plan 1,104; barriers 64. At dk = 128: 30 slots, W = 2: 231,648.
 // Floor: 2 dk SLOTS 8 x 64 FLOP a group and chunk, 1,024 clocks of the tensor cores at dk = 128, M = 30.
 // Numerics: q, k exact, states bf16 in the read, P . Lambda bf16, v with its decay in two planes; sums f32.
 
@@ -30,8 +35,8 @@ namespace {
 
 constexpr int GROUP = 128;   // threads of a group
 constexpr int COLUMNS = 8;   // of dv, a group
-constexpr int BRINGING = 4;  // warps that bring a chunk's rows, two and two
-constexpr int PLAN = 1616;   // bytes of a plan that every chunk needs
+constexpr int BRINGING = 128;  // threads that bring a chunk's rows
+constexpr int PLAN = 1104;   // bytes of a plan that every chunk needs
 
 DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
 
@@ -71,108 +76,98 @@ struct Slots {
     }
 };
 
-// Bits that keep the elements of a right operand's fragment whose tokens (bit 0, bit 1 of `in`) are in.
-DEVICE uint32_t mask_of(uint32_t in) { return (in & 1 ? 0xffffu : 0u) | (in & 2 ? 0xffff0000u : 0u); }
-
 template <int DK, int SLOTS, int WARPGROUPS>
 struct Scan {
     static constexpr int C = Bf16::CHUNK;
-    static constexpr int PARTS = SLOTS > 32 ? 2 : 1;       // products of a read
-    static constexpr int AT_ONCE = SLOTS / PARTS;          // slots of one
+    static constexpr int PARTS = SLOTS > 32 ? 2 : 1;  // products of a read
+    static constexpr int AT_ONCE = SLOTS / PARTS;     // slots of one
     static constexpr int QUADS = (SLOTS + 3) / 4;
-    static constexpr int TILES = DK / 64;                  // of 16 rows of dk, a warp
-    static constexpr bool ONE_BUFFER = DK * SLOTS > 4096;  // Q and K take turns, for want of room
-    static constexpr int PLANS = WARPGROUPS;               // groups are up to a chunk apart
-    static constexpr int BANK = SLOTS * DK * 24;           // bytes of a group's slots
+    static constexpr int TILES = DK / 16;             // of 16 rows of dk
+    static constexpr int BANK = SLOTS * DK * 24;      // bytes of a group's slots
+    static constexpr int STAGE = C * DK * 2 + WARPGROUPS * C * COLUMNS * 2 + PLAN;
+    static constexpr int FIXED = WARPGROUPS * BANK + C * QUADS * 16 + 64;
+    static constexpr int STAGES = FIXED + 2 * STAGE <= 232448 ? 2 : 1;
 
     // Phases: `full` when the copies have come, `empty` when every warp that reads them has.
     struct Barriers {
-        Barrier q_full, kv_full, weights_full, plan_full[2];
-        Barrier q_empty, kv_empty, weights_empty, plan_empty[2];
+        Barrier full[2], weights_full;
+        Barrier empty[2], weights_empty;
         Barrier turn[2];  // the other group may read
     };
 
+    // What a chunk writes from.
+    struct Stage {
+        Rows<DK> k_rows;
+        uint16_t* values;  // [WARPGROUPS][64][8]
+        ChunkPlan* plan;
+    };
+
     Slots<DK> slots;
-    Rows<DK> q_rows, k_rows;
     float4* weights;
-    uint16_t* values;  // [WARPGROUPS][64][8]
-    unsigned char* plans;  // [PLANS][PLAN]
+    unsigned char* stages;
     Barriers* barriers;
 
     METHOD void take(Carve& carve) {
         slots.upper = carve.take<unsigned char>(WARPGROUPS * SLOTS * DK * 16);
         slots.lower = carve.take<unsigned char>(WARPGROUPS * SLOTS * DK * 8);
-        q_rows.data = carve.take<uint16_t>(C * DK);
-        k_rows.data = ONE_BUFFER ? q_rows.data : carve.take<uint16_t>(C * DK);
         weights = carve.take<float4>(C * QUADS);
-        values = carve.take<uint16_t>(WARPGROUPS * C * COLUMNS);
-        plans = carve.take<unsigned char>(PLANS * PLAN);
+        stages = carve.take<unsigned char>(STAGES * STAGE);
         barriers = carve.take<Barriers>(1);
         carve.check();
     }
 
+    METHOD Stage stage(int64_t n) const {
+        unsigned char* const at = stages + (STAGES == 2 ? n % 2 * STAGE : 0);
+        return {{reinterpret_cast<uint16_t*>(at)},
+                reinterpret_cast<uint16_t*>(at + C * DK * 2),
+                reinterpret_cast<ChunkPlan*>(at + C * DK * 2 + WARPGROUPS * C * COLUMNS * 2)};
+    }
+
     METHOD void init_barriers() const {
-        constexpr int WARPS_READING = 4 * WARPGROUPS;
 #pragma unroll
-        for (int i = 0; i < 5; i++) barrier_init(&barriers->q_full + i, BRINGING * 16);
+        for (int i = 0; i < 3; i++) barrier_init(&barriers->full[0] + i, BRINGING);
 #pragma unroll
-        for (int i = 0; i < 5; i++) barrier_init(&barriers->q_empty + i, WARPS_READING);
+        for (int i = 0; i < 3; i++) barrier_init(&barriers->empty[0] + i, 4 * WARPGROUPS);
 #pragma unroll
         for (int i = 0; i < 2; i++) barrier_init(&barriers->turn[i], 4);
         fence_barriers();
     }
 
-    // The warps that bring what a chunk reads: two of them Q and the weights, two K, V and the plan.
+    // The warps that bring K, V, plan and weights of every chunk.
     METHOD void bring(const ScanSm90Params& p, const Row& row, int slice, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
-        const int dk = e.dk, dv = e.dv, warp = warp_index() % BRINGING;
-        const int thread = warp % 2 * 32 + lane_index();  // of 64
-        const Bf16* const v = static_cast<const Bf16*>(p.v);
-        constexpr int UNITS = DK / 8, STEP = 64 / UNITS;
-        const int unit = thread % UNITS;
+        const int dk = e.dk, dv = e.dv, thread = threadIdx.x % BRINGING;
+        constexpr int UNITS = DK / 8, STEP = BRINGING / UNITS;
+        const int unit = thread % UNITS, group = thread / C, t_of_v = thread % C, column = slice + group * COLUMNS;
         const int64_t place0 = first_of_window(e, row, from, p.to, C), step = static_cast<int64_t>(STEP) * row.heads * dk;
-        const auto rows = [&](const Rows<DK>& into, const void* tensor, int64_t first, int len) {
-            const Bf16* at = static_cast<const Bf16*>(tensor) + row.key_at(first + thread / UNITS) * dk + unit * 8;
-#pragma unroll 8
-            for (int t = thread / UNITS; t < C; t += STEP) {
-                copy_async_16(into.unit(t, unit), at, t < len && unit * 8 < dk);
-                if (t + STEP < len) at += step;
-            }
-        };
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
             const int64_t index = (place0 + n) * e.value_heads + row.head;
-            if (warp < 2) {
-                barrier_wait(&barriers->q_empty, phase(n + 1));
-                if (ONE_BUFFER) barrier_wait(&barriers->kv_empty, phase(n + 1));
-                rows(q_rows, p.q, first, len);
-                copies_arrive(&barriers->q_full);
-
-                barrier_wait(&barriers->weights_empty, phase(n + 1));
-                const float4* const weights_in = reinterpret_cast<const float4*>(p.weights) + index * C * QUADS;
-#pragma unroll
-                for (int i = 0; i < QUADS; i++) copy_async_16(weights + thread + i * 64, weights_in + thread + i * 64, true);
-                copies_arrive(&barriers->weights_full);
-            } else {
-                barrier_wait(&barriers->plan_empty[n % PLANS], phase(n / PLANS + 1));
-                for (int i = thread; i < PLAN / 16; i += 64)
-                    copy_async_16(plans + n % PLANS * PLAN + i * 16,
-                                  reinterpret_cast<const unsigned char*>(p.plans + index) + i * 16, true);
-                copies_arrive(&barriers->plan_full[n % PLANS]);
-
-                barrier_wait(&barriers->kv_empty, phase(n + 1));
-                if (ONE_BUFFER) barrier_wait(&barriers->q_empty, phase(n));
-                rows(k_rows, p.k, first, len);
-                const bool live = thread < len;
-                const Bf16* const v_at = v + row.at(first + (live ? thread : 0)) * dv;
-#pragma unroll
-                for (int group = 0; group < WARPGROUPS; group++) {
-                    const int column = slice + group * COLUMNS;
-                    copy_async_16(values + (group * C + thread) * COLUMNS, v_at + (column < dv ? column : 0), live && column < dv);
-                }
-                copies_arrive(&barriers->kv_full);
+            const int which = STAGES == 2 ? static_cast<int>(n % 2) : 0;
+            const Stage into = stage(n);
+            barrier_wait(&barriers->empty[which], phase(n / STAGES + 1));
+            const Bf16* at = static_cast<const Bf16*>(p.k) + row.key_at(first + thread / UNITS) * dk + unit * 8;
+#pragma unroll 8
+            for (int t = thread / UNITS; t < C; t += STEP) {
+                copy_async_16(into.k_rows.unit(t, unit), at, t < len && unit * 8 < dk);
+                if (t + STEP < len) at += step;
             }
+            if (group < WARPGROUPS) {
+                const bool live = t_of_v < len && column < dv;
+                copy_async_16(into.values + (group * C + t_of_v) * COLUMNS,
+                              static_cast<const Bf16*>(p.v) + row.at(first + (live ? t_of_v : 0)) * dv + (live ? column : 0), live);
+            }
+            if (thread < PLAN / 16)
+                copy_async_16(reinterpret_cast<unsigned char*>(into.plan) + thread * 16,
+                              reinterpret_cast<const unsigned char*>(p.plans + index) + thread * 16, true);
+            copies_arrive(&barriers->full[which]);
+
+            barrier_wait(&barriers->weights_empty, phase(n + 1));
+            const float4* const weights_in = reinterpret_cast<const float4*>(p.weights) + index * C * QUADS;
+#pragma unroll
+            for (int i = thread; i < C * QUADS; i += BRINGING) copy_async_16(weights + i, weights_in + i, true);
+            copies_arrive(&barriers->weights_full);
         }
     }
 
@@ -180,13 +175,16 @@ struct Scan {
     METHOD void compute(const ScanSm90Params& p, const Row& row, int group, int column, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
         const int dk = e.dk, dv = e.dv, capacity = e.capacity;
-        const int lane = lane_index(), warp = warp_index() % 4, g = lane / 4, c2 = lane % 4 * 2;
+        const int lane = lane_index(), warp = __shfl_sync(ALL, warp_index() % 4, 0), g = lane / 4, c = lane % 4, c2 = c * 2;
         const Slots<DK> mine = {slots.upper + group * SLOTS * DK * 16, slots.lower + group * SLOTS * DK * 8};
-        const uint16_t* const v_rows = values + group * C * COLUMNS;
         const bool live_columns = column < dv;
         const int64_t place0 = first_of_window(e, row, from, p.to, C), state = static_cast<int64_t>(dk) * dv;
-        // Row of dk and column of this thread's elements (tile, half) of a slot.
-        const auto k_of = [&](int tile, int half) { return (warp * TILES + tile) * 16 + half * 8 + g; };
+        // Where rows g and g + 8 of a tile stand (half = 0, 1).
+        const int g_at = g % 4 < 2 ? g / 4 * 2 + g % 2 : g / 4 * 2 + g % 2 + 8;
+        const auto stands = [&](int tile, int half) { return tile * 16 + g_at + half * 4; };
+        // The warp's share of a slot, where all warps work at one.
+        constexpr int SHARE = TILES / 4;
+        const auto k_of = [&](int tile, int half) { return (warp * SHARE + tile) * 16 + half * 8 + g; };
 
         // The slots that the window begins with; every other place zero, for a read multiplies them all.
         const int thread = threadIdx.x % GROUP;
@@ -202,35 +200,48 @@ struct Scan {
             for (int i = 0; i < held; i++) {
                 const float* const in = p.initial_states + (row.index() * capacity + i) * state;
 #pragma unroll
-                for (int n = 0; n < TILES * 2; n++) {
+                for (int n = 0; n < SHARE * 2; n++) {
                     const int k = k_of(n / 2, n % 2);
                     float2 x = make_float2(0, 0);
                     if (k < dk && live_columns)
                         x = *reinterpret_cast<const float2*>(in + static_cast<int64_t>(k) * dv + column + c2);
-                    mine.store2(i, k, c2, x.x, x.y);
+                    mine.store2(i, stands(warp * SHARE + n / 2, n % 2), c2, x.x, x.y);
                 }
             }
         }
         fence_async();
         group_barrier(1 + group, GROUP);
 
-        uint32_t q[DK / 16][4];
-        const auto take_q = [&](int64_t n) {
-            barrier_wait(&barriers->q_full, phase(n));
+        // A chunk's Q: a left operand a step. Tokens 16 warp + g and 8 later.
+        uint32_t q[TILES][4];
+        const auto load_q = [&](int64_t first) {
+            const int64_t left_over = row.len - first - warp * 16 - g;
+            const Bf16* const at = static_cast<const Bf16*>(p.q) + row.key_at(first + warp * 16 + g) * dk + c * 4;
+            const int64_t eight = static_cast<int64_t>(8) * row.heads * dk;
 #pragma unroll
-            for (int step = 0; step < DK / 16; step++)
-                ldmatrix_x4(q[step], q_rows.unit(warp * 16 + lane % 16, step * 2 + lane / 16));
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers->q_empty);
+            for (int step = 0; step < TILES; step++) {
+                const bool live = step * 16 + c * 4 < dk;
+                uint2 top = make_uint2(0, 0), bottom = make_uint2(0, 0);
+                if (live && left_over > 0) top = *reinterpret_cast<const uint2*>(at + step * 16);
+                if (live && left_over > 8) bottom = *reinterpret_cast<const uint2*>(at + eight + step * 16);
+                q[step][0] = top.x, q[step][1] = bottom.x, q[step][2] = top.y, q[step][3] = bottom.y;
+            }
         };
-        if (from < to) take_q(0);
+        if (TILES <= 8 && from < to) load_q(from);
 
+        const uint64_t operand = wgmma_operand(mine.upper, DK * 16);
+        const uint4* pairs_at = reinterpret_cast<const uint4*>(p.pairs) +
+                                ((place0 * e.value_heads + row.head) * 10 + warp * (warp + 1) / 2) * 32 + lane;
+        Bf16* o_at = static_cast<Bf16*>(p.o) + row.at(from + warp * 16 + g) * dv + column + c2;
+        const int64_t o_row = static_cast<int64_t>(e.value_heads) * dv;
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-            const int64_t index = (place0 + n) * e.value_heads + row.head;
+            const int which = STAGES == 2 ? static_cast<int>(n % 2) : 0;
+            const Stage stage = this->stage(n);
 
             // Read.
+            if (TILES > 8) load_q(first);
             float out[4] = {};
             uint4 pairs[4];
             if (WARPGROUPS == 2) barrier_wait(&barriers->turn[group], phase(n + 1 - group));
@@ -239,21 +250,24 @@ struct Scan {
                 float read[AT_ONCE * 4];  // the first product overwrites it
                 wgmma_begin();
 #pragma unroll
-                for (int step = 0; step < DK / 16; step++)
-                    wgmma_bf16(read, q[step], wgmma_operand(mine.upper_at(part * AT_ONCE, step * 16, 0), DK * 16), step > 0);
+                for (int step = 0; step < TILES; step++)
+                    wgmma_bf16(read, q[step], operand + part * AT_ONCE * DK + step * 16, step > 0);
                 wgmma_commit();
                 if (part == PARTS - 1) {
 #pragma unroll
                     for (int s = 0; s < 4; s++)
-                        if (s <= warp)
-                            pairs[s] = reinterpret_cast<const uint4*>(p.pairs)[(index * 10 + warp * (warp + 1) / 2 + s) * 32 + lane];
-                }
-                wgmma_wait();
-                if (part == PARTS - 1 && WARPGROUPS == 2) {
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(&barriers->turn[1 - group]);
+                        if (s <= warp) pairs[s] = pairs_at[s * 32];
                 }
                 if (part == 0) barrier_wait(&barriers->weights_full, phase(n));
+                wgmma_wait();
+                if (part == PARTS - 1) {
+                    if (WARPGROUPS == 2) {
+                        __syncwarp();
+                        if (lane == 0) barrier_arrive(&barriers->turn[1 - group]);
+                    }
+                    // The next chunk's Q, now that the products are done with its registers; large heads have too few.
+                    if (TILES <= 8 && first + C < to) load_q(first + C);
+                }
 #pragma unroll
                 for (int quad = 0; quad < (AT_ONCE + 3) / 4; quad++) {
                     const float4* const at = weights + (warp * QUADS + part * AT_ONCE / 4 + quad) * 16 + g;
@@ -270,21 +284,14 @@ struct Scan {
             }
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->weights_empty);
+            pairs_at += static_cast<int64_t>(e.value_heads) * 320;
 
             // The chunk's own tokens; o.
-            barrier_wait(&barriers->kv_full, phase(n));
+            barrier_wait(&barriers->full[which], phase(n / STAGES));
             uint32_t v[2][4];  // right operands of 32 tokens each
 #pragma unroll
-            for (int half = 0; half < 2; half++) ldmatrix_x4_trans(v[half], v_rows + (half * 32 + lane) * COLUMNS);
-            uint32_t k[TILES][4][4];
-#pragma unroll
-            for (int tile = 0; tile < TILES; tile++)
-#pragma unroll
-                for (int s = 0; s < 4; s++)
-                    ldmatrix_x4_trans(k[tile][s], k_rows.unit(s * 16 + lane % 8 + lane / 16 * 8,
-                                                              (warp * TILES + tile) * 2 + lane / 8 % 2));
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers->kv_empty);
+            for (int half = 0; half < 2; half++)
+                ldmatrix_x4_trans(v[half], stage.values + (group * C + half * 32 + lane) * COLUMNS);
 #pragma unroll
             for (int s = 0; s < 4; s++) {
                 if (s > warp) continue;
@@ -293,103 +300,83 @@ struct Scan {
             }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int t = warp * 16 + half * 8 + g;
-                if (t < len && live_columns)
-                    *reinterpret_cast<uint32_t*>(static_cast<Bf16*>(p.o) + row.at(first + t) * dv + column + c2) =
-                        pack_bf16(out[half * 2], out[half * 2 + 1]);
+                if (warp * 16 + half * 8 + g < len && live_columns)
+                    *reinterpret_cast<uint32_t*>(o_at + half * 8 * o_row) = pack_bf16(out[half * 2], out[half * 2 + 1]);
             }
+            o_at += C * o_row;
 
-            // The next chunk's Q while the products' registers are free: its buffer can be filled again.
-            if (first + C < to) take_q(n + 1);
-
-            // Write: v with its decay, in two planes.
-            barrier_wait(&barriers->plan_full[n % PLANS], phase(n / PLANS));
-            const ChunkPlan& plan = *reinterpret_cast<const ChunkPlan*>(plans + n % PLANS * PLAN);
-            uint32_t vd[2][4][2];
-#pragma unroll
-            for (int s = 0; s < 4; s++)
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const uint32_t pair = v[s / 2][s % 2 * 2 + i];
-                    const float2 factor = *reinterpret_cast<const float2*>(plan.value_factor + s * 16 + i * 8 + c2);
-                    uint32_t planes[2];
-                    split<2>(factor.x * low_bf16(pair), factor.y * high_bf16(pair), planes);
-                    vd[0][s][i] = planes[0], vd[1][s][i] = planes[1];
-                }
+            // Write, four slots at a time. The second four go to the warps in reverse: those that merge come first and take
+            // longest.
+            const ChunkPlan& plan = *stage.plan;
             const int changes = static_cast<int>(plan.changes);
-            group_barrier(1 + group, GROUP);  // every warp has read the slots
-            // Several slots at a time: one alone would wait for its own products, loads and sums one after the other.
-            constexpr int BATCH = TILES > 2 ? 2 : 4;
 #pragma unroll 1
-            for (int first_change = 0; first_change < changes; first_change += BATCH) {
-                uint64_t tokens[BATCH];
-                int place[BATCH], entries_from[BATCH], entries_to[BATCH];
-                float sum[BATCH][TILES][4];
+            for (int four = 0; four < changes; four += 4) {
+                const int change = four + (four % 8 == 0 ? warp : 3 - warp);
+                const bool any = change < changes;
+                int place = 0;
+                float sum[TILES][4];
+                if (any) {
+                    const uint64_t what = plan.changed[change];
+                    place = what & 0xff;
+                    const int entries_from = what >> 8 & 0xff, entries_to = what >> 16 & 0xff;
+                    const int tokens_from = what >> 24 & 0xff, tokens_to = what >> 32 & 0xff;
 #pragma unroll
-                for (int b = 0; b < BATCH; b++) {
-                    uint4 raw = make_uint4(0, 0, 0, 0);
-                    if (first_change + b < changes) raw = *reinterpret_cast<const uint4*>(plan.changed + first_change + b);
-                    tokens[b] = static_cast<uint64_t>(raw.y) << 32 | raw.x;
-                    place[b] = raw.z & 0xff, entries_from[b] = raw.z >> 8 & 0xff, entries_to[b] = raw.z >> 16 & 0xff;
+                    for (int i = 0; i < TILES * 4; i++) sum[i / 4][i % 4] = 0;
 #pragma unroll
-                    for (int i = 0; i < TILES * 4; i++) sum[b][i / 4][i % 4] = 0;
-                }
+                    for (int s = 0; s < 4; s++) {
+                        if (tokens_from >= s * 16 + 16 || tokens_to <= s * 16) continue;
+                        uint32_t vd[2][2];  // v with its decay: planes, halves of the step
 #pragma unroll
-                for (int s = 0; s < 4; s++)
+                        for (int i = 0; i < 2; i++) {
+                            const int t = s * 16 + i * 8 + c2;
+                            const uint32_t pair = v[s / 2][s % 2 * 2 + i];
+                            const float2 factor = *reinterpret_cast<const float2*>(plan.value_factor + t);
+                            const float x0 = t >= tokens_from && t < tokens_to ? factor.x * low_bf16(pair) : 0.0f;
+                            const float x1 = t + 1 >= tokens_from && t + 1 < tokens_to ? factor.y * high_bf16(pair) : 0.0f;
+                            uint32_t planes[2];
+                            split<2>(x0, x1, planes);
+                            vd[0][i] = planes[0], vd[1][i] = planes[1];
+                        }
 #pragma unroll
-                    for (int b = 0; b < BATCH; b++) {
-                        const uint32_t in = static_cast<uint32_t>(tokens[b] >> (s * 16)) & 0xffff;
-                        if (in == 0) continue;
-                        const uint32_t low = mask_of(in >> c2), high = mask_of(in >> (8 + c2));
-#pragma unroll
-                        for (int plane = 1; plane >= 0; plane--)
-#pragma unroll
-                            for (int tile = 0; tile < TILES; tile++)
-                                mma_bf16(sum[b][tile], k[tile][s], vd[plane][s][0] & low, vd[plane][s][1] & high);
+                        for (int tile = 0; tile < TILES; tile++) {
+                            uint32_t k[4];
+                            ldmatrix_x4_trans(k, stage.k_rows.unit(s * 16 + lane % 8 + lane / 16 * 8, tile * 2 + lane / 8 % 2));
+                            mma_bf16(sum[tile], k, vd[1][0], vd[1][1]);
+                            mma_bf16(sum[tile], k, vd[0][0], vd[0][1]);
+                        }
                     }
-#pragma unroll
-                for (int b = 0; b < BATCH; b++) {
 #pragma unroll 1
-                    for (int j = entries_from[b]; j < entries_to[b]; j += 2) {
-                        const int next = j + 1 < entries_to[b] ? j + 1 : j;
-                        const int from_place[2] = {plan.entry_place[j], plan.entry_place[next]};
-                        const float factor[2] = {plan.factor[j], next == j ? 0.0f : plan.factor[next]};
-                        float x[2][TILES * 2][2];
+                    for (int j = entries_from; j < entries_to; j++) {
+                        const int from_place = plan.entry_place[j];
+                        const float factor = plan.factor[j];
 #pragma unroll
-                        for (int two = 0; two < 2; two++)
+                        for (int i = 0; i < TILES * 2; i++) {
+                            float x0, x1;
+                            mine.load2(from_place, stands(i / 2, i % 2), c2, x0, x1);
+                            sum[i / 2][i % 2 * 2] += factor * x0, sum[i / 2][i % 2 * 2 + 1] += factor * x1;
+                        }
+                    }
+                    // Adding to the bits of the NaN that sums make would turn it into a zero.
+                    float all[4] = {};
 #pragma unroll
-                            for (int i = 0; i < TILES * 2; i++)
-                                mine.load2(from_place[two], k_of(i / 2, i % 2), c2, x[two][i][0], x[two][i][1]);
+                    for (int i = 0; i < TILES * 4; i++) all[i % 4] += sum[i / 4][i % 4];
+                    const float whole = (all[0] + all[1]) + (all[2] + all[3]);
+                    if (whole != whole) {
 #pragma unroll
-                        for (int two = 0; two < 2; two++)
-#pragma unroll
-                            for (int i = 0; i < TILES * 4; i++) sum[b][i / 4][i % 4] += factor[two] * x[two][i / 2][i % 2];
+                        for (int i = 0; i < TILES * 4; i++)
+                            if (sum[i / 4][i % 4] != sum[i / 4][i % 4]) sum[i / 4][i % 4] = __uint_as_float(0x7fc00000u);
                     }
                 }
-                // Adding to the bits of the NaN that sums make would turn it into a zero.
-                float all = 0;
-#pragma unroll
-                for (int i = 0; i < BATCH * TILES; i++) {
-                    const float* const x = sum[i / TILES][i % TILES];
-                    all += (x[0] + x[1]) + (x[2] + x[3]);
-                }
-                if (all != all) {
-#pragma unroll
-                    for (int i = 0; i < BATCH * TILES * 4; i++) {
-                        float& x = sum[i / (TILES * 4)][i / 4 % TILES][i % 4];
-                        if (x != x) x = __uint_as_float(0x7fc00000u);
-                    }
-                }
-#pragma unroll
-                for (int b = 0; b < BATCH; b++) {
-                    if (first_change + b >= changes) continue;
+                // Every warp has read the slots, and what others merge may stand where this one goes.
+                group_barrier(1 + group, GROUP);
+                if (any) {
 #pragma unroll
                     for (int i = 0; i < TILES * 2; i++)
-                        mine.store2(place[b], k_of(i / 2, i % 2), c2, sum[b][i / 2][i % 2 * 2], sum[b][i / 2][i % 2 * 2 + 1]);
+                        mine.store2(place, stands(i / 2, i % 2), c2, sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
                 }
             }
             __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers->plan_empty[n % PLANS]);
+            if (lane == 0) barrier_arrive(&barriers->empty[which]);
             fence_async();
             group_barrier(1 + group, GROUP);
         }
@@ -409,10 +396,10 @@ struct Scan {
             const float factor = i < held && last ? last->exit_factor[i] : 1.0f;
             float* const out = p.states + (row.index() * capacity + i) * state;
 #pragma unroll
-            for (int n = 0; n < TILES * 2; n++) {
+            for (int n = 0; n < SHARE * 2; n++) {
                 const int k = k_of(n / 2, n % 2);
                 float2 x = make_float2(0, 0);
-                if (i < held) mine.load2(place, k, c2, x.x, x.y);
+                if (i < held) mine.load2(place, stands(warp * SHARE + n / 2, n % 2), c2, x.x, x.y);
                 if (k < dk && live_columns)
                     *reinterpret_cast<float2*>(out + static_cast<int64_t>(k) * dv + column + c2) =
                         make_float2(factor * x.x, factor * x.y);
@@ -436,7 +423,7 @@ DEVICE void scan_sm90(const ScanSm90Params& p) {
     scan.take(carve);
     if (threadIdx.x == 0) scan.init_barriers();
     __syncthreads();
-    const int group = warp_index() / 4;
+    const int group = __shfl_sync(ALL, warp_index() / 4, 0);
     if (group == WARPGROUPS) {
         if (WARPGROUPS == 2) registers_fewer<40>();
         scan.bring(p, row, slice, p.from, to);

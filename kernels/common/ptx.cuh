@@ -25,7 +25,6 @@ namespace dla {
 
 using emulation::copies_wait;
 using emulation::copy_async_16;
-using emulation::divide;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
 using emulation::f16_to_f32;
@@ -33,7 +32,12 @@ using emulation::f32_to_f16;
 using emulation::ldmatrix_x4;
 using emulation::ldmatrix_x4_trans;
 using emulation::mma_bf16;
+using emulation::opaque;
 using emulation::pack_bf16;
+using emulation::quotient;
+using emulation::reciprocal;
+using emulation::shared_address;
+using emulation::shared_uint2;
 using emulation::trap;
 
 #else
@@ -51,20 +55,33 @@ DEVICE uint32_t dynamic_shared_bytes() {
     return bytes;
 }
 
-// The IEEE quotient of two integers below 2^32 in f32, the divisor not 0: what __fdiv_rn does after it has
-// looked for operands out of range, and without the branch.
-DEVICE float divide(float a, float b) {
+// The IEEE quotient of two integers below 2^32 in f32, the divisor not 0, in two parts: the instructions of
+// __fdiv_rn without its look for operands out of range and the branch (nvcc 13.0.88, SASS compared).
+DEVICE float reciprocal(float b) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
-    y = __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
-    float q = __fmul_rn(a, y);
-    q = __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
-    return __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+    return __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
+}
+DEVICE float quotient(float a, float b, float reciprocal_of_b) {
+    const float q = __fmul_rn(a, reciprocal_of_b);
+    return __fmaf_rn(reciprocal_of_b, __fmaf_rn(-b, q, a), q);
+}
+
+// x, of which the compiler knows nothing: what is computed from it is not moved out of a loop.
+DEVICE int opaque(int x) {
+    asm volatile("" : "+r"(x));
+    return x;
+}
+
+// Where `of` lies in shared memory, in 32 bits, and what lies there: written before the last barrier of warp or block.
+DEVICE uint32_t shared_address(const void* of) { return static_cast<uint32_t>(__cvta_generic_to_shared(of)); }
+DEVICE uint2 shared_uint2(uint32_t address) {
+    uint2 x;
+    asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
+    return x;
 }
 
 DEVICE void trap() { asm volatile("trap;"); }
-
-DEVICE uint32_t shared_address(const void* at) { return static_cast<uint32_t>(__cvta_generic_to_shared(at)); }
 
 // Copies 16 bytes to shared memory, zeros where not `live`.
 DEVICE void copy_async_16(void* to, const void* from, bool live) {

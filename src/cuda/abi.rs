@@ -160,7 +160,7 @@ pub struct ScanParams {
 }
 
 /// Bytes of a `ChunkPlan`.
-pub const CHUNK_PLAN_BYTES: usize = 1952;
+pub const CHUNK_PLAN_BYTES: usize = 1440;
 
 /// Parameters of `prepare_sm90_bf16`.
 #[repr(C)]
@@ -377,11 +377,9 @@ impl Geometry {
         64 * 8 + 3 * 64 * 4 + (64 * 65 * 4).max(Self::tile(self.parts, 64, 64))
     }
 
-    /// Shared memory of `segment_*`.
+    /// Shared memory of `segment_*`, SEGMENT_SHARED_BYTES of abi.cuh: the same for every size.
     pub fn segment_shared_bytes(&self) -> usize {
-        let rounds = 2 * (104 * 8 + 64 * 16) + 3 * (64 * 4 + 64 + 16) + 64;
-        let tile = 2 * (16 * 17 * 4) + 4 * 16 * 4 + 16 + 32 * 8 + 3 * 16 * 4;
-        rounds + tile
+        9280
     }
 
     /// Shared memory of `prepare_*`.
@@ -573,14 +571,10 @@ impl ScanSm90 {
                 + 2 * 4 * self.dk * 32
                 + 64;
         }
-        // Q and K share a buffer where two do not fit.
-        let buffers = if self.dk * self.slots > 4096 { 1 } else { 2 };
-        self.groups * self.slots * self.dk * 24
-            + buffers * 64 * self.dk * 2
-            + 64 * self.weight_slots() * 4
-            + self.groups * 64 * 8 * 2
-            + self.groups * 1616
-            + 96
+        let fixed = self.groups * self.slots * self.dk * 24 + 64 * self.weight_slots() * 4 + 64;
+        let stage = 64 * self.dk * 2 + self.groups * 64 * 8 * 2 + 1104;
+        // Two stages where there is room for them.
+        fixed + if fixed + 2 * stage <= 232_448 { 2 * stage } else { stage }
     }
 
     /// Shared memory of the kernel that prepares for it.

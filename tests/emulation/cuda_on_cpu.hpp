@@ -329,7 +329,16 @@ inline std::string launch(unsigned grid, unsigned block, uint32_t shared, const 
 inline unsigned char* dynamic_shared() { return machine.shared; }
 inline uint32_t dynamic_shared_bytes() { return machine.shared_bytes; }
 
-inline float divide(float a, float b) { return a / b; }
+inline uint32_t shared_address(const void* of) { return static_cast<const unsigned char*>(of) - machine.shared; }
+inline uint2 shared_uint2(uint32_t address) {
+    if (address % 8 != 0 || address + 8 > machine.shared_bytes) fail("a load outside shared memory");
+    uint2 x;
+    memcpy(&x, machine.shared + address % machine.shared_bytes, sizeof x);
+    return x;
+}
+inline int opaque(int x) { return x; }
+inline float reciprocal(float) { return 0; }
+inline float quotient(float a, float b, float) { return a / b; }
 
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
 
