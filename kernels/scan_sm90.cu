@@ -12,9 +12,9 @@
 // is arithmetic inside the thread; (P . Lambda) V is added by mma. Where there are two groups they take turns at
 // the tensor cores: while one reads, the other sums and writes.
 // Write. Only slots that the chunk changes are touched (by the plan; 3 of 30 under mass, 9 under density, where every
-// token opens one), four at a time, one a warp: K^T V by mma, the slot's tokens masked in, then what it merges. A warp that
-// has a whole slot has 16 products and 16 loads to wait for at once; where four warps shared each, they waited for one
-// after the other, and a chunk took 6,500 clocks more than without writes.
+// token opens one): first what merges, all warps on the same, then K^T V by mma, a slot's tokens masked in, a slot a warp.
+// (Measured: with four warps at every slot's tokens, or one warp at all that a slot merges, a chunk took 6,500 clocks more than
+// without writes.)
 //
 // Slots stand in places and never move. A state is kept relative to the chunk in which it was last written; its decay since
 // is in the weights. It has 16 bits of mantissa: the upper 8 are the operand, a bf16 rounded to nearest; the others,
@@ -35,6 +35,7 @@ namespace {
 
 constexpr int GROUP = 128;   // threads of a group
 constexpr int COLUMNS = 8;   // of dv, a group
+constexpr int MERGED_AT_ONCE = 4;
 constexpr int BRINGING = 128;  // threads that bring a chunk's rows
 constexpr int PLAN = 1104;   // bytes of a plan that every chunk needs
 
@@ -76,6 +77,11 @@ struct Slots {
     }
 };
 
+// Adding to the bits of the NaN that sums make would turn it into a zero.
+DEVICE void keep_nan(float& x) {
+    if (x != x) x = __uint_as_float(0x7fc00000u);
+}
+
 template <int DK, int SLOTS, int WARPGROUPS>
 struct Scan {
     static constexpr int C = Bf16::CHUNK;
@@ -83,6 +89,7 @@ struct Scan {
     static constexpr int AT_ONCE = SLOTS / PARTS;     // slots of one
     static constexpr int QUADS = (SLOTS + 3) / 4;
     static constexpr int TILES = DK / 16;             // of 16 rows of dk
+    static constexpr int STEPS = TILES < 8 ? TILES : 8;  // Q's operands held at once: large heads have no registers for all
     static constexpr int BANK = SLOTS * DK * 24;      // bytes of a group's slots
     static constexpr int STAGE = C * DK * 2 + WARPGROUPS * C * COLUMNS * 2 + PLAN;
     static constexpr int FIXED = WARPGROUPS * BANK + C * QUADS * 16 + 64;
@@ -212,22 +219,23 @@ struct Scan {
         fence_async();
         group_barrier(1 + group, GROUP);
 
-        // A chunk's Q: a left operand a step. Tokens 16 warp + g and 8 later.
-        uint32_t q[TILES][4];
-        const auto load_q = [&](int64_t first) {
-            const int64_t left_over = row.len - first - warp * 16 - g;
-            const Bf16* const at = static_cast<const Bf16*>(p.q) + row.key_at(first + warp * 16 + g) * dk + c * 4;
-            const int64_t eight = static_cast<int64_t>(8) * row.heads * dk;
+        // A chunk's Q: a left operand a step. Tokens 16 warp + g and 8 later. Every load is made, whatever it is for, so that none
+        // waits for another: past the row's end the last token's (whose output no one writes), past dk the first
+        // elements (which meet zeros).
+        uint2 q_top[STEPS], q_bottom[STEPS];
+        const auto load_q = [&](int64_t first, int from_step) {
+            const int64_t last = row.len - 1, top_t = first + warp * 16 + g, bottom_t = top_t + 8;
+            const Bf16* const q_at = static_cast<const Bf16*>(p.q);
+            const Bf16* const top_at = q_at + row.key_at(top_t < last ? top_t : last) * dk;
+            const Bf16* const bottom_at = q_at + row.key_at(bottom_t < last ? bottom_t : last) * dk;
 #pragma unroll
-            for (int step = 0; step < TILES; step++) {
-                const bool live = step * 16 + c * 4 < dk;
-                uint2 top = make_uint2(0, 0), bottom = make_uint2(0, 0);
-                if (live && left_over > 0) top = *reinterpret_cast<const uint2*>(at + step * 16);
-                if (live && left_over > 8) bottom = *reinterpret_cast<const uint2*>(at + eight + step * 16);
-                q[step][0] = top.x, q[step][1] = bottom.x, q[step][2] = top.y, q[step][3] = bottom.y;
+            for (int step = 0; step < STEPS; step++) {
+                const int k = (from_step + step) * 16 + c * 4, live = k < dk ? k : 0;
+                q_top[step] = *reinterpret_cast<const uint2*>(top_at + live);
+                q_bottom[step] = *reinterpret_cast<const uint2*>(bottom_at + live);
             }
         };
-        if (TILES <= 8 && from < to) load_q(from);
+        if (STEPS == TILES && from < to) load_q(from, 0);
 
         const uint64_t operand = wgmma_operand(mine.upper, DK * 16);
         const uint4* pairs_at = reinterpret_cast<const uint4*>(p.pairs) +
@@ -241,23 +249,34 @@ struct Scan {
             const Stage stage = this->stage(n);
 
             // Read.
-            if (TILES > 8) load_q(first);
             float out[4] = {};
             uint4 pairs[4];
+            const auto load_pairs = [&] {
+#pragma unroll
+                for (int s = 0; s < 4; s++)
+                    if (s <= warp) pairs[s] = pairs_at[s * 32];
+            };
             if (WARPGROUPS == 2) barrier_wait(&barriers->turn[group], phase(n + 1 - group));
 #pragma unroll 1
             for (int part = 0; part < PARTS; part++) {
                 float read[AT_ONCE * 4];  // the first product overwrites it
-                wgmma_begin();
 #pragma unroll
-                for (int step = 0; step < TILES; step++)
-                    wgmma_bf16(read, q[step], operand + part * AT_ONCE * DK + step * 16, step > 0);
-                wgmma_commit();
-                if (part == PARTS - 1) {
+                for (int from_step = 0; from_step < TILES; from_step += STEPS) {
+                    if (from_step > 0) wgmma_wait();
+                    if (STEPS < TILES) load_q(first, from_step);
+                    uint32_t q[STEPS][4];
 #pragma unroll
-                    for (int s = 0; s < 4; s++)
-                        if (s <= warp) pairs[s] = pairs_at[s * 32];
+                    for (int step = 0; step < STEPS; step++) {
+                        q[step][0] = q_top[step].x, q[step][1] = q_bottom[step].x;
+                        q[step][2] = q_top[step].y, q[step][3] = q_bottom[step].y;
+                    }
+                    wgmma_begin();
+#pragma unroll
+                    for (int step = 0; step < STEPS; step++)
+                        wgmma_bf16(read, q[step], operand + part * AT_ONCE * DK + (from_step + step) * 16, from_step + step > 0);
+                    wgmma_commit();
                 }
+                if (STEPS == TILES && part == PARTS - 1) load_pairs();
                 if (part == 0) barrier_wait(&barriers->weights_full, phase(n));
                 wgmma_wait();
                 if (part == PARTS - 1) {
@@ -265,8 +284,8 @@ struct Scan {
                         __syncwarp();
                         if (lane == 0) barrier_arrive(&barriers->turn[1 - group]);
                     }
-                    // The next chunk's Q, now that the products are done with its registers; large heads have too few.
-                    if (TILES <= 8 && first + C < to) load_q(first + C);
+                    // The next chunk's Q, now that the products are done with its registers.
+                    if (STEPS == TILES && first + C < to) load_q(first + C, 0);
                 }
 #pragma unroll
                 for (int quad = 0; quad < (AT_ONCE + 3) / 4; quad++) {
@@ -282,6 +301,7 @@ struct Scan {
                     }
                 }
             }
+            if (STEPS < TILES) load_pairs();
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->weights_empty);
             pairs_at += static_cast<int64_t>(e.value_heads) * 320;
@@ -305,75 +325,101 @@ struct Scan {
             }
             o_at += C * o_row;
 
-            // Write, four slots at a time. The second four go to the warps in reverse: those that merge come first and take
-            // longest.
+            // Write. First what merges, every warp its share of dk, a few entry slots at a time, into the oldest one's place.
             const ChunkPlan& plan = *stage.plan;
             const int changes = static_cast<int>(plan.changes);
+            group_barrier(1 + group, GROUP);  // every warp has read the slots
 #pragma unroll 1
-            for (int four = 0; four < changes; four += 4) {
-                const int change = four + (four % 8 == 0 ? warp : 3 - warp);
-                const bool any = change < changes;
-                int place = 0;
+            for (int change = 0; change < changes; change++) {
+                const uint64_t what = plan.changed[change];
+                const int place = what & 0xff, entries_from = what >> 8 & 0xff, entries_to = what >> 16 & 0xff;
+                if (entries_from == entries_to) break;  // so do none of the later ones
+                float sum[SHARE * 2][2] = {};
+#pragma unroll 1
+                for (int j = entries_from; j < entries_to; j += MERGED_AT_ONCE) {
+                    float x[MERGED_AT_ONCE][SHARE * 2][2], factor[MERGED_AT_ONCE];
+#pragma unroll
+                    for (int m = 0; m < MERGED_AT_ONCE; m++) {
+                        // Past the last the last again, times nothing.
+                        const bool live = j + m < entries_to;
+                        const int entry = live ? j + m : entries_to - 1, from_place = plan.entry_place[entry];
+                        factor[m] = live ? plan.factor[entry] : 0.0f;
+#pragma unroll
+                        for (int i = 0; i < SHARE * 2; i++)
+                            mine.load2(from_place, stands(warp * SHARE + i / 2, i % 2), c2, x[m][i][0], x[m][i][1]);
+                    }
+#pragma unroll
+                    for (int m = 0; m < MERGED_AT_ONCE; m++)
+#pragma unroll
+                        for (int i = 0; i < SHARE * 4; i++) sum[i / 2][i % 2] += factor[m] * x[m][i / 2][i % 2];
+                }
+                float all = 0;
+#pragma unroll
+                for (int i = 0; i < SHARE * 2; i++) all += sum[i][0] + sum[i][1];
+                if (all != all) {
+#pragma unroll
+                    for (int i = 0; i < SHARE * 4; i++) keep_nan(sum[i / 2][i % 2]);
+                }
+#pragma unroll
+                for (int i = 0; i < SHARE * 2; i++)
+                    mine.store2(place, stands(warp * SHARE + i / 2, i % 2), c2, sum[i][0], sum[i][1]);
+            }
+            group_barrier(1 + group, GROUP);
+
+            // Then the chunk's tokens, every warp the slots that fall to it.
+#pragma unroll 1
+            for (int change = warp; change < changes; change += 4) {
+                const uint64_t what = plan.changed[change];
+                const int place = what & 0xff;
+                const bool merged = (what >> 8 & 0xff) != (what >> 16 & 0xff);
+                const int tokens_from = what >> 24 & 0xff, tokens_to = what >> 32 & 0xff;
+                if (tokens_from == tokens_to) continue;
                 float sum[TILES][4];
-                if (any) {
-                    const uint64_t what = plan.changed[change];
-                    place = what & 0xff;
-                    const int entries_from = what >> 8 & 0xff, entries_to = what >> 16 & 0xff;
-                    const int tokens_from = what >> 24 & 0xff, tokens_to = what >> 32 & 0xff;
 #pragma unroll
-                    for (int i = 0; i < TILES * 4; i++) sum[i / 4][i % 4] = 0;
+                for (int i = 0; i < TILES * 4; i++) sum[i / 4][i % 4] = 0;
 #pragma unroll
-                    for (int s = 0; s < 4; s++) {
-                        if (tokens_from >= s * 16 + 16 || tokens_to <= s * 16) continue;
-                        uint32_t vd[2][2];  // v with its decay: planes, halves of the step
+                for (int s = 0; s < 4; s++) {
+                    if (tokens_from >= s * 16 + 16 || tokens_to <= s * 16) continue;
+                    uint32_t vd[2][2];  // v with its decay: planes, halves of the step
 #pragma unroll
-                        for (int i = 0; i < 2; i++) {
-                            const int t = s * 16 + i * 8 + c2;
-                            const uint32_t pair = v[s / 2][s % 2 * 2 + i];
-                            const float2 factor = *reinterpret_cast<const float2*>(plan.value_factor + t);
-                            const float x0 = t >= tokens_from && t < tokens_to ? factor.x * low_bf16(pair) : 0.0f;
-                            const float x1 = t + 1 >= tokens_from && t + 1 < tokens_to ? factor.y * high_bf16(pair) : 0.0f;
-                            uint32_t planes[2];
-                            split<2>(x0, x1, planes);
-                            vd[0][i] = planes[0], vd[1][i] = planes[1];
-                        }
-#pragma unroll
-                        for (int tile = 0; tile < TILES; tile++) {
-                            uint32_t k[4];
-                            ldmatrix_x4_trans(k, stage.k_rows.unit(s * 16 + lane % 8 + lane / 16 * 8, tile * 2 + lane / 8 % 2));
-                            mma_bf16(sum[tile], k, vd[1][0], vd[1][1]);
-                            mma_bf16(sum[tile], k, vd[0][0], vd[0][1]);
-                        }
+                    for (int i = 0; i < 2; i++) {
+                        const int t = s * 16 + i * 8 + c2;
+                        const uint32_t pair = v[s / 2][s % 2 * 2 + i];
+                        const float2 factor = *reinterpret_cast<const float2*>(plan.value_factor + t);
+                        const float x0 = t >= tokens_from && t < tokens_to ? factor.x * low_bf16(pair) : 0.0f;
+                        const float x1 = t + 1 >= tokens_from && t + 1 < tokens_to ? factor.y * high_bf16(pair) : 0.0f;
+                        uint32_t planes[2];
+                        split<2>(x0, x1, planes);
+                        vd[0][i] = planes[0], vd[1][i] = planes[1];
                     }
-#pragma unroll 1
-                    for (int j = entries_from; j < entries_to; j++) {
-                        const int from_place = plan.entry_place[j];
-                        const float factor = plan.factor[j];
 #pragma unroll
-                        for (int i = 0; i < TILES * 2; i++) {
-                            float x0, x1;
-                            mine.load2(from_place, stands(i / 2, i % 2), c2, x0, x1);
-                            sum[i / 2][i % 2 * 2] += factor * x0, sum[i / 2][i % 2 * 2 + 1] += factor * x1;
-                        }
-                    }
-                    // Adding to the bits of the NaN that sums make would turn it into a zero.
-                    float all[4] = {};
-#pragma unroll
-                    for (int i = 0; i < TILES * 4; i++) all[i % 4] += sum[i / 4][i % 4];
-                    const float whole = (all[0] + all[1]) + (all[2] + all[3]);
-                    if (whole != whole) {
-#pragma unroll
-                        for (int i = 0; i < TILES * 4; i++)
-                            if (sum[i / 4][i % 4] != sum[i / 4][i % 4]) sum[i / 4][i % 4] = __uint_as_float(0x7fc00000u);
+                    for (int tile = 0; tile < TILES; tile++) {
+                        uint32_t k[4];
+                        ldmatrix_x4_trans(k, stage.k_rows.unit(s * 16 + lane % 8 + lane / 16 * 8, tile * 2 + lane / 8 % 2));
+                        mma_bf16(sum[tile], k, vd[1][0], vd[1][1]);
+                        mma_bf16(sum[tile], k, vd[0][0], vd[0][1]);
                     }
                 }
-                // Every warp has read the slots, and what others merge may stand where this one goes.
-                group_barrier(1 + group, GROUP);
-                if (any) {
+                if (merged) {
 #pragma unroll
-                    for (int i = 0; i < TILES * 2; i++)
-                        mine.store2(place, stands(i / 2, i % 2), c2, sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
+                    for (int i = 0; i < TILES * 2; i++) {
+                        if (i == 16) keep_order();  // of large heads all loads at once would need more registers than there are
+                        float x0, x1;
+                        mine.load2(place, stands(i / 2, i % 2), c2, x0, x1);
+                        sum[i / 2][i % 2 * 2] += x0, sum[i / 2][i % 2 * 2 + 1] += x1;
+                    }
                 }
+                float all[4] = {};
+#pragma unroll
+                for (int i = 0; i < TILES * 4; i++) all[i % 4] += sum[i / 4][i % 4];
+                const float whole = (all[0] + all[1]) + (all[2] + all[3]);
+                if (whole != whole) {
+#pragma unroll
+                    for (int i = 0; i < TILES * 4; i++) keep_nan(sum[i / 4][i % 4]);
+                }
+#pragma unroll
+                for (int i = 0; i < TILES * 2; i++)
+                    mine.store2(place, stands(i / 2, i % 2), c2, sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
             }
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->empty[which]);
@@ -453,4 +499,3 @@ SCAN_SM90(128, 30, 2)
 SCAN_SM90(128, 32, 1)
 SCAN_SM90(128, 64, 1)
 SCAN_SM90(256, 16, 1)
-SCAN_SM90(256, 30, 1)

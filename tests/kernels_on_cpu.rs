@@ -22,6 +22,16 @@ mod hopper;
 unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
     fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
+    fn mmap(
+        at: *mut c_void,
+        bytes: usize,
+        protection: c_int,
+        flags: c_int,
+        file: c_int,
+        from: i64,
+    ) -> *mut c_void;
+    fn mprotect(at: *mut c_void, bytes: usize, protection: c_int) -> c_int;
+    fn munmap(at: *mut c_void, bytes: usize) -> c_int;
 }
 
 type Emulate =
@@ -97,25 +107,42 @@ fn try_launch<P>(
     (code != 0).then(|| CStr::from_bytes_until_nul(&error).unwrap().to_string_lossy().into_owned())
 }
 
-/// A poisoned array on "the device", 16-byte aligned, with a canary behind it.
+/// A poisoned array on "the device", 16-byte aligned, that ends where memory does: what reads or writes 16 bytes past its
+/// end faults.
 struct Array {
-    words: Vec<u128>,
+    mapped: *mut u8,
+    mapped_bytes: usize,
     bytes: usize,
 }
 
 const POISON: u8 = 0xff;
-const CANARY: usize = 64;
+const PAGE: usize = 4096;
 
 impl Array {
     fn poisoned(bytes: usize) -> Self {
-        let words = vec![u128::from_ne_bytes([POISON; 16]); (bytes + CANARY).div_ceil(16) + 1];
-        Array { words, bytes }
+        let mapped_bytes = bytes.next_multiple_of(PAGE) + PAGE;
+        // SAFETY: new memory of this process: private, anonymous; the last page is out of bounds.
+        let mapped = unsafe {
+            let mapped = mmap(std::ptr::null_mut(), mapped_bytes, 3, 0x22, -1, 0).cast::<u8>();
+            assert!(mapped as isize != -1 && mprotect(mapped.add(mapped_bytes - PAGE).cast(), PAGE, 0) == 0);
+            std::ptr::write_bytes(mapped, POISON, mapped_bytes - PAGE);
+            mapped
+        };
+        Array { mapped, mapped_bytes, bytes }
+    }
+
+    /// The array and what is left to a multiple of 16 bytes.
+    fn whole(&self) -> &[u8] {
+        let bytes = self.bytes.next_multiple_of(16);
+        // SAFETY: mapped above, the last bytes before the page out of bounds.
+        unsafe { std::slice::from_raw_parts(self.mapped.add(self.mapped_bytes - PAGE - bytes), bytes) }
     }
 
     fn of<T: bytemuck::Pod>(x: &[T]) -> Self {
-        let mut array = Array::poisoned(size_of_val(x));
-        bytemuck::cast_slice_mut::<u128, u8>(&mut array.words)[..size_of_val(x)]
-            .copy_from_slice(bytemuck::cast_slice(x));
+        let array = Array::poisoned(size_of_val(x));
+        // SAFETY: as `whole`; no one else has the array yet.
+        let to = unsafe { std::slice::from_raw_parts_mut(array.whole().as_ptr().cast_mut(), array.bytes) };
+        to.copy_from_slice(bytemuck::cast_slice(x));
         array
     }
 
@@ -128,13 +155,20 @@ impl Array {
     }
 
     fn pointer(&self) -> DevicePointer {
-        self.words.as_ptr() as DevicePointer
+        self.whole().as_ptr() as DevicePointer
     }
 
     fn get<T: bytemuck::Pod>(&self) -> Vec<T> {
-        let bytes: &[u8] = bytemuck::cast_slice(&self.words);
+        let bytes = self.whole();
         assert!(bytes[self.bytes..].iter().all(|&byte| byte == POISON), "written past the end of an array");
         bytes[..self.bytes].chunks_exact(size_of::<T>()).map(bytemuck::pod_read_unaligned).collect()
+    }
+}
+
+impl Drop for Array {
+    fn drop(&mut self) {
+        // SAFETY: mapped by `poisoned`, once.
+        unsafe { munmap(self.mapped.cast(), self.mapped_bytes) };
     }
 }
 

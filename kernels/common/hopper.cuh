@@ -20,6 +20,7 @@ using emulation::copy_bulk;
 using emulation::fence_async;
 using emulation::fence_barriers;
 using emulation::group_barrier;
+using emulation::keep_order;
 using emulation::registers_fewer;
 using emulation::registers_more;
 using emulation::stmatrix_x4_trans;
@@ -93,6 +94,9 @@ template <int COUNT>
 DEVICE void registers_more() {
     asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT));
 }
+
+// The compiler moves no access to memory across.
+DEVICE void keep_order() { asm volatile("" ::: "memory"); }
 
 // What this thread wrote to shared memory, for matrix products to read.
 DEVICE void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }

@@ -489,7 +489,7 @@ pub struct ScanSm90 {
 }
 
 impl ScanSm90 {
-    const GATED: [(usize, usize, usize); 11] = [
+    const GATED: [(usize, usize, usize); 10] = [
         (64, 16, 2),
         (64, 30, 2),
         (64, 32, 2),
@@ -500,12 +500,11 @@ impl ScanSm90 {
         (128, 32, 1),
         (128, 64, 1),
         (256, 16, 1),
-        (256, 30, 1),
     ];
     const DELTA: [(usize, usize, usize); 4] = [(64, 16, 2), (64, 32, 2), (128, 16, 2), (128, 32, 2)];
 
     /// The scan for a problem on a card of `processors` multiprocessors; `None` where the portable one computes it: inputs
-    /// other than bf16, dk = 256 with more than 30 slots, the delta rule with dk above 128 or more than 32 slots.
+    /// other than bf16, dk above 128 with more than 16 slots, the delta rule with dk above 128 or more than 32 slots.
     pub fn choose(geometry: &Geometry, processors: usize) -> Option<Self> {
         if geometry.parts != 1 {
             return None;

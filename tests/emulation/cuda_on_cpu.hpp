@@ -503,6 +503,7 @@ inline void registers_fewer() {}
 template <int>
 inline void registers_more() {}
 inline void fence_async() {}
+inline void keep_order() {}
 inline void wgmma_begin() {}
 inline void wgmma_commit() {}
 inline void wgmma_wait() {}

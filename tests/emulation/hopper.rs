@@ -259,7 +259,7 @@ fn every_scan(recurrence: Recurrence, sizes: &[(usize, usize)], capacities: &[us
         let (dk, dv) = sizes[at % sizes.len()];
         let options = Options {
             recurrence,
-            capacity: if dk > 128 { capacity.min(30) } else { capacity },
+            capacity: if dk > 128 { capacity.min(16) } else { capacity },
             merge: if at % 3 == 0 { Merge::Mass } else { Merge::Density },
             slot_order: if at % 4 < 2 { SlotOrder::OldestFirst } else { SlotOrder::NewestFirst },
             qk_l2norm: at % 5 == 2,
