@@ -277,7 +277,11 @@ struct Boundaries {
 
 // Of a round, for warp 2 as well. Three times.
 struct Round {
-    float drift[BLOCK];
+    union {
+        float drift[BLOCK];
+        uint32_t steps[BLOCK];  // warp 2 alone
+        uint4 steps4[BLOCK / 4];
+    };
     uint8_t events[BLOCK];  // of boundary n
     uint64_t boundaries;    // tokens that are boundaries
     int held, count;        // slots before; boundaries
@@ -947,19 +951,116 @@ DEVICE void merge_round(const SegmentParams& p, const Row& row, int64_t first, i
 
 // ---- Warp 2: events and the slots at every chunk's entry ----
 
-template <typename T, int HALVES>
-DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64_t end, const Round& round,
-                    State& state) {
-    constexpr int C = T::CHUNK, EACH = C / STARTS;
+// Decay of a chunk's tokens.
+template <typename T>
+DEVICE double total_of(const SegmentParams& p, const Tables<T::CHUNK>& tables, int64_t first, int64_t end) {
+    double total = 0;
+#pragma unroll
+    for (int i = 0; i < T::CHUNK / STARTS; i++) {
+        const int64_t from = first + i * STARTS;
+        if (from < end) total += p.totals[tables.at(from / STARTS)];
+    }
+    return total;
+}
+
+// One round, 32 slots at most, no log of the caller's: slots are opened until all are held, and from then on every
+// boundary merges. Lane j holds a word for slot j, what it is known by above and its place below; at a merge of pair
+// j the words past slot j move down, and the new slot takes the place of slot j + 1. A slot is known by its token in
+// the chunk or, if the chunk began with it, by its index then and OLD. One that neither began in the chunk nor ends
+// where it did when the chunk began has tokens of the chunk; the open one has.
+template <typename T>
+DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64_t end, Round& round, State& state) {
+    constexpr int C = T::CHUNK;
+    constexpr uint32_t OLD = 64, PLACE = 31;
+    const Extents& e = p.extents;
+    const int lane = lane_index(), capacity = e.capacity;
+    const auto tables = tables_of<T>(row);
+    int item = state.items[lane], place = state.places[lane], held = state.published, n = 0;
+    double log = state.logs[lane];
+#pragma unroll
+    for (int chunk = 0; chunk < BLOCK / C; chunk++) {
+        const int64_t from = first + chunk * C;
+        if (from >= end) break;
+        const int64_t at = (tables.first + first / C + chunk) * e.value_heads + row.head;
+        if (lane == 0) p.chunk_len[at] = held;
+        if (lane < held) {
+            p.chunk_starts[at * capacity + lane] = item;
+            p.chunk_place[at * capacity + lane] = place;
+        }
+        // Places not held are not read.
+        if (lane < capacity) p.chunk_log[at * capacity + lane] = static_cast<float>(log);
+        const double total = total_of<T>(p, tables, from, end);
+
+        uint64_t boundaries = round.boundaries >> chunk * C;
+        if constexpr (C < 64) boundaries &= (uint64_t(1) << C) - 1;
+        const int count = __popcll(boundaries), opens = count < capacity - held ? count : capacity - held;
+        // Tokens that open from the front, those that merge at the end, with the slot that goes. No drift is needed
+        // any more.
+        uint32_t* const steps = round.steps;
+#pragma unroll
+        for (int half = 0; half < C / 32; half++) {
+            const int t = half * 32 + lane;
+            uint8_t event = EXTEND;
+            if (boundaries >> t & 1) {
+                const int i = __popcll(boundaries & ((uint64_t(1) << t) - 1));
+                event = round.events[n + i];
+                steps[i < opens ? i : BLOCK - count + i] = t * 32 + (i < opens ? 0 : event - MERGE + 1);
+            }
+            if (from + t < end) p.events[row.at(from + t)] = event;
+        }
+        n += count;
+        __syncwarp();
+        uint32_t word = (OLD | lane) * 32 + place;
+        if (lane >= held && lane < held + opens) word = steps[lane - held] | lane;
+        const int entered = held;
+        held += opens;
+        const bool newest = lane == held - 1;
+        const auto merge = [&](uint32_t step) {
+            const uint32_t down = __shfl_down_sync(ALL, word, 1), goes = __shfl_sync(ALL, word, step & 31);
+            word = lane >= static_cast<int>(step & 31) ? down : word;
+            word = newest ? ((goes ^ step) & PLACE) ^ step : word;
+        };
+        uint32_t i = BLOCK - count + opens;
+#pragma unroll 1
+        for (; i % 4 != 0; i++) merge(steps[i]);
+#pragma unroll 2
+        for (; i < BLOCK; i += 4) {
+            const uint4 four = round.steps4[i / 4];
+            merge(four.x), merge(four.y), merge(four.z), merge(four.w);
+        }
+
+        // A slot that the chunk's first token begins follows those that the chunk began with.
+        uint32_t known = word / 32;
+        const int old = __shfl_sync(ALL, item, known & 31);
+        item = known & OLD ? old : static_cast<int>(from) + static_cast<int>(known);
+        place = word & PLACE;
+        const uint32_t as = known == 0 ? OLD + entered : known;
+        const uint32_t after = __shfl_down_sync(ALL, as, 1);
+        const bool touched = lane < held && (newest || !(known & OLD) || after != known + 1);
+        const uint32_t places = __reduce_or_sync(ALL, touched ? 1u << place : 0);
+        log = places >> lane & 1 ? 0.0 : log + total;
+        __syncwarp();
+    }
+    state.items[lane] = item, state.places[lane] = place, state.logs[lane] = log;
+    __syncwarp();
+    if (lane == 0) state.published = held;
+    __syncwarp();
+}
+
+// Of more slots, or with a log of the caller's: one token at a time.
+template <typename T>
+DEVICE void publish_any(const SegmentParams& p, const Row& row, int64_t first, int64_t end, const Round& round,
+                        State& state) {
+    constexpr int C = T::CHUNK;
     const Extents& e = p.extents;
     const int lane = lane_index();
     const auto tables = tables_of<T>(row);
     const uint64_t boundaries = round.boundaries;
     int items[2], places[2];  // of slots lane and lane + 32
-    double logs[HALVES];      // of places lane and lane + 32
+    double logs[2];           // of places lane and lane + 32
     int held = state.published;
 #pragma unroll
-    for (int half = 0; half < HALVES; half++) {
+    for (int half = 0; half < 2; half++) {
         const int i = half * 32 + lane;
         items[half] = state.items[i], places[half] = state.places[i], logs[half] = state.logs[i];
     }
@@ -977,7 +1078,7 @@ DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64
         const int64_t at = (tables.first + first / C + chunk) * e.value_heads + row.head;
         if (lane == 0) p.chunk_len[at] = held;
 #pragma unroll
-        for (int half = 0; half < HALVES; half++) {
+        for (int half = 0; half < 2; half++) {
             const int i = half * 32 + lane;
             if (i < held) {
                 p.chunk_starts[at * e.capacity + i] = items[half];
@@ -990,8 +1091,7 @@ DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64
         if constexpr (C < 64) left &= (uint64_t(1) << C) - 1;
         if (!(left & 1)) {
             const int open = held - 1;
-            int place = __shfl_sync(ALL, places[0], open % 32);
-            if constexpr (HALVES == 2) place = open < 32 ? place : __shfl_sync(ALL, places[1], open % 32);
+            const int place = open < 32 ? __shfl_sync(ALL, places[0], open) : __shfl_sync(ALL, places[1], open - 32);
             touched = uint64_t(1) << place;
         }
         while (left) {
@@ -1001,27 +1101,20 @@ DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64
             int place = held;
             if (event >= MERGE) {
                 const int j = event - MERGE;
-                int kept, next_items[2], next_places[2];
-                if constexpr (HALVES == 2) {
-                    kept = j < 32 ? __shfl_sync(ALL, places[0], j) : __shfl_sync(ALL, places[1], j - 32);
-                    place = j < 31 ? __shfl_sync(ALL, places[0], j + 1) : __shfl_sync(ALL, places[1], j - 31);
-                    next_slot(items, next_items);
-                    next_slot(places, next_places);
-                } else {
-                    kept = __shfl_sync(ALL, places[0], j);
-                    place = __shfl_sync(ALL, places[0], j + 1);
-                    next_items[0] = __shfl_down_sync(ALL, items[0], 1);
-                    next_places[0] = __shfl_down_sync(ALL, places[0], 1);
-                }
+                const int kept = j < 32 ? __shfl_sync(ALL, places[0], j) : __shfl_sync(ALL, places[1], j - 32);
+                place = j < 31 ? __shfl_sync(ALL, places[0], j + 1) : __shfl_sync(ALL, places[1], j - 31);
+                int next_items[2], next_places[2];
+                next_slot(items, next_items);
+                next_slot(places, next_places);
 #pragma unroll
-                for (int half = 0; half < HALVES; half++)
+                for (int half = 0; half < 2; half++)
                     if (half * 32 + lane > j) items[half] = next_items[half], places[half] = next_places[half];
                 touched |= uint64_t(1) << kept;
                 held--;
             }
             touched |= uint64_t(1) << place;
 #pragma unroll
-            for (int half = 0; half < HALVES; half++) {
+            for (int half = 0; half < 2; half++) {
                 if (half * 32 + lane == held) {
                     items[half] = static_cast<int>(first) + chunk * C + t;
                     places[half] = place;
@@ -1029,18 +1122,13 @@ DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64
             }
             held++;
         }
-        double total = 0;
+        const double total = total_of<T>(p, tables, first + chunk * C, end);
 #pragma unroll
-        for (int i = 0; i < EACH; i++) {
-            const int64_t from = first + chunk * C + i * STARTS;
-            if (from < end) total += p.totals[tables.at(from / STARTS)];
-        }
-#pragma unroll
-        for (int half = 0; half < HALVES; half++)
+        for (int half = 0; half < 2; half++)
             logs[half] = touched >> (half * 32 + lane) & 1 ? 0.0 : logs[half] + total;
     }
 #pragma unroll
-    for (int half = 0; half < HALVES; half++) {
+    for (int half = 0; half < 2; half++) {
         const int i = half * 32 + lane;
         state.items[i] = items[half], state.places[i] = places[half], state.logs[i] = logs[half];
     }
@@ -1167,8 +1255,9 @@ DEVICE void segment(const SegmentParams& p) {
         }
         if (warp == 2 && i >= 2) {
             const int64_t to = least(first - BLOCK, window_end);
-            if (capacity > 32) publish<T, 2>(p, row, first - 2 * BLOCK, to, shared.rounds[(i - 2) % 3], state);
-            else publish<T, 1>(p, row, first - 2 * BLOCK, to, shared.rounds[(i - 2) % 3], state);
+            const int64_t from = first - 2 * BLOCK;
+            if (capacity > 32 || p.log) publish_any<T>(p, row, from, to, shared.rounds[(i - 2) % 3], state);
+            else publish<T>(p, row, from, to, shared.rounds[(i - 2) % 3], state);
         }
         __syncthreads();
         while (i < rounds) {

@@ -611,6 +611,13 @@ inline uint32_t least(int line, uint32_t mask, uint32_t value) {
         return uint32_t(least);
     });
 }
+inline uint32_t any_bits(int line, uint32_t mask, uint32_t value) {
+    return exchange(line, mask, value, [](const uint64_t* all, unsigned) {
+        uint64_t bits = 0;
+        for (unsigned lane = 0; lane < WARP; lane++) bits |= all[lane];
+        return uint32_t(bits);
+    });
+}
 
 }  // namespace emulation
 
@@ -628,6 +635,7 @@ inline uint32_t least(int line, uint32_t mask, uint32_t value) {
 #define __any_sync(mask, value) (emulation::ballot(__LINE__, mask, value) != 0)
 #define __all_sync(mask, value) (emulation::ballot(__LINE__, mask, value) == 0xffffffffu)
 #define __reduce_min_sync(mask, value) emulation::least(__LINE__, mask, value)
+#define __reduce_or_sync(mask, value) emulation::any_bits(__LINE__, mask, value)
 
 static inline float __fdiv_rn(float a, float b) { return a / b; }
 static inline float __fmul_rn(float a, float b) { return a * b; }
