@@ -47,9 +47,9 @@ struct SegmentParams {
     uint32_t* summed_drift;         // [N,HV,M] out, row's end, unused slots 0
     float* open;                    // [N,HV,dk,dv] out, row's end; R lives here meanwhile. Not initial_open
     uint32_t* chunk_len;            // [B T / C + N, HV] out: slots held at a chunk's entry
-    int32_t* chunk_starts;          // [B T / C + N, HV, M] out, the slots held, oldest first: the token at which the
+    int32_t* chunk_starts;          // [B T / C + N, HV, M] out, oldest first, 0 past those held: the token at which the
                                     //   slot starts, or j - m for one that starts with slot j of m initial ones
-    uint8_t* chunk_place;           // [B T / C + N, HV, M] out, the slots held: where the slot lies. Initial slot j: j; a
+    uint8_t* chunk_place;           // [B T / C + N, HV, M] out, 0 past those held: where the slot lies. Initial slot j: j; a
                                     //   merge leaves the older's and frees the other's for the slot that opens
     float* chunk_log;               // [B T / C + N, HV, M] out, by place: sum of g over the chunks since the one in which
                                     //   the slot was last extended, merged or opened

@@ -983,12 +983,12 @@ DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64
         if (from >= end) break;
         const int64_t at = (tables.first + first / C + chunk) * e.value_heads + row.head;
         if (lane == 0) p.chunk_len[at] = held;
-        if (lane < held) {
-            p.chunk_starts[at * capacity + lane] = item;
-            p.chunk_place[at * capacity + lane] = place;
+        // What is not held is read, ahead of how many are, and not used.
+        if (lane < capacity) {
+            p.chunk_starts[at * capacity + lane] = lane < held ? item : 0;
+            p.chunk_place[at * capacity + lane] = lane < held ? place : 0;
+            p.chunk_log[at * capacity + lane] = static_cast<float>(log);
         }
-        // Places not held are not read.
-        if (lane < capacity) p.chunk_log[at * capacity + lane] = static_cast<float>(log);
         const double total = total_of<T>(p, tables, from, end);
 
         uint64_t boundaries = round.boundaries >> chunk * C;
@@ -1080,12 +1080,11 @@ DEVICE void publish_any(const SegmentParams& p, const Row& row, int64_t first, i
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int i = half * 32 + lane;
-            if (i < held) {
-                p.chunk_starts[at * e.capacity + i] = items[half];
-                p.chunk_place[at * e.capacity + i] = places[half];
+            if (i < e.capacity) {
+                p.chunk_starts[at * e.capacity + i] = i < held ? items[half] : 0;
+                p.chunk_place[at * e.capacity + i] = i < held ? places[half] : 0;
+                p.chunk_log[at * e.capacity + i] = static_cast<float>(logs[half]);
             }
-            // Places not held are not read.
-            if (i < e.capacity) p.chunk_log[at * e.capacity + i] = static_cast<float>(logs[half]);
         }
         uint64_t left = boundaries >> chunk * C, touched = 0;
         if constexpr (C < 64) left &= (uint64_t(1) << C) - 1;
