@@ -22,7 +22,7 @@
 // (products of two planes by two; the transition takes 45%) and writes 95,440 bytes, at S3 0.78 GB: 0.3 ms. Numerics:
 // operands in two planes; what leaves is rounded once to bf16, but Kh, which stays in the states, in two planes.
 //
-// Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): gated 80, delta 84.
+// Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): gated 64 (four blocks a multiprocessor), delta 83.
 
 #include "common/delta.cuh"
 #include "common/invert.cuh"
@@ -62,31 +62,51 @@ DEVICE Chunk chunk_of(const Params& p) {
     return chunk;
 }
 
-// The places of the slots that are held after the chunk, by one warp: lane i has slots i and i + 32.
+// The places of the slots that are held after the chunk (0: not held), by one warp; lane i has tokens and slots i and
+// i + 32. The slot that a token opens takes the place of the one that merges away then, which is that of its first item,
+// or if none merges the next free one. An item is an entry slot or a token that opened a slot: so tokens lead to tokens.
 template <int CHUNK>
-DEVICE void exit_places(const Replay<CHUNK>& replay, int len, int entry, const uint8_t* entry_place, uint8_t* exit_place) {
+DEVICE void exit_places(const Replay<CHUNK>& replay, const Exits& exits, int len, int entry, const uint8_t* entry_place,
+                        uint8_t* exit_place) {
+    constexpr int FOUND = 128;  // + place; less: the token whose place it is
     const int lane = lane_index();
-    int low = entry_place[lane], high = entry_place[lane + 32], held = entry;
-    for (int t = 0; t < len; t++) {
-        const int event = replay.events[t];
-        if (event == EXTEND) continue;
-        int place = held;
+    int link[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int t = lane + 32 * half, event = t < len ? replay.events[t] : EXTEND;
+        link[half] = FOUND;
+        if (event == OPEN) link[half] = FOUND + replay.len[t] - 1;
         if (event >= MERGE) {
-            const int merged = event - MERGE, gone = merged + 1;
-            const int from_low = __shfl_sync(ALL, low, gone % 32), from_high = __shfl_sync(ALL, high, gone % 32);
-            place = gone < 32 ? from_low : from_high;
-            int next_low = __shfl_down_sync(ALL, low, 1), next_high = __shfl_down_sync(ALL, high, 1);
-            const int first_high = __shfl_sync(ALL, high, 0);
-            if (lane == 31) next_low = first_high;
-            if (lane > merged) low = next_low;
-            if (lane + 32 > merged) high = next_high;
-            held--;
+            // The first of entry slots, then tokens before t that is in the slot, or beyond it.
+            const int gone = event - MERGE + 1;
+            int low = 0, high = entry + t;
+            while (low < high) {
+                const int middle = (low + high) / 2;
+                const int at = t == 0           ? middle
+                               : middle < entry ? replay.of_slot(t - 1, middle)
+                                                : replay.of_token(t - 1, middle - entry);
+                if (at < gone) low = middle + 1;
+                else high = middle;
+            }
+            link[half] = low < entry ? FOUND + entry_place[low] : low - entry;
         }
-        if (lane == held) low = place;
-        if (lane + 32 == held) high = place;
-        held++;
     }
-    exit_place[lane] = low, exit_place[lane + 32] = high;
+    const auto of_token = [&](int token) {
+        const int low = __shfl_sync(ALL, link[0], token % 32), high = __shfl_sync(ALL, link[1], token % 32);
+        return token % 64 < 32 ? low : high;
+    };
+    while (__any_sync(ALL, link[0] < FOUND || link[1] < FOUND)) {
+        const int low = of_token(link[0]), high = of_token(link[1]);
+        if (link[0] < FOUND) link[0] = low;
+        if (link[1] < FOUND) link[1] = high;
+    }
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int i = lane + 32 * half, opened = of_token(exits.tokens[i].from) - FOUND;
+        const Exits::Range entries = exits.entries[i];
+        const bool held = i < replay.len[len - 1];
+        exit_place[i] = !held ? 0 : entries.from < entries.to ? entry_place[entries.from] : opened;
+    }
 }
 
 // Row of block `block` of the ten of a lower triangle of 4 x 4 blocks, counted row after row.
@@ -129,8 +149,10 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
         const float kf = norm_factor(live ? k + row.key_at(first + t) * dk : nullptr, dk, p.qk_l2norm);
         if (lane == 0) q_factor[t] = qf, k_factor[t] = kf;
     }
-    for (int i = thread; i < len * capacity; i += THREADS)
-        lambda[i] = p.lambda[row.at(first + i / capacity) * p.lambda_columns + i % capacity];
+    for (int t = warp; t < len; t += WARPS) {
+        const float* const from = p.lambda + row.at(first + t) * p.lambda_columns;
+        for (int i = lane; i < capacity; i += 32) lambda[t * capacity + i] = from[i];
+    }
     if (warp == 0) load_gamma(p.g, row, first, len, C, gamma);
     __syncthreads();
     if (thread < MOST_SLOTS) {
@@ -194,9 +216,9 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
     }
 
     // The weights of four neighbouring places at a time.
-    const int quads = p.slots / 4;
+    const int quads = p.slots / 4, shift = __ffs(quads) - 1;  // a power of two
     for (int i = thread; i < C * quads; i += THREADS) {
-        const int g = i % 8, half = i / 8 % 2, quad = i / 16 % quads, t = i / (16 * quads) * 16 + half * 8 + g;
+        const int g = i % 8, half = i / 8 % 2, quad = i / 16 & (quads - 1), t = (i >> (4 + shift)) * 16 + half * 8 + g;
         float x[4] = {};
         if (t < len) {
             const float factor = p.scale * q_factor[t];
@@ -213,7 +235,7 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
     // The plan.
     ChunkPlan* const plan = p.plans + index;
     const Gamma total = gamma[C - 1];
-    if (warp == 0) exit_places(replay, len, entry, entry_place, exit_place);
+    if (warp == WARPS - 1) exit_places(replay, exits, len, entry, entry_place, exit_place);
     __syncthreads();
     if (warp == 0) {
         int changes = 0;
@@ -290,8 +312,10 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
         const float kf = norm_factor(live ? k + row.key_at(first + t) * dk : nullptr, dk, p.qk_l2norm);
         if (lane == 0) q_factor[t] = qf, k_factor[t] = kf, beta[t] = live ? p.beta[row.at(first + t)] : 0.0f;
     }
-    for (int i = thread; i < len * capacity; i += THREADS)
-        lambda[i] = p.lambda[row.at(first + i / capacity) * p.lambda_columns + i % capacity];
+    for (int t = warp; t < len; t += WARPS) {
+        const float* const from = p.lambda + row.at(first + t) * p.lambda_columns;
+        for (int i = lane; i < capacity; i += 32) lambda[t * capacity + i] = from[i];
+    }
     if (warp == 0) load_gamma(p.g, row, first, len, C, gamma);
     __syncthreads();
     if (thread < MOST_SLOTS) {
@@ -383,9 +407,9 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     }
 
     // The weights of four neighbouring places at a time.
-    const int quads = p.slots / 4;
+    const int quads = p.slots / 4, shift = __ffs(quads) - 1;  // a power of two
     for (int i = thread; i < C * quads; i += THREADS) {
-        const int g = i % 8, half = i / 8 % 2, quad = i / 16 % quads, t = i / (16 * quads) * 16 + half * 8 + g;
+        const int g = i % 8, half = i / 8 % 2, quad = i / 16 & (quads - 1), t = (i >> (4 + shift)) * 16 + half * 8 + g;
         float x[4] = {};
         if (t < len) {
 #pragma unroll
@@ -399,7 +423,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
 
     // The plan; lane i has entry and exit slot i, then place i.
     if (warp == 0) {
-        exit_places(replay, len, entry, entry_place, exit_place);
+        exit_places(replay, exits, len, entry, entry_place, exit_place);
         __syncwarp();
         plan->gone[lane] = 255;
         plan->merged_from[lane] = plan->merged_to[lane] = plan->tokens_from[lane] = plan->tokens_to[lane] = 0;
@@ -530,7 +554,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
 }  // namespace
 }  // namespace dla
 
-KERNEL BLOCK_OF(dla::THREADS) prepare_sm90_bf16(const __grid_constant__ dla::PrepareSm90Params p) { dla::prepare_sm90(p); }
+KERNEL BLOCKS_OF(dla::THREADS, 4) prepare_sm90_bf16(const __grid_constant__ dla::PrepareSm90Params p) { dla::prepare_sm90(p); }
 KERNEL BLOCK_OF(dla::THREADS) prepare_delta_sm90_bf16(const __grid_constant__ dla::PrepareDeltaSm90Params p) {
     dla::prepare_delta_sm90(p);
 }

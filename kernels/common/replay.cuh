@@ -27,13 +27,17 @@ struct Replay {
     // Replays `tokens` events from `entry` slots on. By the block; ends with a barrier.
     METHOD void run(const uint8_t* log, const Row& row, int64_t first, int tokens, int entry) const {
         const int thread = threadIdx.x;
-        for (int t = thread; t < tokens; t += THREADS) events[t] = log[row.at(first + t)];
-        __syncthreads();
-        if (thread < C && thread < tokens) {
+        if (thread < 32) {
             // m grows with every slot that opens without a merge.
             int held = entry;
-            for (int t = 0; t <= thread; t++) held += events[t] == OPEN;
-            len[thread] = held;
+#pragma unroll
+            for (int from = 0; from < C; from += 32) {
+                const int t = from + thread, event = t < tokens ? log[row.at(first + t)] : EXTEND;
+                const uint32_t opens = __ballot_sync(ALL, event == OPEN);
+                events[t] = event;
+                len[t] = held + __popc(opens & ((2u << thread) - 1));
+                held += __popc(opens);
+            }
         }
         __syncthreads();
         for (int item = thread; item < ITEMS; item += THREADS) {
