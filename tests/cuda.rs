@@ -830,10 +830,17 @@ fn wrong_arguments() {
 fn without_a_final_cache() {
     let Some(engine) = engine() else { return };
     let _record = Record::of("without_a_final_cache");
-    for read in [Read::Given, Read::Routed] {
-        let options = Options { capacity: 5, read, ..Options::default() };
-        let case =
-            Recipe { options, time: 130, dtype: Dtype::Bf16, resumed: true, ..Recipe::default() }.draw(2);
+    let recurrences = [Recurrence::Gated, Recurrence::GatedDelta];
+    // One window, and two.
+    let times = if small() { vec![130] } else { vec![130, 5000] };
+    let calls = times.iter().flat_map(|&time| {
+        recurrences.into_iter().flat_map(move |recurrence| {
+            [Read::Given, Read::Routed].into_iter().map(move |read| (time, recurrence, read))
+        })
+    });
+    for (time, recurrence, read) in calls {
+        let options = Options { capacity: 5, read, recurrence, ..Options::default() };
+        let case = Recipe { options, time, dtype: Dtype::Bf16, resumed: true, ..Recipe::default() }.draw(2);
         let problem = case.problem().unwrap();
         let mut arrays = Poisoned::new(engine, &problem);
         arrays.launch(engine);

@@ -35,8 +35,9 @@ impl<'a> Stages<'a> {
         workspace: DevicePointer,
     ) -> Self {
         let layout = &plan.layout;
+        let states = if plan.hands_states_over() { workspace + layout.states as u64 } else { 0 };
         let cache = outputs.cache.unwrap_or(RawCache {
-            states: 0,
+            states,
             len: workspace + layout.len as u64,
             tokens: workspace + layout.tokens as u64,
             drift: workspace + layout.drift as u64,

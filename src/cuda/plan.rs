@@ -181,8 +181,7 @@ impl Plan {
             _ => None,
         };
         // Packed sequences' lengths, and so what a window would hold, are known on the GPU alone.
-        // The delta rule's scan hands its states over as the final cache.
-        let cut = hopper.is_some() && shape.sequences == shape.batch && (final_cache || !delta);
+        let cut = hopper.is_some() && shape.sequences == shape.batch;
         let window = if cut { window(shape.time) } else { shape.time.max(1) };
         let windowed = hopper.map(|scan| {
             let packed = shape.sequences != shape.batch;
@@ -216,6 +215,11 @@ impl Plan {
             qk_l2norm: options.qk_l2norm,
             scale: options.scale.unwrap_or_else(|| (1.0 / (shape.dk as f64).sqrt()) as f32),
         })
+    }
+
+    /// Whether a window's states go to the next one as the final cache, wanted or not: the delta rule's on Hopper.
+    pub(super) fn hands_states_over(&self) -> bool {
+        self.delta && matches!(self.pipeline.scan, Scan::Hopper { .. }) && self.window < self.shape.time
     }
 
     /// Bytes of workspace that a launch needs: all that it holds on the GPU beside inputs and outputs.

@@ -47,7 +47,8 @@ pub(super) struct Layout {
     /// Masters of the states, [`Geometry::bank_len`] f32.
     pub(super) bank: usize,
     /// R while segment runs, `[N,HV,dk,dv]` f32; and what else of the cache segment and route write, where the
-    /// caller does not want it.
+    /// caller does not want it: of the states, where the scan hands them from window to window as the final cache.
+    pub(super) states: usize,
     pub(super) open: usize,
     pub(super) len: usize,
     pub(super) tokens: usize,
@@ -125,6 +126,8 @@ impl Layout {
         let key_bases = take(routed, &[8, places, g.heads, g.dk])?;
         let key_factors = take(routed && qk_l2norm, &[4, g.tokens, g.heads])?;
         let bank = take(portable, &[4, rows, g.slices(), 16, g.capacity, g.padded_dk()])?;
+        let handed_over = g.delta && hopper.is_some_and(|windowed| windowed.cut);
+        let states = take(!cache_wanted && handed_over, &[4, rows, g.capacity, g.dk, g.dv])?;
         let open = take(!cache_wanted, &[4, rows, g.dk, g.dv])?;
         let len = take(!cache_wanted, &[4, rows])?;
         let tokens = take(!cache_wanted, &[4, rows, g.capacity])?;
@@ -158,6 +161,7 @@ impl Layout {
             key_bases,
             key_factors,
             bank,
+            states,
             open,
             len,
             tokens,

@@ -171,7 +171,7 @@ fn measure(
     let Recipe { batch, time, heads, value_heads, dk, dv, dtype, ref options, .. } = *recipe;
     let shape =
         Shape { batch, time, heads, value_heads, dk, dv, capacity: options.capacity, sequences: batch };
-    let call = Call { options, shape, dtype, final_cache: true };
+    let call = Call { options, shape, dtype, final_cache: args.final_cache };
     let start = Instant::now();
     let plan = engine.plan(&call)?;
     let kernels_ms = ms_since(start);
@@ -179,7 +179,7 @@ fn measure(
     let sets = (0..SETS as u64)
         .map(|set| InputSet::draw(engine, recipe, args.tau, args.seed.wrapping_add(set)))
         .collect::<anyhow::Result<Vec<_>>>()?;
-    let results = Results::new(engine, &shape, dtype, options.read)?;
+    let results = Results::new(engine, &shape, dtype, options.read, args.final_cache)?;
     let launch = |set: usize, timeline: Option<&cuda::Timeline>| {
         let inputs = &sets[set % SETS].inputs;
         // SAFETY: every array was made of the extents of `shape`, for this engine's GPU, and lives to the end.
@@ -437,7 +437,13 @@ struct Results {
 }
 
 impl Results {
-    fn new(engine: &Engine, shape: &Shape, dtype: Dtype, read: Read) -> anyhow::Result<Self> {
+    fn new(
+        engine: &Engine,
+        shape: &Shape,
+        dtype: Dtype,
+        read: Read,
+        final_cache: bool,
+    ) -> anyhow::Result<Self> {
         let dims = shape.cache_dims();
         let (rows, per_token) = (dims.rows(), shape.tokens() * shape.value_heads);
         let mut arrays = Vec::new();
@@ -454,14 +460,18 @@ impl Results {
             drift: room(4 * per_token)?,
             events: events.address(),
             lambda: if routed { room(4 * per_token * shape.capacity)? } else { 0 },
-            cache: Some(RawCache {
-                states: room(4 * rows * dims.bank())?,
-                len: room(4 * rows)?,
-                tokens: room(4 * rows * dims.capacity)?,
-                drift: room(4 * rows * dims.capacity)?,
-                open: room(4 * rows * dims.state())?,
-                keys: if routed { room(4 * rows * dims.key_bank())? } else { 0 },
-            }),
+            cache: if final_cache {
+                Some(RawCache {
+                    states: room(4 * rows * dims.bank())?,
+                    len: room(4 * rows)?,
+                    tokens: room(4 * rows * dims.capacity)?,
+                    drift: room(4 * rows * dims.capacity)?,
+                    open: room(4 * rows * dims.state())?,
+                    keys: if routed { room(4 * rows * dims.key_bank())? } else { 0 },
+                })
+            } else {
+                None
+            },
         };
         Ok(Results { _arrays: arrays, events, outputs })
     }

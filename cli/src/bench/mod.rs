@@ -59,6 +59,9 @@ pub struct Args {
     /// Drift from which a token opens a slot; 0: every token does
     #[arg(long, value_name = "X", default_value_t = 0.6, allow_negative_numbers = true)]
     tau: f32,
+    /// On a GPU: write the final cache too, as a prefill does and training does not
+    #[arg(long)]
+    final_cache: bool,
     /// On a GPU: dense bf16 matrix product that floors are taken from, in TFLOP/s; it is not measured here
     #[arg(long, value_name = "X", default_value_t = 790.0)]
     matmul_tflop_s: f64,
