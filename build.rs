@@ -166,13 +166,11 @@ fn packaged(folder: &Path, sources: &[Source]) -> Result<Option<Vec<Fatbin>>, St
         return Ok(None);
     }
     println!("cargo::rerun-if-changed={}", folder.display());
-    let archs = match fs::read_to_string(folder.join("archs")) {
-        Ok(archs) => archs.trim().to_owned(),
-        Err(_) => return Ok(None),
-    };
+    // A line a stage: its name, then its architectures.
+    let Ok(archs) = fs::read_to_string(folder.join("archs")) else { return Ok(None) };
     let fatbin = |source: &Source| {
         let path = folder.join(format!("{}-{:016x}.fatbin", source.stage, source.hash));
-        let archs = archs.clone();
+        let archs = archs.lines().find_map(|line| line.strip_prefix(&format!("{} ", source.stage)))?.to_owned();
         path.is_file().then(|| Fatbin { stage: source.stage.clone(), hash: source.hash, archs, path })
     };
     Ok(sources.iter().map(fatbin).collect())
