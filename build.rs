@@ -170,7 +170,8 @@ fn packaged(folder: &Path, sources: &[Source]) -> Result<Option<Vec<Fatbin>>, St
     let Ok(archs) = fs::read_to_string(folder.join("archs")) else { return Ok(None) };
     let fatbin = |source: &Source| {
         let path = folder.join(format!("{}-{:016x}.fatbin", source.stage, source.hash));
-        let archs = archs.lines().find_map(|line| line.strip_prefix(&format!("{} ", source.stage)))?.to_owned();
+        let archs =
+            archs.lines().find_map(|line| line.strip_prefix(&format!("{} ", source.stage)))?.to_owned();
         path.is_file().then(|| Fatbin { stage: source.stage.clone(), hash: source.hash, archs, path })
     };
     Ok(sources.iter().map(fatbin).collect())
