@@ -23,7 +23,7 @@ struct Extents {
 // Threads of a block of segment_gram and of segment; shared memory of segment, whatever the head size; bytes of a
 // row's record between windows.
 constexpr int SEGMENT_THREADS = 128;
-constexpr int SEGMENT_SHARED_BYTES = 9280;
+constexpr int SEGMENT_SHARED_BYTES = 10368;
 constexpr int SEGMENT_STATE_BYTES = 1608;
 
 // k, v, g -> drift, events; n, J and R of the cache; the slots at every chunk's entry. segment_gram, grid

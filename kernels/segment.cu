@@ -268,23 +268,28 @@ DEVICE void segment_gram(const SegmentParams& p) {
 // ---- The chain: what its warps hand to each other ----
 
 constexpr int LIST = 104;  // slots held, boundaries of a round, and what the keys look ahead
+constexpr int OLD = 64;    // of a slot that a chunk began with
+// Rank of no slot: past every pair for a round's steps, and within the list.
+constexpr int NO_SLOT = FAST_SLOTS + BLOCK + 1;
+static_assert(NO_SLOT + 5 < LIST);
 
 // Of a round, from warp 1 to warp 0. Twice.
 struct Boundaries {
-    uint2 list[LIST];     // prefix sums of drift and tokens where slots begin: those held, then those to come
-    uint4 future[BLOCK];  // keys of the slot before boundary n and the next one, two, three
+    uint2 list[LIST];           // prefix sums of drift and tokens where slots begin: those held, then those to come
+    uint4 begun[BLOCK];         // of the slot before boundary n: its sums, its keys with the next two and three
+    uint32_t pair[BLOCK + 4];   // its key with the next one, as of the newest pair
 };
 
 // Of a round, for warp 2 as well. Three times.
 struct Round {
-    union {
-        float drift[BLOCK];
-        uint32_t steps[BLOCK];  // warp 2 alone
-        uint4 steps4[BLOCK / 4];
-    };
-    uint8_t events[BLOCK];  // of boundary n
+    float drift[BLOCK];
+    uint8_t events[BLOCK];  // of boundary n; of the fast merges the pair, where it is one
     uint64_t boundaries;    // tokens that are boundaries
     int held, count;        // slots before; boundaries
+    uint32_t tokens;        // sum over all slots before
+    struct {
+        uint8_t place[FAST_SLOTS], known[FAST_SLOTS];  // of slot i: where it lies, what begins it (`publish`)
+    } exits[2];                                        // of every chunk, fast merges
 };
 
 // Where the search for boundaries stands.
@@ -320,6 +325,7 @@ struct Shared {
     Row row;
     int64_t window_end;
     Round rounds[3];
+    int ranks[FAST_SLOTS];  // fast merges: which slot lies in place i
     float carried[CHAIN_WARPS][TILE];
     float sums[CHAIN_WARPS];
     Gamma gamma[32];
@@ -753,15 +759,17 @@ DEVICE void finish_round(const SegmentParams& p, const Row& row, int64_t first, 
             const uint2* at = out.list + held + n;
             const uint2 from = n == 0 ? last : at[-1];
             const uint32_t index = capacity - 2;
-            out.future[n] = p.mass ? make_uint4(key_of<true>(from, at[1]) | index, key_of<true>(from, at[2]),
-                                                key_of<true>(from, at[3]), 0)
-                                   : make_uint4(key_of<false>(from, at[1]) | index, key_of<false>(from, at[2]),
-                                                key_of<false>(from, at[3]), 0);
+            const auto key = [&](int ahead) {
+                return p.mass ? key_of<true>(from, at[ahead]) : key_of<false>(from, at[ahead]);
+            };
+            out.begun[n] = make_uint4(from.x, from.y, key(2), key(3));
+            out.pair[n] = key(1) | index;
         }
     }
     if (lane == 0) {
         round.held = held;
         round.count = count;
+        round.tokens = tokens;
         find.drift = total;
         find.tokens = tokens + static_cast<uint32_t>(end - first);
         if (fast && count > 0) {
@@ -784,57 +792,61 @@ DEVICE void search(const SegmentParams& p, const Row& row, int64_t first, bool f
 
 // ---- Warp 0: merges ----
 
-// Merges at `steps` boundaries, the list full: `list` holds `capacity` slots and then the boundaries, `future`
-// begins at the first of them. Returns which of the list lane j's slot is. At step i, with j the pair that goes:
-// keys of j + 2 become at once what they are after it; those of j + 3 and j + 4 follow while the next pair is
-// being found, and those of j + 5, which take a division, a step later.
+// Merges at `steps` boundaries, the list full: `list` holds `capacity` slots and then the boundaries, `begun` and
+// `pair` begin with the newest slot. A lane holds what lies in a place, `rank` says which slot that is. The list moves
+// up as slots go: after n steps slot j stands at n + j.
+//
+// At step i, with j the pair that goes, the keys of slots j - 1 and j to the next become those to the next but one,
+// and the new slot takes the lane of slot j + 1. All else waits until the next pair is being found: keys to two ahead
+// follow a step later and those to three ahead two, from a division that begins when the list has moved.
 template <bool MASS>
-DEVICE int merge_steps(const uint2* list, const uint4* future, int capacity, int steps, uint8_t* events) {
-    const int lane = lane_index(), last = capacity - 2;
-    // Lanes past the last pair never change.
-    const int position = lane <= last ? lane : -8;
-    const bool edge = lane == last;
+DEVICE void merge_steps(const uint2* list, const uint4* begun, const uint32_t* pair, int capacity, int steps,
+                        uint8_t* events, int& rank) {
+    const int last = capacity - 1;
+    const bool holds = rank < capacity;
+    uint32_t base = shared_address(list), begins = shared_address(begun), pairs = shared_address(pair);
+    uint2 own = list[holds ? rank : 0];
     uint32_t k = NONE, r = NONE, q = NONE;
-    if (lane <= last) {
-        const uint2 from = list[lane];
-        k = key_of<MASS>(from, list[lane + 2]) | lane;
-        r = key_of<MASS>(from, list[lane + 3]);
-        q = key_of<MASS>(from, list[lane + 4]);
+    if (holds) {
+        k = key_of<MASS>(own, list[rank + 2]) | rank;
+        r = key_of<MASS>(own, list[rank + 3]);
+        q = key_of<MASS>(own, list[rank + 4]);
     }
-    // Addresses: where slot j begins, where j + 5 does.
-    const uint32_t base = shared_address(list);
-    uint32_t slot = base + lane * 8, end = slot + 40, edge_slot = base + (last + 1) * 8;
-    uint32_t q_down = NONE;
-    int before = 64;  // the pair of the step before; at first one that moves nothing
-    uint2 from = shared_uint2(slot), to = shared_uint2(end);
+    if (rank >= last) k = NONE;
+    uint32_t x = shared_uint(pairs);
+    uint2 to = shared_uint2(base + rank * 8 + 40);
     Cost<MASS> cost;
+    // Of the last step: whether the lane's slot lies past the pair, goes or went; whether its keys change.
+    bool above = !holds, freed = rank == last, two = false, three = false, late = false;
 #pragma unroll 4
     for (int i = 0; i < steps; i++) {
         const uint32_t best = __reduce_min_sync(ALL, k);
-        // While it comes. The key of five, of the list before the last step: its division began then.
+        // While it comes.
         const uint32_t s = cost.key();
-        q = position > before ? q_down : position + 3 >= before ? s : q;
-        cost.start(from, to);
-        const uint4 f = future[i];
-        uint32_t k_down = __shfl_down_sync(ALL, k, 1) - 1;
-        uint32_t r_down = __shfl_down_sync(ALL, r, 1);
-        q_down = __shfl_down_sync(ALL, q, 1);
-        uint32_t slot_down = __shfl_down_sync(ALL, slot, 1), end_down = __shfl_down_sync(ALL, end, 1);
-        if (edge) k_down = f.x, r_down = f.y, q_down = f.z, slot_down = edge_slot, end_down = edge_slot + 40;
-        edge_slot += 8;
-        const uint32_t r_key = r | lane;
+        q = late ? s : q;
+        r = two ? q : r;
+        late = three;
+        cost.start(own, to);
+        rank = freed ? last : above ? rank - 1 : rank;
+        const uint32_t at = base + rank * 8;
+        if (!above) put_shared(at, own);
+        __syncwarp();
+        to = shared_uint2(at + 40);
+        const uint32_t kept = r | rank, moved = freed ? x : k - 1;
+        x = shared_uint(pairs + 4);
+        shared_uint4_if(freed, begins, own.x, own.y, r, q);
+        base += 8, begins += 16, pairs += 4;
 
-        const int j = best & 63;
-        const bool above = position > j;
-        k = above ? k_down : position + 1 >= j ? r_key : k;
-        r = above ? r_down : position + 2 >= j ? q : r;
-        slot = above ? slot_down : slot;
-        end = position + 4 >= j ? end_down : end;
-        from = shared_uint2(slot), to = shared_uint2(end);
-        before = j;
-        events[i] = MERGE + j;
+        const int j = best & 63, below = j - rank;
+        above = below < 0, freed = below == -1;
+        two = static_cast<uint32_t>(below) <= 2, three = static_cast<uint32_t>(below) <= 3;
+        const uint32_t stays = static_cast<uint32_t>(below) <= 1 ? kept : k;
+        k = above ? freed ? NONE : moved : stays;
+        events[i] = j;
     }
-    return lane <= last ? static_cast<int>(slot - base) / 8 : lane + steps;
+    rank = freed ? last : above ? rank - 1 : rank;
+    if (!above) put_shared(base + rank * 8, own);
+    __syncwarp();
 }
 
 // Tokens and drift of two slots a lane, and the keys by which pairs are compared (src/events.rs): what the
@@ -907,24 +919,40 @@ DEVICE void apply(Ledger& ledger, uint8_t event, float score) {
 }
 
 // A round's boundaries.
+template <int C>
 DEVICE void merge_round(const SegmentParams& p, const Row& row, int64_t first, int64_t end, bool fast, State& state,
                         Boundaries& in, Round& round) {
     const int lane = lane_index(), capacity = p.extents.capacity;
     int held = state.merged;
     if (fast) {
-        const int count = round.count, opens = count < capacity - held ? count : capacity - held;
-        const int steps = count - opens;
-        if (count == 0) return;
+        int* const ranks = shared_of_block().ranks;
         if (lane < held) in.list[lane] = make_uint2(state.slots[0][lane], state.slots[1][lane]);
-        for (int n = lane; n < opens; n += 32) round.events[n] = OPEN;
         __syncwarp();
-        held += opens;
-        int slot = lane;
-        if (steps > 0) {
-            slot = p.mass ? merge_steps<true>(in.list, in.future + opens, capacity, steps, round.events + opens)
-                          : merge_steps<false>(in.list, in.future + opens, capacity, steps, round.events + opens);
+        int rank = ranks[lane];
+        int gone = 0, n = 0;  // merges, boundaries
+#pragma unroll
+        for (int chunk = 0; chunk < BLOCK / C; chunk++) {
+            uint64_t boundaries = round.boundaries >> chunk * C;
+            if constexpr (C < 64) boundaries &= (uint64_t(1) << C) - 1;
+            const int count = __popcll(boundaries), opens = count < capacity - held ? count : capacity - held;
+            const int entered = rank, steps = count - opens;
+            if (lane >= held && lane < held + opens) rank = lane;
+            held += opens, n += opens;
+            if (steps > 0) {
+                const uint2* const list = in.list + gone;
+                if (p.mass) merge_steps<true>(list, in.begun + n, in.pair + n, capacity, steps, round.events + n, rank);
+                else merge_steps<false>(list, in.begun + n, in.pair + n, capacity, steps, round.events + n, rank);
+                gone += steps, n += steps;
+                if (rank >= held) rank = NO_SLOT;
+            }
+            if (rank < held) {
+                const uint32_t token = in.list[gone + rank].y - round.tokens - chunk * C;
+                round.exits[chunk].place[rank] = lane;
+                round.exits[chunk].known[rank] = token < C ? token : OLD | entered;
+            }
         }
-        if (lane < held) state.slots[0][lane] = in.list[slot].x, state.slots[1][lane] = in.list[slot].y;
+        ranks[lane] = rank < held ? rank : NO_SLOT;
+        if (lane < held) state.slots[0][lane] = in.list[gone + lane].x, state.slots[1][lane] = in.list[gone + lane].y;
     } else {
         Ledger ledger = {{state.slots[1][lane], state.slots[1][lane + 32]},
                          {state.slots[0][lane], state.slots[0][lane + 32]},
@@ -963,15 +991,13 @@ DEVICE double total_of(const SegmentParams& p, const Tables<T::CHUNK>& tables, i
     return total;
 }
 
-// One round, 32 slots at most, no log of the caller's: slots are opened until all are held, and from then on every
-// boundary merges. Lane j holds a word for slot j, what it is known by above and its place below; at a merge of pair
-// j the words past slot j move down, and the new slot takes the place of slot j + 1. A slot is known by its token in
-// the chunk or, if the chunk began with it, by its index then and OLD. One that neither began in the chunk nor ends
-// where it did when the chunk began has tokens of the chunk; the open one has.
+// One round of fast merges: slots are opened until all are held, and from then on every boundary merges. What the
+// chunk leaves comes from warp 0; a slot is known by its token in the chunk or, if the chunk began with it, by its
+// index then and OLD. One that neither began in the chunk nor ends where it did when the chunk began has tokens of
+// the chunk; the open one has.
 template <typename T>
-DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64_t end, Round& round, State& state) {
+DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64_t end, const Round& round, State& state) {
     constexpr int C = T::CHUNK;
-    constexpr uint32_t OLD = 64, PLACE = 31;
     const Extents& e = p.extents;
     const int lane = lane_index(), capacity = e.capacity;
     const auto tables = tables_of<T>(row);
@@ -994,52 +1020,28 @@ DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64
         uint64_t boundaries = round.boundaries >> chunk * C;
         if constexpr (C < 64) boundaries &= (uint64_t(1) << C) - 1;
         const int count = __popcll(boundaries), opens = count < capacity - held ? count : capacity - held;
-        // Tokens that open from the front, those that merge at the end, with the slot that goes. No drift is needed
-        // any more.
-        uint32_t* const steps = round.steps;
 #pragma unroll
         for (int half = 0; half < C / 32; half++) {
-            const int t = half * 32 + lane;
+            const int t = half * 32 + lane, i = __popcll(boundaries & ((uint64_t(1) << t) - 1));
             uint8_t event = EXTEND;
-            if (boundaries >> t & 1) {
-                const int i = __popcll(boundaries & ((uint64_t(1) << t) - 1));
-                event = round.events[n + i];
-                steps[i < opens ? i : BLOCK - count + i] = t * 32 + (i < opens ? 0 : event - MERGE + 1);
-            }
+            if (boundaries >> t & 1) event = i < opens ? OPEN : MERGE + round.events[n + i];
             if (from + t < end) p.events[row.at(from + t)] = event;
         }
         n += count;
-        __syncwarp();
-        uint32_t word = (OLD | lane) * 32 + place;
-        if (lane >= held && lane < held + opens) word = steps[lane - held] | lane;
         const int entered = held;
         held += opens;
         const bool newest = lane == held - 1;
-        const auto merge = [&](uint32_t step) {
-            const uint32_t down = __shfl_down_sync(ALL, word, 1), goes = __shfl_sync(ALL, word, step & 31);
-            word = lane >= static_cast<int>(step & 31) ? down : word;
-            word = newest ? ((goes ^ step) & PLACE) ^ step : word;
-        };
-        uint32_t i = BLOCK - count + opens;
-#pragma unroll 1
-        for (; i % 4 != 0; i++) merge(steps[i]);
-#pragma unroll 2
-        for (; i < BLOCK; i += 4) {
-            const uint4 four = round.steps4[i / 4];
-            merge(four.x), merge(four.y), merge(four.z), merge(four.w);
-        }
+        const uint32_t known = round.exits[chunk].known[lane];
+        place = round.exits[chunk].place[lane];
 
         // A slot that the chunk's first token begins follows those that the chunk began with.
-        uint32_t known = word / 32;
         const int old = __shfl_sync(ALL, item, known & 31);
         item = known & OLD ? old : static_cast<int>(from) + static_cast<int>(known);
-        place = word & PLACE;
         const uint32_t as = known == 0 ? OLD + entered : known;
         const uint32_t after = __shfl_down_sync(ALL, as, 1);
         const bool touched = lane < held && (newest || !(known & OLD) || after != known + 1);
         const uint32_t places = __reduce_or_sync(ALL, touched ? 1u << place : 0);
         log = places >> lane & 1 ? 0.0 : log + total;
-        __syncwarp();
     }
     state.items[lane] = item, state.places[lane] = place, state.logs[lane] = log;
     __syncwarp();
@@ -1240,12 +1242,18 @@ DEVICE void segment(const SegmentParams& p) {
         if (thread == 0) state.find.squared = squared;
     }
     __syncthreads();
+    if (warp == 0 && fast) {
+        shared.ranks[lane] = NO_SLOT;
+        __syncwarp();
+        if (lane < state.merged) shared.ranks[state.places[lane]] = lane;
+        __syncwarp();
+    }
 
     for (int i = 0; i < rounds + 2; i++) {
         const int64_t first = p.from + static_cast<int64_t>(i) * BLOCK;
         Round& round = shared.rounds[i % 3];
         if (warp == 0 && i >= 1 && i <= rounds)
-            merge_round(p, row, first - BLOCK, least(first, window_end), fast, state,
+            merge_round<T::CHUNK>(p, row, first - BLOCK, least(first, window_end), fast, state,
                         shared.boundaries[(i - 1) % 2], shared.rounds[(i - 1) % 3]);
         if (warp == 1 && i < rounds) {
             if (lane == 0) round.boundaries = 0;
@@ -1255,8 +1263,8 @@ DEVICE void segment(const SegmentParams& p) {
         if (warp == 2 && i >= 2) {
             const int64_t to = least(first - BLOCK, window_end);
             const int64_t from = first - 2 * BLOCK;
-            if (capacity > 32 || p.log) publish_any<T>(p, row, from, to, shared.rounds[(i - 2) % 3], state);
-            else publish<T>(p, row, from, to, shared.rounds[(i - 2) % 3], state);
+            if (fast) publish<T>(p, row, from, to, shared.rounds[(i - 2) % 3], state);
+            else publish_any<T>(p, row, from, to, shared.rounds[(i - 2) % 3], state);
         }
         __syncthreads();
         while (i < rounds) {

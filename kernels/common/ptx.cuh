@@ -37,7 +37,10 @@ using emulation::pack_bf16;
 using emulation::quotient;
 using emulation::reciprocal;
 using emulation::shared_address;
+using emulation::put_shared;
+using emulation::shared_uint;
 using emulation::shared_uint2;
+using emulation::shared_uint4_if;
 using emulation::trap;
 
 #else
@@ -79,6 +82,21 @@ DEVICE uint2 shared_uint2(uint32_t address) {
     uint2 x;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
     return x;
+}
+DEVICE uint32_t shared_uint(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+// Loads where `live`, else leaves what is there.
+DEVICE void shared_uint4_if(bool live, uint32_t address, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
+    asm volatile(
+        "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
+        : "+r"(x), "+r"(y), "+r"(z), "+r"(w)
+        : "r"(address), "r"(static_cast<int>(live)));
+}
+DEVICE void put_shared(uint32_t address, uint2 x) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
 }
 
 DEVICE void trap() { asm volatile("trap;"); }

@@ -330,11 +330,23 @@ inline unsigned char* dynamic_shared() { return machine.shared; }
 inline uint32_t dynamic_shared_bytes() { return machine.shared_bytes; }
 
 inline uint32_t shared_address(const void* of) { return static_cast<const unsigned char*>(of) - machine.shared; }
-inline uint2 shared_uint2(uint32_t address) {
-    if (address % 8 != 0 || address + 8 > machine.shared_bytes) fail("a load outside shared memory");
-    uint2 x;
+template <typename X>
+inline X shared_at(uint32_t address) {
+    if (address % sizeof(X) != 0 || address + sizeof(X) > machine.shared_bytes) fail("a load outside shared memory");
+    X x;
     memcpy(&x, machine.shared + address % machine.shared_bytes, sizeof x);
     return x;
+}
+inline uint2 shared_uint2(uint32_t address) { return shared_at<uint2>(address); }
+inline uint32_t shared_uint(uint32_t address) { return shared_at<uint32_t>(address); }
+inline void shared_uint4_if(bool live, uint32_t address, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
+    if (!live) return;
+    const auto four = shared_at<uint4>(address);
+    x = four.x, y = four.y, z = four.z, w = four.w;
+}
+inline void put_shared(uint32_t address, uint2 x) {
+    if (address % 8 != 0 || address + 8 > machine.shared_bytes) return fail("a store outside shared memory");
+    memcpy(machine.shared + address, &x, sizeof x);
 }
 inline int opaque(int x) { return x; }
 inline float reciprocal(float) { return 0; }
