@@ -34,13 +34,16 @@ using emulation::ldmatrix_x4_trans;
 using emulation::mma_bf16;
 using emulation::opaque;
 using emulation::pack_bf16;
+DEVICE void part_barrier(int id, int threads) { emulation::group_barrier(id, threads); }
 using emulation::quotient;
 using emulation::reciprocal;
 using emulation::shared_address;
 using emulation::put_shared;
+DEVICE void move_if(bool live, uint32_t& to, uint32_t from) { to = live ? from : to; }
+DEVICE void decrement_if(bool live, uint32_t& x) { x -= live; }
 using emulation::shared_uint;
 using emulation::shared_uint2;
-using emulation::shared_uint4_if;
+using emulation::shared_uint2_if;
 using emulation::trap;
 
 #else
@@ -89,14 +92,25 @@ DEVICE uint32_t shared_uint(uint32_t address) {
     return x;
 }
 // Loads where `live`, else leaves what is there.
-DEVICE void shared_uint4_if(bool live, uint32_t address, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
-    asm volatile(
-        "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n @p ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];\n}"
-        : "+r"(x), "+r"(y), "+r"(z), "+r"(w)
-        : "r"(address), "r"(static_cast<int>(live)));
+DEVICE void shared_uint2_if(bool live, uint32_t address, uint32_t& x, uint32_t& y) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.s32 p, %3, 0;\n @p ld.shared.v2.u32 {%0, %1}, [%2];\n}"
+                 : "+r"(x), "+r"(y)
+                 : "r"(address), "r"(static_cast<int>(live)));
+}
+// Each one instruction with a predicate.
+DEVICE void move_if(bool live, uint32_t& to, uint32_t from) {
+    asm("{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n @p mov.b32 %0, %1;\n}" : "+r"(to) : "r"(from), "r"(static_cast<int>(live)));
+}
+DEVICE void decrement_if(bool live, uint32_t& x) {
+    asm("{\n .reg .pred p;\n setp.ne.s32 p, %1, 0;\n @p sub.u32 %0, %0, 1;\n}" : "+r"(x) : "r"(static_cast<int>(live)));
 }
 DEVICE void put_shared(uint32_t address, uint2 x) {
     asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
+}
+
+// Barrier `id` (1..15) of `threads` threads of the block.
+DEVICE void part_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
 DEVICE void trap() { asm volatile("trap;"); }

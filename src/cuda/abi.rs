@@ -374,7 +374,12 @@ impl Geometry {
 
     /// Shared memory of `segment_gram_*`.
     pub fn segment_gram_shared_bytes(&self) -> usize {
-        64 * 8 + 3 * 64 * 4 + (64 * 65 * 4).max(Self::tile(self.parts, 64, 64))
+        let operands = if self.parts == 1 {
+            Self::tile(1, 64, self.padded_dk()) + Self::tile(1, 64, self.dv.next_multiple_of(16))
+        } else {
+            Self::tile(self.parts, 64, 64)
+        };
+        64 * 8 + 3 * 64 * 4 + (32 * 66 * 4).max(operands)
     }
 
     /// Shared memory of `segment_*`, SEGMENT_SHARED_BYTES of abi.cuh: the same for every size.
