@@ -24,7 +24,7 @@ struct Extents {
 // whatever the head size; bytes of a row's record between windows.
 constexpr int SEGMENT_THREADS = 128;
 constexpr int SEGMENT_ROWS = 4;
-constexpr int SEGMENT_SHARED_BYTES = 10368;
+constexpr int SEGMENT_SHARED_BYTES = 11472;
 constexpr int SEGMENT_STATE_BYTES = 1608;
 
 // k, v, g -> drift, events; n, J and R of the cache; the slots at every chunk's entry. segment_gram, grid

@@ -354,14 +354,14 @@ constexpr int OLD = 64;    // of a slot that a chunk began with
 constexpr int NO_SLOT = FAST_SLOTS + BLOCK + 1;
 static_assert(NO_SLOT + 5 < LIST);
 
-// Of a round, from warp 1 to warp 0. Twice.
+// Of a round, from warp 3 to warp 0. Twice.
 struct Boundaries {
     uint2 list[LIST];           // prefix sums of drift and tokens where slots begin: those held, then those to come
     uint4 begun[BLOCK];         // of the slot before boundary n: its sums, its keys with the next two and three
     uint32_t pair[BLOCK + 4];   // its key with the next one, as of the newest slot
 };
 
-// Of a round, for warp 2 as well. Three times.
+// Of a round, for all. Four times.
 struct Round {
     float drift[BLOCK];
     uint8_t events[BLOCK];  // of boundary n; of the fast merges the pair, where it is one
@@ -372,6 +372,12 @@ struct Round {
     struct {
         uint8_t place[FAST_SLOTS], known[FAST_SLOTS];  // of slot i: where it lies, what begins it (`publish`)
     } exits[2];                                        // of every chunk, fast merges
+};
+
+// Of a round's tokens, as segment_gram leaves it. Twice: one is on its way.
+struct Ahead {
+    uint32_t reach[BLOCK];
+    uint8_t next[BLOCK];
 };
 
 // Where the search for boundaries stands.
@@ -406,7 +412,8 @@ struct Shared {
     State state;
     Row row;
     int64_t window_end;
-    Round rounds[3];
+    Round rounds[4];
+    Ahead aheads[2];
     uint32_t ranks[FAST_SLOTS];  // fast merges: which slot lies in place i
     float carried[CHAIN_WARPS][TILE];
     float sums[CHAIN_WARPS];
@@ -740,9 +747,27 @@ DEVICE void slow_path(const SegmentParams& p, const Row& row, int64_t first, Rou
 
 // ---- Warp 1: boundaries ----
 
-// Looks up what it can of the round's tokens first..end from find.done on.
+// Starts to fetch what the round that begins at `first` looks up.
 template <typename T>
-DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, int64_t end, Round& round, Find& find) {
+DEVICE void fetch(const SegmentParams& p, const Row& row, int64_t first, Ahead& ahead) {
+    const auto tables = tables_of<T>(row);
+    const int lane = lane_index();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int64_t from = first + half * STARTS;
+        if (from >= row.len) break;
+        const int64_t at = tables.of(from);
+        if (lane < 8) copy_async_16(ahead.reach + half * STARTS + lane * 4, p.reach + at + lane * 4, true);
+        else if (lane < 10) copy_async_16(ahead.next + half * STARTS + (lane - 8) * 16, p.next + at + (lane - 8) * 16, true);
+    }
+}
+
+// Looks up what it can of the round's tokens from find.done on.
+template <typename T>
+DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, const Ahead& ahead, Round& round) {
+    Shared& shared = shared_of_row();
+    Find& find = shared.state.find;
+    const int64_t end = least(first + BLOCK, shared.window_end);
     const auto tables = tables_of<T>(row);
     const int lane = lane_index();
     int nexts[2] = {0, 0};
@@ -752,8 +777,8 @@ DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, int64
     __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int64_t t = first + half * STARTS + lane;
-        if (t < end) nexts[half] = p.next[tables.of(t)], reaches[half] = p.reach[tables.of(t)];
+        const int i = half * STARTS + lane;
+        if (first + i < end) nexts[half] = ahead.next[i], reaches[half] = ahead.reach[i];
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -774,8 +799,11 @@ DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, int64
         }
         const uint32_t below = mask & ((1u << lane) - 1);
         const int64_t start = below ? from + highest(below) : before;
-        if (t >= now.done && t < stop)
-            round.drift[t - first] = start < 0 ? sqrtf(2.0f) : p.walks[tables.walk(start, t)];
+        if (t >= now.done && t < stop) {
+            float* const drift = round.drift + (t - first);
+            if (start < 0) *drift = sqrtf(2.0f);
+            else copy_async_4(drift, p.walks + tables.walk(start, t));
+        }
         boundaries |= static_cast<uint64_t>(mask) << half * STARTS;
         now.done = most(now.done, stop);
     }
@@ -783,23 +811,27 @@ DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, int64
         find.start = now.start, find.next = now.next, find.done = now.done, find.covered = now.covered;
         round.boundaries = boundaries;
     }
+    copies_wait();
     __syncwarp();
 }
+
+// ---- Warp 3: sums and keys ----
 
 // Key of merging what begins at a and ends at b, index left out; in two halves, for the loop of merges.
 template <bool MASS>
 struct Cost {
-    float drift = 0, tokens = 1, reciprocal = 1;
+    float drift = 0, tokens = 1, approximate = 1;
     METHOD void start(uint2 a, uint2 b) {
         drift = __uint2float_rn(b.x - a.x);
         if constexpr (!MASS) {
             tokens = __uint2float_rn(b.y - a.y);
-            reciprocal = dla::reciprocal(tokens);
+            approximate = approximate_reciprocal(tokens);
         }
     }
-    // All of its bits.
-    METHOD uint32_t bits() const {
-        return __float_as_uint(MASS ? drift : quotient(drift, tokens, reciprocal));
+    // All of its bits. `nothing` is 0: what comes of it comes after it.
+    METHOD uint32_t bits(uint32_t nothing = 0) const {
+        if constexpr (MASS) return __float_as_uint(drift);
+        else return __float_as_uint(quotient(drift, tokens, __uint_as_float(__float_as_uint(approximate) | nothing)));
     }
 };
 template <bool MASS>
@@ -875,15 +907,6 @@ DEVICE void finish_round(const SegmentParams& p, const Row& row, int64_t first, 
     __syncwarp();
 }
 
-// A round that begins at `first`, as far as look-ups go.
-template <typename T>
-DEVICE void search(const SegmentParams& p, const Row& row, int64_t first, bool fast, Round& round, Boundaries& out) {
-    Shared& shared = shared_of_row();
-    const int64_t end = least(first + BLOCK, shared.window_end);
-    look_up<T>(p, row, first, end, round, shared.state.find);
-    if (shared.state.find.done == end) finish_round<T::CHUNK>(p, row, first, end, fast, round, out, shared.state.find);
-}
-
 // ---- Warp 0: merges ----
 
 // Merges at `steps` boundaries, the list full: `list` holds `capacity` slots and then the boundaries, `begun` and
@@ -895,7 +918,8 @@ DEVICE void search(const SegmentParams& p, const Row& row, int64_t first, bool f
 // follow a step later and those to three ahead two, from a division that begins when the list has moved.
 template <bool MASS>
 DEVICE void merge_steps(const uint2* list, const uint4* begun, const uint32_t* pair, int capacity, int steps,
-                        uint8_t* events, uint32_t& rank) {
+                        uint32_t zero, uint8_t* events, uint32_t& rank) {
+    int left = uniform(steps);
     const uint32_t last = capacity - 1;
     const bool holds = rank <= last;
     uint32_t base = shared_address(list), begins = shared_address(begun), pairs = shared_address(pair);
@@ -911,7 +935,7 @@ DEVICE void merge_steps(const uint2* list, const uint4* begun, const uint32_t* p
     const auto step = [&] {
         const uint32_t best = __reduce_min_sync(ALL, k);
         // While it comes.
-        if (late) q = cost.bits();
+        if (late) q = cost.bits(k & zero);
         move_if(two, r, q);
         late = three;
         cost.start(own, to);
@@ -935,7 +959,6 @@ DEVICE void merge_steps(const uint2* list, const uint4* begun, const uint32_t* p
         k = above ? past : stays;
         *events++ = j;
     };
-    int left = steps;
 #pragma unroll 1
     for (; left >= 8; left -= 8) {
 #pragma unroll
@@ -1026,24 +1049,23 @@ DEVICE void merge_round(const SegmentParams& p, const Row& row, int64_t first, i
     if (fast) {
         uint32_t* const ranks = shared_of_row().ranks;
         uint32_t rank = ranks[lane];
-        int room = uniform(capacity - round.held);
+        int room = capacity - round.held;
         int gone = 0, n = 0;  // merges, boundaries
         const uint32_t tokens = round.tokens;
 #pragma unroll
         for (int chunk = 0; chunk < BLOCK / C; chunk++) {
-            const int count = uniform(round.counts[chunk]);
+            const int count = round.counts[chunk];
             const int opens = count < room ? count : room, steps = count - opens, held = capacity - room;
             const uint32_t entered = rank;
             if (lane >= held && lane < held + opens) rank = lane;
             room -= opens, n += opens;
-            if (steps > 0) {
-                const uint2* const list = in.list + gone;
-                if (p.mass)
-                    merge_steps<true>(list, in.begun + n, in.pair + n, capacity, steps, round.events + n, rank);
-                else
-                    merge_steps<false>(list, in.begun + n, in.pair + n, capacity, steps, round.events + n, rank);
-                gone += steps, n += steps;
-            }
+            const uint2* const list = in.list + gone;
+            const uint32_t zero = p.mass & 2;
+            if (p.mass)
+                merge_steps<true>(list, in.begun + n, in.pair + n, capacity, steps, zero, round.events + n, rank);
+            else
+                merge_steps<false>(list, in.begun + n, in.pair + n, capacity, steps, zero, round.events + n, rank);
+            gone += steps, n += steps;
             if (static_cast<int>(rank) < held + opens) {
                 const uint32_t token = in.list[gone + rank].y - tokens - chunk * C;
                 round.exits[chunk].place[rank] = lane;
@@ -1355,30 +1377,37 @@ DEVICE void segment(const SegmentParams& p) {
         __syncwarp();
     }
 
-    for (int i = 0; i < rounds + 2; i++) {
+    if (warp == 1) fetch<T>(p, row, p.from, shared.aheads[0]);
+    for (int i = 0; i < rounds + 3; i++) {
         const int64_t first = p.from + static_cast<int64_t>(i) * BLOCK;
-        Round& round = shared.rounds[i % 3];
-        if (warp == 0 && i >= 1 && i <= rounds)
-            merge_round<T::CHUNK>(p, row, first - BLOCK, least(first, window_end), fast, state,
-                                  shared.boundaries[(i - 1) % 2], shared.boundaries[i % 2], shared.rounds[(i - 1) % 3]);
+        const auto round = [&](int back) -> Round& { return shared.rounds[(i - back) & 3]; };
+        const auto begin_of = [&](int back) { return first - back * BLOCK; };
+        const auto end_of = [&](int back) { return least(first + (1 - back) * BLOCK, window_end); };
+        if (warp == 0 && i >= 2 && i < rounds + 2)
+            merge_round<T::CHUNK>(p, row, begin_of(2), end_of(2), fast, state, shared.boundaries[i % 2],
+                                  shared.boundaries[(i - 1) % 2], round(2));
         if (warp == 1 && i < rounds) {
-            if (lane == 0) round.boundaries = 0;
+            if (lane == 0) round(0).boundaries = 0;
+            copies_wait();
             __syncwarp();
-            search<T>(p, row, first, fast, round, shared.boundaries[i % 2]);
+            fetch<T>(p, row, first + BLOCK, shared.aheads[(i + 1) % 2]);
+            look_up<T>(p, row, first, shared.aheads[i % 2], round(0));
         }
-        if (warp == 2 && i >= 2) {
-            const int64_t to = least(first - BLOCK, window_end);
-            const int64_t from = first - 2 * BLOCK;
-            if (fast) publish<T>(p, row, from, to, shared.rounds[(i - 2) % 3], state);
-            else publish_any<T>(p, row, from, to, shared.rounds[(i - 2) % 3], state);
+        if (warp == 2 && i >= 3) {
+            if (fast) publish<T>(p, row, begin_of(3), end_of(3), round(3), state);
+            else publish_any<T>(p, row, begin_of(3), end_of(3), round(3), state);
         }
+        if (warp == 3 && i >= 1 && i < rounds + 1)
+            finish_round<T::CHUNK>(p, row, begin_of(1), end_of(1), fast, round(1), shared.boundaries[(i - 1) % 2],
+                                   state.find);
         row_barrier();
         while (i < rounds) {
             // Not kept over the fast part of the round.
-            const int64_t from = p.from + static_cast<int64_t>(opaque(i)) * BLOCK;
+            const int now = opaque(i);
+            const int64_t from = p.from + static_cast<int64_t>(now) * BLOCK;
             if (__any_sync(ALL, shared.state.find.done >= least(from + BLOCK, window_end))) break;
-            slow_path<T>(p, row, from, shared.rounds[i % 3]);
-            if (warp == 1) search<T>(p, row, from, fast, shared.rounds[i % 3], shared.boundaries[i % 2]);
+            slow_path<T>(p, row, from, shared.rounds[now & 3]);
+            if (warp == 1) look_up<T>(p, row, from, shared.aheads[now % 2], shared.rounds[now & 3]);
             row_barrier();
         }
     }

@@ -25,6 +25,7 @@ namespace dla {
 
 using emulation::copies_wait;
 using emulation::copy_async_16;
+using emulation::copy_async_4;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
 using emulation::f16_to_f32;
@@ -36,7 +37,7 @@ using emulation::opaque;
 using emulation::pack_bf16;
 DEVICE void part_barrier(int id, int threads) { emulation::group_barrier(id, threads); }
 using emulation::quotient;
-using emulation::reciprocal;
+using emulation::approximate_reciprocal;
 using emulation::shared_address;
 using emulation::put_shared;
 DEVICE void move_if(bool live, uint32_t& to, uint32_t from) { to = live ? from : to; }
@@ -63,14 +64,15 @@ DEVICE uint32_t dynamic_shared_bytes() {
 
 // The IEEE quotient of two integers below 2^32 in f32, the divisor not 0, in two parts: the instructions of
 // __fdiv_rn without its look for operands out of range and the branch (nvcc 13.0.88, SASS compared).
-DEVICE float reciprocal(float b) {
+DEVICE float approximate_reciprocal(float b) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
-    return __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
+    return y;
 }
-DEVICE float quotient(float a, float b, float reciprocal_of_b) {
-    const float q = __fmul_rn(a, reciprocal_of_b);
-    return __fmaf_rn(reciprocal_of_b, __fmaf_rn(-b, q, a), q);
+DEVICE float quotient(float a, float b, float approximate) {
+    const float y = __fmaf_rn(approximate, __fmaf_rn(-b, approximate, 1.0f), approximate);
+    const float q = __fmul_rn(a, y);
+    return __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
 }
 
 // x, of which the compiler knows nothing: what is computed from it is not moved out of a loop.
@@ -119,6 +121,10 @@ DEVICE void trap() { asm volatile("trap;"); }
 DEVICE void copy_async_16(void* to, const void* from, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0)
                  : "memory");
+}
+// Copies 4 bytes to shared memory.
+DEVICE void copy_async_4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 // Waits for the copies of this thread.
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }

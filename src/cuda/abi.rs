@@ -384,7 +384,7 @@ impl Geometry {
 
     /// Shared memory of `segment_*`, SEGMENT_SHARED_BYTES of abi.cuh: the same for every size.
     pub fn segment_shared_bytes(&self) -> usize {
-        10368
+        11472
     }
 
     /// Shared memory of `prepare_*`.

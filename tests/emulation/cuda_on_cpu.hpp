@@ -349,7 +349,7 @@ inline void put_shared(uint32_t address, uint2 x) {
     memcpy(machine.shared + address, &x, sizeof x);
 }
 inline int opaque(int x) { return x; }
-inline float reciprocal(float) { return 0; }
+inline float approximate_reciprocal(float) { return 0; }
 inline float quotient(float a, float b, float) { return a / b; }
 
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
@@ -473,6 +473,7 @@ inline void copy_async_16(void* to, const void* from, bool live) {
     if (live) memcpy(to, from, 16);
     else memset(to, 0, 16);
 }
+inline void copy_async_4(void* to, const void* from) { memcpy(to, from, 4); }
 inline void copies_wait() {}
 inline void copies_arrive(uint64_t* barrier) { barrier_arrive(barrier); }
 // Its bytes have come when it returns, so the phase has only the arrivals to wait for.
