@@ -20,14 +20,15 @@ struct Extents {
     int32_t newest_first;       // columns of lambda and logits: 0 = oldest slot first, 1 = newest
 };
 
-// Threads of a block of segment_gram and of segment; shared memory of segment, whatever the head size; bytes of a
-// row's record between windows.
+// Threads of a block of segment_gram and of a row of segment, and rows of its block at most; shared memory of a row,
+// whatever the head size; bytes of a row's record between windows.
 constexpr int SEGMENT_THREADS = 128;
-constexpr int SEGMENT_SHARED_BYTES = 9280;
+constexpr int SEGMENT_ROWS = 4;
+constexpr int SEGMENT_SHARED_BYTES = 11472;
 constexpr int SEGMENT_STATE_BYTES = 1608;
 
 // k, v, g -> drift, events; n, J and R of the cache; the slots at every chunk's entry. segment_gram, grid
-// (B T / C + N) x HV x C / 32, then segment, grid N x HV. Both take tokens from..to of every sequence: windows
+// (B T / C + N) x HV x C / 32, then segment, grid N x HV by the rows of a block, 1 to SEGMENT_ROWS. Both take tokens from..to of every sequence: windows
 // come in order, the workspace stays. What "row's end" marks is written by the window in which the row ends.
 struct SegmentParams {
     Extents extents;

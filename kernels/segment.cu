@@ -45,7 +45,7 @@ namespace {
 constexpr int STARTS = 32;       // tokens of a table
 constexpr int WINDOW = 64;       // tokens that the walks of a table see
 constexpr int REACH = 32;        // most tokens of a walk
-constexpr int PITCH = WINDOW + 1;
+constexpr int PITCH = WINDOW + 2;
 constexpr int BLOCK = 64;        // tokens of a round
 constexpr int TILE = 16;         // tokens of a step of the slow path
 constexpr int CHAIN_WARPS = SEGMENT_THREADS / 32;
@@ -81,6 +81,9 @@ struct Walk {
     }
 };
 
+// What is the same for a warp and whose lanes the compiler cannot know together: then it asks at every collective.
+DEVICE uint32_t uniform(uint32_t x) { return __reduce_or_sync(ALL, x); }
+
 DEVICE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
 DEVICE int64_t most(int64_t a, int64_t b) { return a > b ? a : b; }
 DEVICE int highest(uint32_t mask) { return 31 - __clz(mask); }
@@ -109,10 +112,36 @@ DEVICE Tables<T::CHUNK> tables_of(const Row& row) {
 
 // ---- segment_gram ----
 
+// Warp r has rows 16 r to 16 r + 15 of the Gram matrices, and what is right of column 16 (r - 2): no walk sees more.
+constexpr int GRAM_TILES = 3;
+DEVICE int gram_column(int r, int i) { return (r < GRAM_TILES ? 0 : r - GRAM_TILES + 1) + i; }
+
+// Gram matrix of a tile's rows, by the block.
+template <int PARTS>
+DEVICE void gram(const Tile<PARTS>& tile, int width, float (&out)[GRAM_TILES][2][4]) {
+    const int r = warp_index();
+    for (int step = 0; step < width; step += 16) {
+        uint32_t a[PARTS][4], b[PARTS][4];
+        load_a(tile, r * 16, step, a);
+#pragma unroll
+        for (int i = 0; i < GRAM_TILES; i++) {
+            const int c = gram_column(r, i);
+            if (c > r) continue;
+            if (c < r) {
+                load_b(tile, c * 16, step, b);
+            } else {
+#pragma unroll
+                for (int part = 0; part < PARTS; part++)
+                    b[part][0] = a[part][0], b[part][1] = a[part][2], b[part][2] = a[part][1], b[part][3] = a[part][3];
+            }
+            multiply<PARTS, PARTS>(out[i], a, b);
+        }
+    }
+}
+
 template <typename T>
 DEVICE void segment_gram(const SegmentParams& p) {
-    constexpr int PARTS = T::PARTS, C = T::CHUNK, EACH = C / STARTS, TILES = 10, WARP_TILES = 3;
-    constexpr int ROWS = WINDOW * 8 / SEGMENT_THREADS;  // rows that a thread loads eight columns of
+    constexpr int PARTS = T::PARTS, C = T::CHUNK, EACH = C / STARTS;
     const Extents& e = p.extents;
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
     const int64_t chunk = blockIdx.x / EACH, place = chunk / e.value_heads;
@@ -129,70 +158,99 @@ DEVICE void segment_gram(const SegmentParams& p) {
     float* const energy = carve.take<float>(WINDOW);
     float* const factor = carve.take<float>(WINDOW);
     int* const newest = carve.take<int>(WINDOW);  // last token before t that is not zero, or -1
-    // [WINDOW][PITCH] X, then its sums over s >= a. The operands' slices are dead when it is first written.
+    // [REACH][PITCH] X of t and t - 1 - d, then its sums. The operands are dead when it is first written.
     float* const x = reinterpret_cast<float*>(carve.next);
-    const Tile<PARTS> tile = carve.tile<PARTS>(WINDOW, SLICE);
-    carve.next = reinterpret_cast<unsigned char*>(x);
-    carve.take<float>(WINDOW * PITCH > Tile<PARTS>::elements(WINDOW, SLICE) / 2
-                          ? WINDOW * PITCH
-                          : Tile<PARTS>::elements(WINDOW, SLICE) / 2);
+    carve.take<float>(REACH * PITCH);
     carve.check();
+    carve.next = reinterpret_cast<unsigned char*>(x);
 
-    // 1. Gram matrices, lower triangle, both in the same fragments; norms.
-    float grams[2][WARP_TILES][2][4];
-    float norms[2][ROWS];
+    // 1. Gram matrices, both in the same fragments; norms.
+    float grams[2][GRAM_TILES][2][4];
 #pragma unroll
-    for (int which = 0; which < 2; which++) {
+    for (int which = 0; which < 2; which++)
 #pragma unroll
-        for (int i = 0; i < WARP_TILES; i++) clear(grams[which][i]);
-#pragma unroll
-        for (int i = 0; i < ROWS; i++) norms[which][i] = 0;
-        const int width = which ? e.dv : e.dk;
-        for (int column = 0; column < width; column += SLICE) {
-            const int group = column + thread % 8 * 8;
-            __syncthreads();
-#pragma unroll
-            for (int i = 0; i < ROWS; i++) {
-                const int t = thread / 8 + i * (SEGMENT_THREADS / 8);
-                float values[8] = {};
-                if (t < len && group < width) {
-                    const T* from = which ? v + row.at(first + t) * e.dv : k + row.key_at(first + t) * e.dk;
-                    load8(from + group, values);
-                }
-#pragma unroll
-                for (int j = 0; j < 8; j++) norms[which][i] += values[j] * values[j];
-                put8(tile, t, thread % 8 * 8, values);
-            }
-            __syncthreads();
-            for (int step = 0; step < SLICE && column + step < width; step += 16) {
-#pragma unroll
-                for (int i = 0; i < WARP_TILES; i++) {
-                    const int at = warp + i * 4, r = at < 1 ? 0 : at < 3 ? 1 : at < 6 ? 2 : 3;
-                    if (at >= TILES) continue;
-                    uint32_t a[PARTS][4], b[PARTS][4];
-                    load_a(tile, r * 16, step, a);
-                    load_b(tile, (at - r * (r + 1) / 2) * 16, step, b);
-                    multiply<PARTS, PARTS>(grams[which][i], a, b);
-                }
-            }
-        }
-    }
-#pragma unroll
-    for (int i = 0; i < ROWS; i++) {
-        float kk = norms[0][i], vv = norms[1][i];
-#pragma unroll
-        for (int by = 1; by < 8; by *= 2) {
-            kk += __shfl_xor_sync(ALL, kk, by);
-            vv += __shfl_xor_sync(ALL, vv, by);
-        }
+        for (int i = 0; i < GRAM_TILES; i++) clear(grams[which][i]);
+    const auto norm = [&](int t, float kk, float vv) {
         const float scale = p.qk_l2norm ? 1.0f / sqrtf(kk + L2NORM_EPS) : 1.0f;
-        const int t = thread / 8 + i * (SEGMENT_THREADS / 8);
-        if (thread % 8 == 0) {
-            factor[t] = scale;
-            energy[t] = kk * scale * scale * vv;
+        factor[t] = scale;
+        energy[t] = kk * scale * scale * vv;
+    };
+    if constexpr (PARTS == 1) {
+        // All columns at once, as they are; norms are the diagonals.
+        const Tile<1> keys = carve.tile<1>(WINDOW, padded(e.dk)), values = carve.tile<1>(WINDOW, padded(e.dv));
+        carve.check();
+        const auto copy = [&](const Tile<1>& tile, const T* from, int width, int64_t pitch) {
+            const int groups = padded(width) / 8;
+            for (int i = thread; i < WINDOW * groups; i += SEGMENT_THREADS) {
+                const int t = i / groups, column = i % groups * 8;
+                const bool live = t < len && column < width;
+                copy_async_16(tile.data + t * tile.stride + column, live ? from + t * pitch + column : from, live);
+            }
+        };
+        copy(keys, k + row.key_at(first) * e.dk, e.dk, static_cast<int64_t>(e.heads) * e.dk);
+        copy(values, v + row.at(first) * e.dv, e.dv, static_cast<int64_t>(e.value_heads) * e.dv);
+        if (warp == 0) load_gamma(p.g, row, first, len, WINDOW, gamma);
+        copies_wait();
+        __syncthreads();
+        gram(keys, e.dk, grams[0]);
+        gram(values, e.dv, grams[1]);
+        const int g = lane / 4;
+        if (lane % 4 == g / 2) {
+            const int i = warp < GRAM_TILES ? warp : GRAM_TILES - 1;
+#pragma unroll
+            for (int at = 0; at < GRAM_TILES; at++) {
+                if (at != i) continue;
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const auto& kk = grams[0][at][half];
+                    const auto& vv = grams[1][at][half];
+                    norm(warp * 16 + half * 8 + g, g % 2 ? kk[half * 2 + 1] : kk[half * 2],
+                         g % 2 ? vv[half * 2 + 1] : vv[half * 2]);
+                }
+            }
         }
+    } else {
+        constexpr int ROWS = WINDOW * 8 / SEGMENT_THREADS;  // rows that a thread loads eight columns of
+        const Tile<PARTS> tile = carve.tile<PARTS>(WINDOW, SLICE);
+        carve.check();
+        float norms[2][ROWS] = {};
+        for (int which = 0; which < 2; which++) {
+            const int width = which ? e.dv : e.dk;
+            for (int column = 0; column < width; column += SLICE) {
+                const int group = column + thread % 8 * 8;
+                __syncthreads();
+#pragma unroll
+                for (int i = 0; i < ROWS; i++) {
+                    const int t = thread / 8 + i * (SEGMENT_THREADS / 8);
+                    float values[8] = {}, sum = 0;
+                    if (t < len && group < width) {
+                        const T* from = which ? v + row.at(first + t) * e.dv : k + row.key_at(first + t) * e.dk;
+                        load8(from + group, values);
+                    }
+#pragma unroll
+                    for (int j = 0; j < 8; j++) sum += values[j] * values[j];
+                    if (which) norms[1][i] += sum;
+                    else norms[0][i] += sum;
+                    put8(tile, t, thread % 8 * 8, values);
+                }
+                __syncthreads();
+                const int rest = width - column < SLICE ? width - column : SLICE;
+                if (which) gram(tile, rest, grams[1]);
+                else gram(tile, rest, grams[0]);
+            }
+        }
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            float kk = norms[0][i], vv = norms[1][i];
+#pragma unroll
+            for (int by = 1; by < 8; by *= 2) {
+                kk += __shfl_xor_sync(ALL, kk, by);
+                vv += __shfl_xor_sync(ALL, vv, by);
+            }
+            if (thread % 8 == 0) norm(thread / 8 + i * (SEGMENT_THREADS / 8), kk, vv);
+        }
+        if (warp == 0) load_gamma(p.g, row, first, len, WINDOW, gamma);
     }
-    if (warp == 0) load_gamma(p.g, row, first, len, WINDOW, gamma);
     __syncthreads();
     if (warp < 2) {
         const uint32_t low = __ballot_sync(ALL, energy[lane] > 0), high = __ballot_sync(ALL, energy[32 + lane] > 0);
@@ -209,27 +267,50 @@ DEVICE void segment_gram(const SegmentParams& p) {
     __syncthreads();
 
     // 2. X relative to the newest token before t.
+    {
+        int last[2];
+        Gamma from[2];
+        float scale[2];
 #pragma unroll
-    for (int i = 0; i < WARP_TILES; i++) {
-        const int at = warp + i * 4, r = at < 1 ? 0 : at < 3 ? 1 : at < 6 ? 2 : 3, column = at - r * (r + 1) / 2;
-        if (at >= TILES) continue;
+        for (int half = 0; half < 2; half++) {
+            const int t = warp * 16 + lane / 4 + half * 8;
+            last[half] = newest[t], scale[half] = factor[t];
+            from[half] = gamma[last[half] < 0 ? 0 : last[half]];
+        }
 #pragma unroll
-        for (int j = 0; j < 8; j++) {
-            const int t = r * 16 + lane / 4 + j / 2 % 2 * 8;
-            const int s = column * 16 + j / 4 * 8 + lane % 4 * 2 + j % 2;
-            const float kk = grams[0][i][j / 4][j % 4], vv = grams[1][i][j / 4][j % 4];
-            if (s >= t) continue;
-            const int last = newest[t];
-            x[t * PITCH + s] =
-                s <= last ? expf(minus(gamma[last], gamma[s])) * (kk * factor[t] * factor[s]) * vv : 0.0f;
+        for (int i = 0; i < GRAM_TILES; i++) {
+            const int column = gram_column(warp, i);
+            if (column > warp) continue;
+            Gamma at[4];
+            float scales[4];
+#pragma unroll
+            for (int j = 0; j < 4; j++) {
+                const int s = column * 16 + j / 2 * 8 + lane % 4 * 2 + j % 2;
+                at[j] = gamma[s], scales[j] = factor[s];
+            }
+#pragma unroll
+            for (int j = 0; j < 8; j++) {
+                const int half = j / 2 % 2, by = j / 4 * 2 + j % 2;
+                const int t = warp * 16 + lane / 4 + half * 8;
+                const int s = column * 16 + j / 4 * 8 + lane % 4 * 2 + j % 2, d = t - 1 - s;
+                const float kk = grams[0][i][j / 4][j % 4], vv = grams[1][i][j / 4][j % 4];
+                const float value = __expf(minus(from[half], at[by])) * (kk * scale[half] * scales[by]) * vv;
+                if (d >= 0 && d < REACH) x[d * PITCH + t] = s <= last[half] ? value : 0.0f;
+            }
         }
     }
     __syncthreads();
+    // What no token has is not read by what has one: it comes later in the sum.
     if (thread < WINDOW) {
+        constexpr int AT_ONCE = 8;
         float sum = 0;
-        for (int s = thread - 1; s >= 0; s--) {
-            sum += x[thread * PITCH + s];
-            x[thread * PITCH + s] = sum;
+#pragma unroll 1
+        for (int d = 0; d < REACH; d += AT_ONCE) {
+            float terms[AT_ONCE];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) terms[i] = x[(d + i) * PITCH + thread];
+#pragma unroll
+            for (int i = 0; i < AT_ONCE; i++) x[(d + i) * PITCH + thread] = sum += terms[i];
         }
     }
     __syncthreads();
@@ -244,7 +325,7 @@ DEVICE void segment_gram(const SegmentParams& p) {
         const int t = lane + d;
         walking = walking && t < len;
         if (walking) {
-            const float score = walk.judge(x[t * PITCH + lane], energy[t], gamma[t]);
+            const float score = walk.judge(x[(d - 1) * PITCH + t], energy[t], gamma[t]);
             p.walks[(table * REACH + d - 1) * STARTS + lane] = score;
             if (p.log ? p.log[row.at(first + t)] != EXTEND : e.capacity > 1 && score >= tau) {
                 next = d;
@@ -268,23 +349,35 @@ DEVICE void segment_gram(const SegmentParams& p) {
 // ---- The chain: what its warps hand to each other ----
 
 constexpr int LIST = 104;  // slots held, boundaries of a round, and what the keys look ahead
+constexpr int OLD = 64;    // of a slot that a chunk began with
+// Rank of no slot: past every pair for a round's steps, and within the list.
+constexpr int NO_SLOT = FAST_SLOTS + BLOCK + 1;
+static_assert(NO_SLOT + 5 < LIST);
 
-// Of a round, from warp 1 to warp 0. Twice.
+// Of a round, from warp 3 to warp 0. Twice.
 struct Boundaries {
-    uint2 list[LIST];     // prefix sums of drift and tokens where slots begin: those held, then those to come
-    uint4 future[BLOCK];  // keys of the slot before boundary n and the next one, two, three
+    uint2 list[LIST];           // prefix sums of drift and tokens where slots begin: those held, then those to come
+    uint4 begun[BLOCK];         // of the slot before boundary n: its sums, its keys with the next two and three
+    uint32_t pair[BLOCK + 4];   // its key with the next one, as of the newest slot
 };
 
-// Of a round, for warp 2 as well. Three times.
+// Of a round, for all. Four times.
 struct Round {
-    union {
-        float drift[BLOCK];
-        uint32_t steps[BLOCK];  // warp 2 alone
-        uint4 steps4[BLOCK / 4];
-    };
-    uint8_t events[BLOCK];  // of boundary n
+    float drift[BLOCK];
+    uint8_t events[BLOCK];  // of boundary n; of the fast merges the pair, where it is one
     uint64_t boundaries;    // tokens that are boundaries
-    int held, count;        // slots before; boundaries
+    int held;               // slots before
+    int counts[2];          // boundaries of every chunk
+    uint32_t tokens;        // sum over all slots before
+    struct {
+        uint8_t place[FAST_SLOTS], known[FAST_SLOTS];  // of slot i: where it lies, what begins it (`publish`)
+    } exits[2];                                        // of every chunk, fast merges
+};
+
+// Of a round's tokens, as segment_gram leaves it. Twice: one is on its way.
+struct Ahead {
+    uint32_t reach[BLOCK];
+    uint8_t next[BLOCK];
 };
 
 // Where the search for boundaries stands.
@@ -319,7 +412,9 @@ struct Shared {
     State state;
     Row row;
     int64_t window_end;
-    Round rounds[3];
+    Round rounds[4];
+    Ahead aheads[2];
+    uint32_t ranks[FAST_SLOTS];  // fast merges: which slot lies in place i
     float carried[CHAIN_WARPS][TILE];
     float sums[CHAIN_WARPS];
     Gamma gamma[32];
@@ -329,7 +424,14 @@ struct Shared {
 };
 static_assert(sizeof(Shared) == SEGMENT_SHARED_BYTES);
 
-DEVICE Shared& shared_of_block() { return *reinterpret_cast<Shared*>(dynamic_shared()); }
+// A block takes as many rows as it has fours of warps. Which warp of a row's does what goes round from row to row: warps
+// with the same role stand on different schedulers.
+DEVICE int row_in_block() { return threadIdx.x / SEGMENT_THREADS; }
+DEVICE int role_index() { return (threadIdx.x / 32 - row_in_block()) % CHAIN_WARPS; }
+DEVICE int row_thread() { return role_index() * 32 + lane_index(); }
+DEVICE void row_barrier() { part_barrier(1 + row_in_block(), SEGMENT_THREADS); }
+
+DEVICE Shared& shared_of_row() { return reinterpret_cast<Shared*>(dynamic_shared())[row_in_block()]; }
 
 // ---- The slow path: R, 16 tokens at a time ----
 
@@ -382,7 +484,7 @@ DEVICE float* open_of(const SegmentParams& p, const Row& row) {
 // Gamma, norms and factors of a tile, by one warp.
 template <typename T>
 DEVICE void describe(const SegmentParams& p, const Row& row, int64_t first, int len) {
-    Shared& shared = shared_of_block();
+    Shared& shared = shared_of_row();
     const int lane = lane_index();
     load_gamma(p.g, row, first, len, 32, shared.gamma);
     if (lane < TILE) {
@@ -425,12 +527,12 @@ DEVICE void multiply_half(float (&c)[4], const uint32_t (&a)[PA][4], const uint3
 // columns of dk in turn.
 template <typename T>
 DEVICE void carried_products(const Operand<T>& keys, const Operand<T>& values, const float* open) {
-    Shared& shared = shared_of_block();
+    Shared& shared = shared_of_row();
     constexpr int PARTS = T::PARTS;
     const int g = lane_index() / 4, c2 = lane_index() % 4 * 2, dk = keys.width, dv = values.width;
     float row_sums[2] = {0, 0};
 #pragma unroll 1
-    for (int column = warp_index() * 8; column < dk; column += CHAIN_WARPS * 8) {
+    for (int column = role_index() * 8; column < dk; column += CHAIN_WARPS * 8) {
         float c[4] = {0, 0, 0, 0};
 #pragma unroll 1
         for (int k = 0; k < dv; k += 16) {
@@ -458,7 +560,7 @@ DEVICE void carried_products(const Operand<T>& keys, const Operand<T>& values, c
     for (int i = 0; i < 2; i++) {
         row_sums[i] += __shfl_xor_sync(ALL, row_sums[i], 1);
         row_sums[i] += __shfl_xor_sync(ALL, row_sums[i], 2);
-        if (lane_index() % 4 == 0) shared.carried[warp_index()][g + i * 8] = row_sums[i];
+        if (lane_index() % 4 == 0) shared.carried[role_index()][g + i * 8] = row_sums[i];
     }
 }
 
@@ -470,7 +572,7 @@ DEVICE float update_open(const Operand<T>& keys, const Operand<T>& values, float
     const int g = lane_index() / 4, c2 = lane_index() % 4 * 2, dk = keys.width, dv = values.width;
     float squared = 0;
 #pragma unroll 1
-    for (int row = warp_index() * 16; row < dk; row += CHAIN_WARPS * 16) {
+    for (int row = role_index() * 16; row < dk; row += CHAIN_WARPS * 16) {
         uint32_t a[2][4];
         const Operand<T> here = keys.afresh();
 #pragma unroll
@@ -514,9 +616,9 @@ DEVICE float update_open(const Operand<T>& keys, const Operand<T>& values, float
 // Sum over the block, in one order; every thread gets it. Two barriers.
 DEVICE float block_sum(float x, float* sums) {
     x = warp_sum(x);
-    __syncthreads();
-    if (lane_index() == 0) sums[warp_index()] = x;
-    __syncthreads();
+    row_barrier();
+    if (lane_index() == 0) sums[role_index()] = x;
+    row_barrier();
     float sum = 0;
 #pragma unroll
     for (int warp = 0; warp < CHAIN_WARPS; warp++) sum += sums[warp];
@@ -526,11 +628,11 @@ DEVICE float block_sum(float x, float* sums) {
 // Takes the tokens of a tile into R. By the block; begins and ends with a barrier.
 template <typename T>
 DEVICE void cover(const SegmentParams& p, const Row& row, int64_t first, int len) {
-    Shared& shared = shared_of_block();
+    Shared& shared = shared_of_row();
     Find& find = shared.state.find;
-    __syncthreads();
-    if (warp_index() == 0) describe<T>(p, row, first, len);
-    __syncthreads();
+    row_barrier();
+    if (role_index() == 0) describe<T>(p, row, first, len);
+    row_barrier();
     const bool fresh = first == find.start;
     const float log = find.log, old = find.squared;
     int newest = -1;
@@ -542,34 +644,34 @@ DEVICE void cover(const SegmentParams& p, const Row& row, int64_t first, int len
     if (newest < 0) {
         since = log + value(end);
         squared = since < FORGOTTEN ? 0 : old;
-        __syncthreads();
+        row_barrier();
     } else {
-        if (threadIdx.x < TILE) {
-            const int t = threadIdx.x;
+        if (row_thread() < TILE) {
+            const int t = row_thread();
             shared.decay[t] =
                 t <= newest ? shared.factor[t] * expf(minus(shared.gamma[newest], shared.gamma[t])) : 0.0f;
         }
-        __syncthreads();
+        row_barrier();
         const float keep = fresh || old == 0 ? 0.0f : expf(log + value(shared.gamma[newest]));
         const Operand<T> keys = keys_at<T>(p, row, first, len), values = values_at<T>(p, row, first, len);
         squared = block_sum(update_open(keys, values, open_of(p, row), keep, shared.decay), shared.sums);
         since = minus(end, shared.gamma[newest]);
     }
-    if (threadIdx.x == 0) {
+    if (row_thread() == 0) {
         find.squared = squared;
         find.log = since;
         find.covered = first + len;
     }
-    __syncthreads();
+    row_barrier();
 }
 
 // Takes the open segment's tokens before `to` into R. By the block.
 template <typename T>
 DEVICE void bring(const SegmentParams& p, const Row& row, int64_t to) {
-    Find& find = shared_of_block().state.find;
-    __syncthreads();
-    if (threadIdx.x == 0 && find.covered == UNKNOWN) find.covered = find.start < 0 ? to : find.start;
-    __syncthreads();
+    Find& find = shared_of_row().state.find;
+    row_barrier();
+    if (row_thread() == 0 && find.covered == UNKNOWN) find.covered = find.start < 0 ? to : find.start;
+    row_barrier();
 #pragma unroll 1
     while (find.covered < to) {
         const int64_t first = find.covered;
@@ -580,17 +682,17 @@ DEVICE void bring(const SegmentParams& p, const Row& row, int64_t to) {
 // Judges the tokens of a tile against R, up to a boundary. By the block; begins and ends with a barrier.
 template <typename T>
 DEVICE void judge(const SegmentParams& p, const Row& row, int64_t first, int len, float* drift) {
-    Shared& shared = shared_of_block();
+    Shared& shared = shared_of_row();
     Find& find = shared.state.find;
-    const int warp = warp_index(), lane = lane_index();
+    const int warp = role_index(), lane = lane_index();
     const Operand<T> keys = keys_at<T>(p, row, first, len), values = values_at<T>(p, row, first, len);
-    __syncthreads();
+    row_barrier();
     const float squared = find.squared, log = find.log;
     if (warp == 0) small_gram(keys, shared.keys);
     if (warp == 2) small_gram(values, shared.values);
     if (warp == 1) describe<T>(p, row, first, len);
     if (squared > 0) carried_products(keys, values, open_of(p, row));
-    __syncthreads();
+    row_barrier();
     if (warp == 1) {
         const int t = lane % TILE;
         const uint32_t live = __ballot_sync(ALL, lane < TILE && shared.energy[t] > 0);
@@ -628,14 +730,14 @@ DEVICE void judge(const SegmentParams& p, const Row& row, int64_t first, int len
             }
         }
     }
-    __syncthreads();
+    row_barrier();
 }
 
 // Judges a tile of the round's tokens by R from find.done on, fewer tokens where a boundary comes. R is brought
 // there first; what is judged it takes next time.
 template <typename T>
 DEVICE void slow_path(const SegmentParams& p, const Row& row, int64_t first, Round& round) {
-    Shared& shared = shared_of_block();
+    Shared& shared = shared_of_row();
     Find& find = shared.state.find;
     bring<T>(p, row, find.done);
     const int64_t from = find.done;
@@ -645,9 +747,27 @@ DEVICE void slow_path(const SegmentParams& p, const Row& row, int64_t first, Rou
 
 // ---- Warp 1: boundaries ----
 
-// Looks up what it can of the round's tokens first..end from find.done on.
+// Starts to fetch what the round that begins at `first` looks up.
 template <typename T>
-DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, int64_t end, Round& round, Find& find) {
+DEVICE void fetch(const SegmentParams& p, const Row& row, int64_t first, Ahead& ahead) {
+    const auto tables = tables_of<T>(row);
+    const int lane = lane_index();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int64_t from = first + half * STARTS;
+        if (from >= row.len) break;
+        const int64_t at = tables.of(from);
+        if (lane < 8) copy_async_16(ahead.reach + half * STARTS + lane * 4, p.reach + at + lane * 4, true);
+        else if (lane < 10) copy_async_16(ahead.next + half * STARTS + (lane - 8) * 16, p.next + at + (lane - 8) * 16, true);
+    }
+}
+
+// Looks up what it can of the round's tokens from find.done on.
+template <typename T>
+DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, const Ahead& ahead, Round& round) {
+    Shared& shared = shared_of_row();
+    Find& find = shared.state.find;
+    const int64_t end = least(first + BLOCK, shared.window_end);
     const auto tables = tables_of<T>(row);
     const int lane = lane_index();
     int nexts[2] = {0, 0};
@@ -657,8 +777,8 @@ DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, int64
     __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        const int64_t t = first + half * STARTS + lane;
-        if (t < end) nexts[half] = p.next[tables.of(t)], reaches[half] = p.reach[tables.of(t)];
+        const int i = half * STARTS + lane;
+        if (first + i < end) nexts[half] = ahead.next[i], reaches[half] = ahead.reach[i];
     }
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -679,8 +799,11 @@ DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, int64
         }
         const uint32_t below = mask & ((1u << lane) - 1);
         const int64_t start = below ? from + highest(below) : before;
-        if (t >= now.done && t < stop)
-            round.drift[t - first] = start < 0 ? sqrtf(2.0f) : p.walks[tables.walk(start, t)];
+        if (t >= now.done && t < stop) {
+            float* const drift = round.drift + (t - first);
+            if (start < 0) *drift = sqrtf(2.0f);
+            else copy_async_4(drift, p.walks + tables.walk(start, t));
+        }
         boundaries |= static_cast<uint64_t>(mask) << half * STARTS;
         now.done = most(now.done, stop);
     }
@@ -688,33 +811,38 @@ DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, int64
         find.start = now.start, find.next = now.next, find.done = now.done, find.covered = now.covered;
         round.boundaries = boundaries;
     }
+    copies_wait();
     __syncwarp();
 }
+
+// ---- Warp 3: sums and keys ----
 
 // Key of merging what begins at a and ends at b, index left out; in two halves, for the loop of merges.
 template <bool MASS>
 struct Cost {
-    float drift = 0, tokens = 1, reciprocal = 1;
+    float drift = 0, tokens = 1, approximate = 1;
     METHOD void start(uint2 a, uint2 b) {
         drift = __uint2float_rn(b.x - a.x);
         if constexpr (!MASS) {
             tokens = __uint2float_rn(b.y - a.y);
-            reciprocal = dla::reciprocal(tokens);
+            approximate = approximate_reciprocal(tokens);
         }
     }
-    METHOD uint32_t key() const {
-        const float cost = MASS ? drift : quotient(drift, tokens, reciprocal);
-        return __float_as_uint(cost) & ~63u;
+    // All of its bits. `nothing` is 0: what comes of it comes after it.
+    METHOD uint32_t bits(uint32_t nothing = 0) const {
+        if constexpr (MASS) return __float_as_uint(drift);
+        else return __float_as_uint(quotient(drift, tokens, __uint_as_float(__float_as_uint(approximate) | nothing)));
     }
 };
 template <bool MASS>
 DEVICE uint32_t key_of(uint2 a, uint2 b) {
     Cost<MASS> cost;
     cost.start(a, b);
-    return cost.key();
+    return cost.bits() & ~63u;
 }
 
 // Drift, its sums, and the keys ahead of a round whose tokens are judged.
+template <int C>
 DEVICE void finish_round(const SegmentParams& p, const Row& row, int64_t first, int64_t end, bool fast,
                          Round& round, Boundaries& out, Find& find) {
     const int lane = lane_index(), capacity = p.extents.capacity;
@@ -752,16 +880,22 @@ DEVICE void finish_round(const SegmentParams& p, const Row& row, int64_t first, 
         for (int n = lane; n < count; n += 32) {
             const uint2* at = out.list + held + n;
             const uint2 from = n == 0 ? last : at[-1];
-            const uint32_t index = capacity - 2;
-            out.future[n] = p.mass ? make_uint4(key_of<true>(from, at[1]) | index, key_of<true>(from, at[2]),
-                                                key_of<true>(from, at[3]), 0)
-                                   : make_uint4(key_of<false>(from, at[1]) | index, key_of<false>(from, at[2]),
-                                                key_of<false>(from, at[3]), 0);
+            const uint32_t index = capacity - 1;
+            const auto key = [&](int ahead) {
+                return p.mass ? key_of<true>(from, at[ahead]) : key_of<false>(from, at[ahead]);
+            };
+            out.begun[n] = make_uint4(from.x, from.y, key(2), key(3));
+            out.pair[n] = key(1) | index;
         }
     }
     if (lane == 0) {
         round.held = held;
-        round.count = count;
+#pragma unroll
+        for (int chunk = 0; chunk < BLOCK / C; chunk++) {
+            const uint64_t here = boundaries >> chunk * C;
+            round.counts[chunk] = C < 64 ? __popc(static_cast<uint32_t>(here)) : __popcll(here);
+        }
+        round.tokens = tokens;
         find.drift = total;
         find.tokens = tokens + static_cast<uint32_t>(end - first);
         if (fast && count > 0) {
@@ -773,68 +907,69 @@ DEVICE void finish_round(const SegmentParams& p, const Row& row, int64_t first, 
     __syncwarp();
 }
 
-// A round that begins at `first`, as far as look-ups go.
-template <typename T>
-DEVICE void search(const SegmentParams& p, const Row& row, int64_t first, bool fast, Round& round, Boundaries& out) {
-    Shared& shared = shared_of_block();
-    const int64_t end = least(first + BLOCK, shared.window_end);
-    look_up<T>(p, row, first, end, round, shared.state.find);
-    if (shared.state.find.done == end) finish_round(p, row, first, end, fast, round, out, shared.state.find);
-}
-
 // ---- Warp 0: merges ----
 
-// Merges at `steps` boundaries, the list full: `list` holds `capacity` slots and then the boundaries, `future`
-// begins at the first of them. Returns which of the list lane j's slot is. At step i, with j the pair that goes:
-// keys of j + 2 become at once what they are after it; those of j + 3 and j + 4 follow while the next pair is
-// being found, and those of j + 5, which take a division, a step later.
+// Merges at `steps` boundaries, the list full: `list` holds `capacity` slots and then the boundaries, `begun` and
+// `pair` begin with the newest slot. A lane holds what lies in a place, `rank` says which slot that is. The list moves
+// up as slots go: after n steps slot j stands at n + j.
+//
+// At step i, with j the pair that goes, the keys of slots j - 1 and j to the next become those to the next but one,
+// and the new slot takes the lane of slot j + 1. All else waits until the next pair is being found: keys to two ahead
+// follow a step later and those to three ahead two, from a division that begins when the list has moved.
 template <bool MASS>
-DEVICE int merge_steps(const uint2* list, const uint4* future, int capacity, int steps, uint8_t* events) {
-    const int lane = lane_index(), last = capacity - 2;
-    // Lanes past the last pair never change.
-    const int position = lane <= last ? lane : -8;
-    const bool edge = lane == last;
-    uint32_t k = NONE, r = NONE, q = NONE;
-    if (lane <= last) {
-        const uint2 from = list[lane];
-        k = key_of<MASS>(from, list[lane + 2]) | lane;
-        r = key_of<MASS>(from, list[lane + 3]);
-        q = key_of<MASS>(from, list[lane + 4]);
-    }
-    // Addresses: where slot j begins, where j + 5 does.
-    const uint32_t base = shared_address(list);
-    uint32_t slot = base + lane * 8, end = slot + 40, edge_slot = base + (last + 1) * 8;
-    uint32_t q_down = NONE;
-    int before = 64;  // the pair of the step before; at first one that moves nothing
-    uint2 from = shared_uint2(slot), to = shared_uint2(end);
+DEVICE void merge_steps(const uint2* list, const uint4* begun, const uint32_t* pair, int capacity, int steps,
+                        uint32_t zero, uint8_t* events, uint32_t& rank) {
+    int left = uniform(steps);
+    const uint32_t last = capacity - 1;
+    const bool holds = rank <= last;
+    uint32_t base = shared_address(list), begins = shared_address(begun), pairs = shared_address(pair);
+    uint2 own = list[rank];
+    uint32_t k = key_of<MASS>(own, list[rank + 2]) | rank;
+    uint32_t r = key_of<MASS>(own, list[rank + 3]), q = key_of<MASS>(own, list[rank + 4]);
+    if (rank >= last) k = NONE;
+    uint32_t x = shared_uint(pairs);
+    uint2 to = shared_uint2(base + rank * 8 + 40);
     Cost<MASS> cost;
-#pragma unroll 4
-    for (int i = 0; i < steps; i++) {
+    // Of the last step: whether the lane's slot lies past the pair, went; whether its keys to two and three ahead change.
+    bool above = !holds, freed = rank == last, two = false, three = false, late = false;
+    const auto step = [&] {
         const uint32_t best = __reduce_min_sync(ALL, k);
-        // While it comes. The key of five, of the list before the last step: its division began then.
-        const uint32_t s = cost.key();
-        q = position > before ? q_down : position + 3 >= before ? s : q;
-        cost.start(from, to);
-        const uint4 f = future[i];
-        uint32_t k_down = __shfl_down_sync(ALL, k, 1) - 1;
-        uint32_t r_down = __shfl_down_sync(ALL, r, 1);
-        q_down = __shfl_down_sync(ALL, q, 1);
-        uint32_t slot_down = __shfl_down_sync(ALL, slot, 1), end_down = __shfl_down_sync(ALL, end, 1);
-        if (edge) k_down = f.x, r_down = f.y, q_down = f.z, slot_down = edge_slot, end_down = edge_slot + 40;
-        edge_slot += 8;
-        const uint32_t r_key = r | lane;
+        // While it comes.
+        if (late) q = cost.bits(k & zero);
+        move_if(two, r, q);
+        late = three;
+        cost.start(own, to);
+        decrement_if(above, rank);
+        move_if(freed, rank, last);
+        const uint32_t at = base + rank * 8;
+        if (!above) put_shared(at, own);
+        __syncwarp();
+        to = shared_uint2(at + 40);
+        const uint32_t kept = (r & ~63u) | rank;
+        move_if(freed, k, x);
+        const uint32_t moved = k - 1;
+        x = shared_uint(pairs + 4);
+        shared_uint2_if(freed, begins, own.x, own.y);
+        shared_uint2_if(freed, begins + 8, r, q);
+        base += 8, begins += 16, pairs += 4;
 
-        const int j = best & 63;
-        const bool above = position > j;
-        k = above ? k_down : position + 1 >= j ? r_key : k;
-        r = above ? r_down : position + 2 >= j ? q : r;
-        slot = above ? slot_down : slot;
-        end = position + 4 >= j ? end_down : end;
-        from = shared_uint2(slot), to = shared_uint2(end);
-        before = j;
-        events[i] = MERGE + j;
+        const uint32_t j = best & 63, below = j - rank;
+        above = j < rank, freed = below == NONE, two = below <= 2, three = below <= 3;
+        const uint32_t past = freed ? NONE : moved, stays = below <= 1 ? kept : k;
+        k = above ? past : stays;
+        *events++ = j;
+    };
+#pragma unroll 1
+    for (; left >= 8; left -= 8) {
+#pragma unroll
+        for (int i = 0; i < 8; i++) step();
     }
-    return lane <= last ? static_cast<int>(slot - base) / 8 : lane + steps;
+#pragma unroll 1
+    for (; left > 0; left--) step();
+    decrement_if(above, rank);
+    move_if(freed, rank, last);
+    if (!above) put_shared(base + rank * 8, own);
+    __syncwarp();
 }
 
 // Tokens and drift of two slots a lane, and the keys by which pairs are compared (src/events.rs): what the
@@ -906,29 +1041,45 @@ DEVICE void apply(Ledger& ledger, uint8_t event, float score) {
     ledger.len += opens;
 }
 
-// A round's boundaries.
+// A round's boundaries. The list of the next round begins with what this one leaves.
+template <int C>
 DEVICE void merge_round(const SegmentParams& p, const Row& row, int64_t first, int64_t end, bool fast, State& state,
-                        Boundaries& in, Round& round) {
+                        Boundaries& in, Boundaries& next, Round& round) {
     const int lane = lane_index(), capacity = p.extents.capacity;
-    int held = state.merged;
     if (fast) {
-        const int count = round.count, opens = count < capacity - held ? count : capacity - held;
-        const int steps = count - opens;
-        if (count == 0) return;
-        if (lane < held) in.list[lane] = make_uint2(state.slots[0][lane], state.slots[1][lane]);
-        for (int n = lane; n < opens; n += 32) round.events[n] = OPEN;
-        __syncwarp();
-        held += opens;
-        int slot = lane;
-        if (steps > 0) {
-            slot = p.mass ? merge_steps<true>(in.list, in.future + opens, capacity, steps, round.events + opens)
-                          : merge_steps<false>(in.list, in.future + opens, capacity, steps, round.events + opens);
+        uint32_t* const ranks = shared_of_row().ranks;
+        uint32_t rank = ranks[lane];
+        int room = capacity - round.held;
+        int gone = 0, n = 0;  // merges, boundaries
+        const uint32_t tokens = round.tokens;
+#pragma unroll
+        for (int chunk = 0; chunk < BLOCK / C; chunk++) {
+            const int count = round.counts[chunk];
+            const int opens = count < room ? count : room, steps = count - opens, held = capacity - room;
+            const uint32_t entered = rank;
+            if (lane >= held && lane < held + opens) rank = lane;
+            room -= opens, n += opens;
+            const uint2* const list = in.list + gone;
+            const uint32_t zero = p.mass & 2;
+            if (p.mass)
+                merge_steps<true>(list, in.begun + n, in.pair + n, capacity, steps, zero, round.events + n, rank);
+            else
+                merge_steps<false>(list, in.begun + n, in.pair + n, capacity, steps, zero, round.events + n, rank);
+            gone += steps, n += steps;
+            if (static_cast<int>(rank) < held + opens) {
+                const uint32_t token = in.list[gone + rank].y - tokens - chunk * C;
+                round.exits[chunk].place[rank] = lane;
+                round.exits[chunk].known[rank] = token < C ? token : OLD | entered;
+            } else {
+                rank = NO_SLOT;
+            }
         }
-        if (lane < held) state.slots[0][lane] = in.list[slot].x, state.slots[1][lane] = in.list[slot].y;
+        ranks[lane] = rank;
+        if (lane < capacity - room) next.list[lane] = in.list[gone + lane];
     } else {
         Ledger ledger = {{state.slots[1][lane], state.slots[1][lane + 32]},
                          {state.slots[0][lane], state.slots[0][lane + 32]},
-                         held};
+                         state.merged};
         int n = 0;
         for (int t = 0; first + t < end; t++) {
             uint8_t event = EXTEND;
@@ -942,10 +1093,9 @@ DEVICE void merge_round(const SegmentParams& p, const Row& row, int64_t first, i
         }
         state.slots[0][lane] = ledger.drift[0], state.slots[0][lane + 32] = ledger.drift[1];
         state.slots[1][lane] = ledger.tokens[0], state.slots[1][lane + 32] = ledger.tokens[1];
-        held = ledger.len;
+        __syncwarp();
+        if (lane == 0) state.merged = ledger.len;
     }
-    __syncwarp();
-    if (lane == 0) state.merged = held;
     __syncwarp();
 }
 
@@ -963,15 +1113,13 @@ DEVICE double total_of(const SegmentParams& p, const Tables<T::CHUNK>& tables, i
     return total;
 }
 
-// One round, 32 slots at most, no log of the caller's: slots are opened until all are held, and from then on every
-// boundary merges. Lane j holds a word for slot j, what it is known by above and its place below; at a merge of pair
-// j the words past slot j move down, and the new slot takes the place of slot j + 1. A slot is known by its token in
-// the chunk or, if the chunk began with it, by its index then and OLD. One that neither began in the chunk nor ends
-// where it did when the chunk began has tokens of the chunk; the open one has.
+// One round of fast merges: slots are opened until all are held, and from then on every boundary merges. What the
+// chunk leaves comes from warp 0; a slot is known by its token in the chunk or, if the chunk began with it, by its
+// index then and OLD. One that neither began in the chunk nor ends where it did when the chunk began has tokens of
+// the chunk; the open one has.
 template <typename T>
-DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64_t end, Round& round, State& state) {
+DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64_t end, const Round& round, State& state) {
     constexpr int C = T::CHUNK;
-    constexpr uint32_t OLD = 64, PLACE = 31;
     const Extents& e = p.extents;
     const int lane = lane_index(), capacity = e.capacity;
     const auto tables = tables_of<T>(row);
@@ -994,52 +1142,28 @@ DEVICE void publish(const SegmentParams& p, const Row& row, int64_t first, int64
         uint64_t boundaries = round.boundaries >> chunk * C;
         if constexpr (C < 64) boundaries &= (uint64_t(1) << C) - 1;
         const int count = __popcll(boundaries), opens = count < capacity - held ? count : capacity - held;
-        // Tokens that open from the front, those that merge at the end, with the slot that goes. No drift is needed
-        // any more.
-        uint32_t* const steps = round.steps;
 #pragma unroll
         for (int half = 0; half < C / 32; half++) {
-            const int t = half * 32 + lane;
+            const int t = half * 32 + lane, i = __popcll(boundaries & ((uint64_t(1) << t) - 1));
             uint8_t event = EXTEND;
-            if (boundaries >> t & 1) {
-                const int i = __popcll(boundaries & ((uint64_t(1) << t) - 1));
-                event = round.events[n + i];
-                steps[i < opens ? i : BLOCK - count + i] = t * 32 + (i < opens ? 0 : event - MERGE + 1);
-            }
+            if (boundaries >> t & 1) event = i < opens ? OPEN : MERGE + round.events[n + i];
             if (from + t < end) p.events[row.at(from + t)] = event;
         }
         n += count;
-        __syncwarp();
-        uint32_t word = (OLD | lane) * 32 + place;
-        if (lane >= held && lane < held + opens) word = steps[lane - held] | lane;
         const int entered = held;
         held += opens;
         const bool newest = lane == held - 1;
-        const auto merge = [&](uint32_t step) {
-            const uint32_t down = __shfl_down_sync(ALL, word, 1), goes = __shfl_sync(ALL, word, step & 31);
-            word = lane >= static_cast<int>(step & 31) ? down : word;
-            word = newest ? ((goes ^ step) & PLACE) ^ step : word;
-        };
-        uint32_t i = BLOCK - count + opens;
-#pragma unroll 1
-        for (; i % 4 != 0; i++) merge(steps[i]);
-#pragma unroll 2
-        for (; i < BLOCK; i += 4) {
-            const uint4 four = round.steps4[i / 4];
-            merge(four.x), merge(four.y), merge(four.z), merge(four.w);
-        }
+        const uint32_t known = round.exits[chunk].known[lane];
+        place = round.exits[chunk].place[lane];
 
         // A slot that the chunk's first token begins follows those that the chunk began with.
-        uint32_t known = word / 32;
         const int old = __shfl_sync(ALL, item, known & 31);
         item = known & OLD ? old : static_cast<int>(from) + static_cast<int>(known);
-        place = word & PLACE;
         const uint32_t as = known == 0 ? OLD + entered : known;
         const uint32_t after = __shfl_down_sync(ALL, as, 1);
         const bool touched = lane < held && (newest || !(known & OLD) || after != known + 1);
         const uint32_t places = __reduce_or_sync(ALL, touched ? 1u << place : 0);
         log = places >> lane & 1 ? 0.0 : log + total;
-        __syncwarp();
     }
     state.items[lane] = item, state.places[lane] = place, state.logs[lane] = log;
     __syncwarp();
@@ -1162,7 +1286,7 @@ DEVICE bool begin(const SegmentParams& p, const Row& row, State& state) {
     // No score is above 2, 8192 units.
     const bool fast = !p.log && capacity <= FAST_SLOTS && drift + 8192 * static_cast<uint64_t>(row.len) < NONE &&
                       tokens + static_cast<uint64_t>(row.len) < NONE;
-    if (p.from > 0 || warp_index() != 0) return fast;
+    if (p.from > 0 || role_index() != 0) return fast;
     if (fast) {
         const uint32_t own_drift = slot_drift[0], own_tokens = slot_tokens[0];
 #pragma unroll
@@ -1202,27 +1326,30 @@ template <typename T>
 DEVICE void segment(const SegmentParams& p) {
     const Extents& e = p.extents;
     const int dk = e.dk, dv = e.dv, capacity = e.capacity;
-    const int lane = lane_index(), warp = warp_index(), thread = threadIdx.x;
-    if (dynamic_shared_bytes() < sizeof(Shared)) trap();
-    Shared& shared = shared_of_block();
+    const int lane = lane_index(), warp = uniform(role_index()), thread = row_thread();
+    const int rows = blockDim.x / SEGMENT_THREADS;
+    if (dynamic_shared_bytes() < rows * sizeof(Shared)) trap();
+    Shared& shared = shared_of_row();
+    const int64_t index = static_cast<int64_t>(blockIdx.x) * rows + row_in_block();
+    if (__any_sync(ALL, index >= e.sequences * e.value_heads)) return;
     {
-        const Row own = row_of(e, blockIdx.x / e.value_heads, blockIdx.x % e.value_heads);
-        if (own.len <= p.from && p.from > 0) return;
+        const Row own = row_of(e, index / e.value_heads, static_cast<int>(index % e.value_heads));
+        if (__any_sync(ALL, own.len <= p.from && p.from > 0)) return;
         if (thread == 0) {
             shared.row = own;
             shared.window_end = least(p.to, own.len);
         }
-        __syncthreads();
+        row_barrier();
     }
     const Row& row = shared.row;
     const int64_t& window_end = shared.window_end;
-    const int rounds = static_cast<int>((window_end - p.from + BLOCK - 1) / BLOCK);
+    const int rounds = uniform(static_cast<int>((window_end - p.from + BLOCK - 1) / BLOCK));
 
     State& state = shared.state;
     constexpr int WORDS = sizeof(State) / 4;
     uint32_t* const words = reinterpret_cast<uint32_t*>(&state);
     const auto saved = [&] { return static_cast<uint32_t*>(p.state) + row.index() * WORDS; };
-    const bool fast = begin(p, row, state);
+    const bool fast = __any_sync(ALL, begin(p, row, state));
     if (p.from > 0) {
 #pragma unroll 1
         for (int i = thread; i < WORDS; i += SEGMENT_THREADS) words[i] = saved()[i];
@@ -1239,36 +1366,59 @@ DEVICE void segment(const SegmentParams& p) {
         squared = block_sum(squared, shared.sums);
         if (thread == 0) state.find.squared = squared;
     }
-    __syncthreads();
+    row_barrier();
+    if (warp == 0 && fast) {
+        shared.ranks[lane] = NO_SLOT;
+        __syncwarp();
+        if (lane < state.merged) {
+            shared.ranks[state.places[lane]] = lane;
+            shared.boundaries[0].list[lane] = make_uint2(state.slots[0][lane], state.slots[1][lane]);
+        }
+        __syncwarp();
+    }
 
-    for (int i = 0; i < rounds + 2; i++) {
+    if (warp == 1) fetch<T>(p, row, p.from, shared.aheads[0]);
+    for (int i = 0; i < rounds + 3; i++) {
         const int64_t first = p.from + static_cast<int64_t>(i) * BLOCK;
-        Round& round = shared.rounds[i % 3];
-        if (warp == 0 && i >= 1 && i <= rounds)
-            merge_round(p, row, first - BLOCK, least(first, window_end), fast, state,
-                        shared.boundaries[(i - 1) % 2], shared.rounds[(i - 1) % 3]);
+        const auto round = [&](int back) -> Round& { return shared.rounds[(i - back) & 3]; };
+        const auto begin_of = [&](int back) { return first - back * BLOCK; };
+        const auto end_of = [&](int back) { return least(first + (1 - back) * BLOCK, window_end); };
+        if (warp == 0 && i >= 2 && i < rounds + 2)
+            merge_round<T::CHUNK>(p, row, begin_of(2), end_of(2), fast, state, shared.boundaries[i % 2],
+                                  shared.boundaries[(i - 1) % 2], round(2));
         if (warp == 1 && i < rounds) {
-            if (lane == 0) round.boundaries = 0;
+            if (lane == 0) round(0).boundaries = 0;
+            copies_wait();
             __syncwarp();
-            search<T>(p, row, first, fast, round, shared.boundaries[i % 2]);
+            fetch<T>(p, row, first + BLOCK, shared.aheads[(i + 1) % 2]);
+            look_up<T>(p, row, first, shared.aheads[i % 2], round(0));
         }
-        if (warp == 2 && i >= 2) {
-            const int64_t to = least(first - BLOCK, window_end);
-            const int64_t from = first - 2 * BLOCK;
-            if (capacity > 32 || p.log) publish_any<T>(p, row, from, to, shared.rounds[(i - 2) % 3], state);
-            else publish<T>(p, row, from, to, shared.rounds[(i - 2) % 3], state);
+        if (warp == 2 && i >= 3) {
+            if (fast) publish<T>(p, row, begin_of(3), end_of(3), round(3), state);
+            else publish_any<T>(p, row, begin_of(3), end_of(3), round(3), state);
         }
-        __syncthreads();
+        if (warp == 3 && i >= 1 && i < rounds + 1)
+            finish_round<T::CHUNK>(p, row, begin_of(1), end_of(1), fast, round(1), shared.boundaries[(i - 1) % 2],
+                                   state.find);
+        row_barrier();
         while (i < rounds) {
             // Not kept over the fast part of the round.
-            const int64_t from = p.from + static_cast<int64_t>(opaque(i)) * BLOCK;
-            if (shared.state.find.done >= least(from + BLOCK, window_end)) break;
-            slow_path<T>(p, row, from, shared.rounds[i % 3]);
-            if (warp == 1) search<T>(p, row, from, fast, shared.rounds[i % 3], shared.boundaries[i % 2]);
-            __syncthreads();
+            const int now = opaque(i);
+            const int64_t from = p.from + static_cast<int64_t>(now) * BLOCK;
+            if (__any_sync(ALL, shared.state.find.done >= least(from + BLOCK, window_end))) break;
+            slow_path<T>(p, row, from, shared.rounds[now & 3]);
+            if (warp == 1) look_up<T>(p, row, from, shared.aheads[now % 2], shared.rounds[now & 3]);
+            row_barrier();
         }
     }
 
+    if (warp == 0 && fast) {
+        const int held = state.find.held;
+        const uint2 begins = shared.boundaries[rounds % 2].list[lane];
+        if (lane < held) state.slots[0][lane] = begins.x, state.slots[1][lane] = begins.y;
+        if (lane == 0) state.merged = held;
+    }
+    row_barrier();
     if (window_end < row.len) {
 #pragma unroll 1
         for (int i = thread; i < WORDS; i += SEGMENT_THREADS) saved()[i] = words[i];
@@ -1311,7 +1461,7 @@ DEVICE void segment(const SegmentParams& p) {
     KERNEL BLOCK_OF(dla::SEGMENT_THREADS) segment_gram_##suffix(const __grid_constant__ dla::SegmentParams p) { \
         dla::segment_gram<dla::T>(p);                                                                           \
     }                                                                                                           \
-    KERNEL BLOCKS_OF(dla::SEGMENT_THREADS, 7) segment_##suffix(const __grid_constant__ dla::SegmentParams p) {  \
+    KERNEL BLOCK_OF(dla::SEGMENT_THREADS * dla::SEGMENT_ROWS) segment_##suffix(const __grid_constant__ dla::SegmentParams p) {  \
         dla::segment<dla::T>(p);                                                                                \
     }
 KERNELS(bf16, Bf16)

@@ -4,8 +4,8 @@
 
 use dla::check::{Case, Recipe, relative_error};
 use dla::cuda::abi::{
-    DevicePointer, Extents, Geometry, PrepareParams, RouteParams, RouteSumsParams, SEGMENT_STATE_BYTES,
-    ScanParams, SegmentParams,
+    DevicePointer, Extents, Geometry, PrepareParams, RouteParams, RouteSumsParams, SEGMENT_ROWS,
+    SEGMENT_STATE_BYTES, ScanParams, SegmentParams,
 };
 use dla::events::{EXTEND, Ledger, OPEN, plan};
 use dla::reference::{self, Arguments};
@@ -310,7 +310,10 @@ fn run(
         let segment = SegmentParams { from: window[0], to: window[1], ..segment };
         let shared_bytes = geometry.segment_gram_shared_bytes();
         launch(emulate, &kernel("segment_gram"), geometry.segment_gram_blocks(), shared_bytes, &segment);
-        launch(emulate, &kernel("segment"), dims.rows(), geometry.segment_shared_bytes(), &segment);
+        let (stem, rows) =
+            if shape.capacity % 2 == 0 { ("segment", 1) } else { ("segment_rows", SEGMENT_ROWS) };
+        let shared_bytes = rows * geometry.segment_shared_bytes();
+        launch(emulate, &kernel(stem), dims.rows().div_ceil(rows), shared_bytes, &segment);
     }
     for array in [&walks, &reach, &next, &energy, &factor, &totals, &state] {
         array.get::<u8>();
@@ -861,7 +864,7 @@ fn shared_memory_fits() {
         };
         let bytes = [
             geometry.segment_gram_shared_bytes(),
-            geometry.segment_shared_bytes(),
+            SEGMENT_ROWS * geometry.segment_shared_bytes(),
             geometry.prepare_shared_bytes(),
             geometry.route_sums_shared_bytes(),
             geometry.route_bases_shared_bytes(),

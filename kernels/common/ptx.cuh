@@ -25,6 +25,7 @@ namespace dla {
 
 using emulation::copies_wait;
 using emulation::copy_async_16;
+using emulation::copy_async_4;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
 using emulation::f16_to_f32;
@@ -34,10 +35,16 @@ using emulation::ldmatrix_x4_trans;
 using emulation::mma_bf16;
 using emulation::opaque;
 using emulation::pack_bf16;
+DEVICE void part_barrier(int id, int threads) { emulation::group_barrier(id, threads); }
 using emulation::quotient;
-using emulation::reciprocal;
+using emulation::approximate_reciprocal;
 using emulation::shared_address;
+using emulation::put_shared;
+DEVICE void move_if(bool live, uint32_t& to, uint32_t from) { to = live ? from : to; }
+DEVICE void decrement_if(bool live, uint32_t& x) { x -= live; }
+using emulation::shared_uint;
 using emulation::shared_uint2;
+using emulation::shared_uint2_if;
 using emulation::trap;
 
 #else
@@ -57,14 +64,15 @@ DEVICE uint32_t dynamic_shared_bytes() {
 
 // The IEEE quotient of two integers below 2^32 in f32, the divisor not 0, in two parts: the instructions of
 // __fdiv_rn without its look for operands out of range and the branch (nvcc 13.0.88, SASS compared).
-DEVICE float reciprocal(float b) {
+DEVICE float approximate_reciprocal(float b) {
     float y;
     asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(b));
-    return __fmaf_rn(y, __fmaf_rn(-b, y, 1.0f), y);
+    return y;
 }
-DEVICE float quotient(float a, float b, float reciprocal_of_b) {
-    const float q = __fmul_rn(a, reciprocal_of_b);
-    return __fmaf_rn(reciprocal_of_b, __fmaf_rn(-b, q, a), q);
+DEVICE float quotient(float a, float b, float approximate) {
+    const float y = __fmaf_rn(approximate, __fmaf_rn(-b, approximate, 1.0f), approximate);
+    const float q = __fmul_rn(a, y);
+    return __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
 }
 
 // x, of which the compiler knows nothing: what is computed from it is not moved out of a loop.
@@ -80,6 +88,32 @@ DEVICE uint2 shared_uint2(uint32_t address) {
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
     return x;
 }
+DEVICE uint32_t shared_uint(uint32_t address) {
+    uint32_t x;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(x) : "r"(address));
+    return x;
+}
+// Loads where `live`, else leaves what is there.
+DEVICE void shared_uint2_if(bool live, uint32_t address, uint32_t& x, uint32_t& y) {
+    asm volatile("{\n .reg .pred p;\n setp.ne.s32 p, %3, 0;\n @p ld.shared.v2.u32 {%0, %1}, [%2];\n}"
+                 : "+r"(x), "+r"(y)
+                 : "r"(address), "r"(static_cast<int>(live)));
+}
+// Each one instruction with a predicate.
+DEVICE void move_if(bool live, uint32_t& to, uint32_t from) {
+    asm("{\n .reg .pred p;\n setp.ne.s32 p, %2, 0;\n @p mov.b32 %0, %1;\n}" : "+r"(to) : "r"(from), "r"(static_cast<int>(live)));
+}
+DEVICE void decrement_if(bool live, uint32_t& x) {
+    asm("{\n .reg .pred p;\n setp.ne.s32 p, %1, 0;\n @p sub.u32 %0, %0, 1;\n}" : "+r"(x) : "r"(static_cast<int>(live)));
+}
+DEVICE void put_shared(uint32_t address, uint2 x) {
+    asm volatile("st.shared.v2.u32 [%0], {%1, %2};" ::"r"(address), "r"(x.x), "r"(x.y) : "memory");
+}
+
+// Barrier `id` (1..15) of `threads` threads of the block.
+DEVICE void part_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 DEVICE void trap() { asm volatile("trap;"); }
 
@@ -87,6 +121,10 @@ DEVICE void trap() { asm volatile("trap;"); }
 DEVICE void copy_async_16(void* to, const void* from, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0)
                  : "memory");
+}
+// Copies 4 bytes to shared memory.
+DEVICE void copy_async_4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
 }
 // Waits for the copies of this thread.
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }

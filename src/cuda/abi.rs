@@ -2,7 +2,7 @@
 //! and offsets are asserted on both sides. Device pointers are their addresses; 0 is null.
 //!
 //! Also what a launch of each kernel takes beside its parameters: grid and shared memory. Blocks have
-//! [`THREADS`] threads, those of `segment_gram_*` and `segment_*` [`SEGMENT_THREADS`].
+//! [`THREADS`] threads, those of `segment_gram_*` [`SEGMENT_THREADS`], those of `segment_*` as many a row.
 
 // Fields are described once, in abi.cuh.
 #![allow(missing_docs)]
@@ -12,8 +12,11 @@ use std::mem::{offset_of, size_of};
 /// Threads of a block.
 pub const THREADS: u32 = 256;
 
-/// Threads of a block of `segment_gram_*` and `segment_*`.
+/// Threads of a block of `segment_gram_*`, and of a row of `segment_*`.
 pub const SEGMENT_THREADS: u32 = 128;
+
+/// Rows that a block of `segment_*` takes at most.
+pub const SEGMENT_ROWS: usize = 4;
 
 /// Bytes of a row's record between two windows of `segment_*`.
 pub const SEGMENT_STATE_BYTES: usize = 1608;
@@ -374,12 +377,24 @@ impl Geometry {
 
     /// Shared memory of `segment_gram_*`.
     pub fn segment_gram_shared_bytes(&self) -> usize {
-        64 * 8 + 3 * 64 * 4 + (64 * 65 * 4).max(Self::tile(self.parts, 64, 64))
+        let operands = if self.parts == 1 {
+            Self::tile(1, 64, self.padded_dk()) + Self::tile(1, 64, self.dv.next_multiple_of(16))
+        } else {
+            Self::tile(self.parts, 64, 64)
+        };
+        64 * 8 + 3 * 64 * 4 + (32 * 66 * 4).max(operands)
     }
 
-    /// Shared memory of `segment_*`, SEGMENT_SHARED_BYTES of abi.cuh: the same for every size.
+    /// Rows of a block of `segment_*` on a card of `processors` multiprocessors. `beside`: while the scan runs, whose
+    /// blocks want a multiprocessor each; else rows share one where there are more.
+    pub fn segment_rows(&self, processors: usize, beside: bool) -> usize {
+        let share = if beside { SEGMENT_ROWS } else { self.rows().div_ceil(processors.max(1)) };
+        share.min(self.rows()).clamp(1, SEGMENT_ROWS)
+    }
+
+    /// Shared memory of a row of `segment_*`, SEGMENT_SHARED_BYTES of abi.cuh: the same for every size.
     pub fn segment_shared_bytes(&self) -> usize {
-        9280
+        11472
     }
 
     /// Shared memory of `prepare_*`.

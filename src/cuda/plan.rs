@@ -53,7 +53,7 @@ pub(super) enum Scan {
 }
 
 impl Pipeline {
-    /// The kernels of a call on this card, `hopper` where its own are to scan. Another card's go in here, and their
+    /// The kernels of a call on this card, `hopper` where its own are to scan; `rows` in a block of segment's chain. Another card's go in here, and their
     /// parameters into launch.rs.
     fn choose(
         device: &Device,
@@ -61,6 +61,7 @@ impl Pipeline {
         dtype: Dtype,
         read: Read,
         hopper: Option<ScanSm90>,
+        rows: usize,
     ) -> Result<Pipeline> {
         let g = geometry;
         let recurrence = if g.delta { "delta" } else { "gated" };
@@ -78,8 +79,10 @@ impl Pipeline {
                 choose("route", "route", places, g.route_shared_bytes()).resolve(device)?,
             ]),
         };
-        let segment = |stem, blocks, shared_bytes| {
-            choose("segment", stem, blocks, shared_bytes).of_threads(SEGMENT_THREADS).resolve(device)
+        let segment = |stem, rows: usize, blocks, shared_bytes: usize| {
+            choose("segment", stem, blocks, rows * shared_bytes)
+                .of_threads(SEGMENT_THREADS * rows as u32)
+                .resolve(device)
         };
         let scan = match hopper {
             Some(form) => {
@@ -117,8 +120,8 @@ impl Pipeline {
         };
         Ok(Pipeline {
             segment: [
-                segment("segment_gram", g.segment_gram_blocks(), g.segment_gram_shared_bytes())?,
-                segment("segment", g.rows(), g.segment_shared_bytes())?,
+                segment("segment_gram", 1, g.segment_gram_blocks(), g.segment_gram_shared_bytes())?,
+                segment("segment", rows, g.rows().div_ceil(rows), g.segment_shared_bytes())?,
             ],
             route,
             scan,
@@ -183,6 +186,8 @@ impl Plan {
         // Packed sequences' lengths, and so what a window would hold, are known on the GPU alone.
         let cut = hopper.is_some() && shape.sequences == shape.batch;
         let window = if cut { window(shape.time) } else { shape.time.max(1) };
+        let processors = device.multiprocessors().max(1) as usize;
+        let rows = geometry.segment_rows(processors, window < shape.time);
         let windowed = hopper.map(|scan| {
             let packed = shape.sequences != shape.batch;
             let places = ScanSm90::places(&geometry, shape.time, packed, 0, window);
@@ -202,7 +207,7 @@ impl Plan {
             newest_first: (options.slot_order == SlotOrder::NewestFirst).into(),
         };
         Ok(Plan {
-            pipeline: Pipeline::choose(device, &geometry, dtype, options.read, hopper)?,
+            pipeline: Pipeline::choose(device, &geometry, dtype, options.read, hopper, rows)?,
             layout,
             window,
             geometry,

@@ -330,14 +330,26 @@ inline unsigned char* dynamic_shared() { return machine.shared; }
 inline uint32_t dynamic_shared_bytes() { return machine.shared_bytes; }
 
 inline uint32_t shared_address(const void* of) { return static_cast<const unsigned char*>(of) - machine.shared; }
-inline uint2 shared_uint2(uint32_t address) {
-    if (address % 8 != 0 || address + 8 > machine.shared_bytes) fail("a load outside shared memory");
-    uint2 x;
+template <typename X>
+inline X shared_at(uint32_t address) {
+    if (address % sizeof(X) != 0 || address + sizeof(X) > machine.shared_bytes) fail("a load outside shared memory");
+    X x;
     memcpy(&x, machine.shared + address % machine.shared_bytes, sizeof x);
     return x;
 }
+inline uint2 shared_uint2(uint32_t address) { return shared_at<uint2>(address); }
+inline uint32_t shared_uint(uint32_t address) { return shared_at<uint32_t>(address); }
+inline void shared_uint2_if(bool live, uint32_t address, uint32_t& x, uint32_t& y) {
+    if (!live) return;
+    const auto two = shared_at<uint2>(address);
+    x = two.x, y = two.y;
+}
+inline void put_shared(uint32_t address, uint2 x) {
+    if (address % 8 != 0 || address + 8 > machine.shared_bytes) return fail("a store outside shared memory");
+    memcpy(machine.shared + address, &x, sizeof x);
+}
 inline int opaque(int x) { return x; }
-inline float reciprocal(float) { return 0; }
+inline float approximate_reciprocal(float) { return 0; }
 inline float quotient(float a, float b, float) { return a / b; }
 
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
@@ -461,6 +473,7 @@ inline void copy_async_16(void* to, const void* from, bool live) {
     if (live) memcpy(to, from, 16);
     else memset(to, 0, 16);
 }
+inline void copy_async_4(void* to, const void* from) { memcpy(to, from, 4); }
 inline void copies_wait() {}
 inline void copies_arrive(uint64_t* barrier) { barrier_arrive(barrier); }
 // Its bytes have come when it returns, so the phase has only the arrivals to wait for.

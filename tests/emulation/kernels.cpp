@@ -47,6 +47,10 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN(wrong_barrier), RUN(wrong_collective), RUN(wrong_write), RUN(wrong_launch);
     RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment_gram);
     RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment);
+    // Blocks of several rows.
+    run("segment_rows_bf16", segment_bf16, dla::SEGMENT_ROWS * dla::SEGMENT_THREADS);
+    run("segment_rows_f16", segment_f16, dla::SEGMENT_ROWS * dla::SEGMENT_THREADS);
+    run("segment_rows_f32", segment_f32, dla::SEGMENT_ROWS * dla::SEGMENT_THREADS);
     RUN_DTYPES(prepare_gated);
     RUN_DTYPES(prepare_delta);
     RUN_DTYPES(route_sums);
