@@ -27,13 +27,16 @@ using emulation::copies_wait;
 using emulation::copy_async_16;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
+using emulation::arrive;
 using emulation::f16_to_f32;
 using emulation::f32_to_f16;
 using emulation::ldmatrix_x4;
 using emulation::ldmatrix_x4_trans;
+using emulation::load_once;
 using emulation::mma_bf16;
 using emulation::opaque;
 using emulation::pack_bf16;
+using emulation::prefetch;
 using emulation::quotient;
 using emulation::reciprocal;
 using emulation::shared_address;
@@ -79,6 +82,24 @@ DEVICE uint2 shared_uint2(uint32_t address) {
     uint2 x;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
     return x;
+}
+
+// 16 bytes that are read once: they take no place in L1.
+DEVICE uint4 load_once(const void* from) {
+    uint4 x;
+    asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+        : "l"(from));
+    return x;
+}
+// Has the line of 128 bytes brought to L2.
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+// Counts an arrival: how many came before. What this thread did before is done for those that come after.
+DEVICE uint32_t arrive(uint32_t* count) {
+    __threadfence();
+    const uint32_t before = atomicAdd(count, 1u);
+    __threadfence();
+    return before;
 }
 
 DEVICE void trap() { asm volatile("trap;"); }

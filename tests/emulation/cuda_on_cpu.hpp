@@ -337,6 +337,14 @@ inline uint2 shared_uint2(uint32_t address) {
     return x;
 }
 inline int opaque(int x) { return x; }
+inline uint4 load_once(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a load of 16 misaligned bytes");
+    uint4 x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+inline void prefetch(const void*) {}
+inline uint32_t arrive(uint32_t* count) { return (*count)++; }
 inline float reciprocal(float) { return 0; }
 inline float quotient(float a, float b, float) { return a / b; }
 
@@ -656,6 +664,7 @@ static inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t pick) {
     for (int i = 0; i < 4; i++) out |= uint32_t(bytes >> (pick >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return out;
 }
+static inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 static inline int __popc(uint32_t x) { return std::popcount(x); }
 static inline int __popcll(uint64_t x) { return std::popcount(x); }
 static inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }
