@@ -204,9 +204,20 @@ impl Roster {
         cache.validate_dims(self.spec.dims(entries.len()), self.spec.read)
     }
 
-    /// Options and extents are the spec's.
     fn check_problem(&self, problem: &Problem<'_>) -> Result<()> {
-        let (options, shape, spec) = (problem.options(), problem.shape(), &self.spec);
+        self.check_call(problem.options(), problem.shape())?;
+        if problem.inputs().cache.is_some() {
+            return Err(Error::Unexpected {
+                name: "cache",
+                why: "the entries hold what the call goes on from",
+            });
+        }
+        Ok(())
+    }
+
+    /// Options and extents are the spec's.
+    pub(crate) fn check_call(&self, options: &Options, shape: &Shape) -> Result<()> {
+        let spec = &self.spec;
         let differs = |name, why| Err(Error::Plan { name, why });
         if shape.value_heads != spec.value_heads {
             return differs("v", "HV is not that of the entries");
@@ -225,12 +236,6 @@ impl Roster {
         }
         if options.read != spec.read {
             return differs("read", "not that of the entries");
-        }
-        if problem.inputs().cache.is_some() {
-            return Err(Error::Unexpected {
-                name: "cache",
-                why: "the entries hold what the call goes on from",
-            });
         }
         Ok(())
     }

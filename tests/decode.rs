@@ -3,21 +3,48 @@
 //! `DLA_CUDA_SMALL=1`: few small cases, for compute-sanitizer. `DLA_EVIDENCE`: folder that takes a JSON file a test.
 
 use dla::check::{Recipe, relative_error};
+use dla::cuda::{self, Call, Engine, Graph, Memory, RawInputs, RawOutputs};
 use dla::reference::{self, Arguments};
-use dla::{Dtype, Error, Inputs, Merge, Options, Problem, StateDtype};
+use dla::{
+    Buffer, Dtype, Engine as _, Entries as _, Error, Inputs, Merge, Options, Problem, Recurrence, Shape,
+    StateDtype, Step, cpu,
+};
 use harness::*;
 use proptest::prelude::*;
+use std::sync::{Arc, OnceLock};
 
 #[path = "decode/harness.rs"]
 mod harness;
+
+/// The first GPU; `None` where there is none.
+fn engine() -> Option<Arc<Engine>> {
+    static ENGINE: OnceLock<Option<Arc<Engine>>> = OnceLock::new();
+    let engine = ENGINE.get_or_init(|| match Engine::new(0) {
+        Ok(engine) => Some(Arc::new(engine)),
+        Err(error) => {
+            assert!(std::env::var_os("DLA_CUDA").is_none_or(|value| value != "require"), "{error}");
+            println!("SKIPPED on a GPU: {error}");
+            None
+        }
+    });
+    engine.clone()
+}
 
 fn makers() -> Vec<Maker> {
     let cpu = Maker {
         name: "cpu",
         states: &[StateDtype::F32],
-        make: |spec| dla::cpu::Entries::new(spec).map(|entries| Box::new(entries) as _),
+        make: |spec| cpu::Entries::new(spec).map(|entries| Box::new(entries) as _),
     };
-    vec![cpu]
+    let cuda = Maker {
+        name: "cuda",
+        states: &[StateDtype::F32, StateDtype::Bf16],
+        make: |spec| {
+            let engine = engine().ok_or(Error::NoDriver)?;
+            cuda::Entries::new(engine, spec).map(|entries| Box::new(entries) as _)
+        },
+    };
+    if engine().is_some() { vec![cpu, cuda] } else { vec![cpu] }
 }
 
 fn small() -> bool {
@@ -213,5 +240,279 @@ fn own_log() {
                 assert!(error <= maker.bound(Dtype::F32, states), "cache_states off by {error:.2e}");
             }
         }
+    }
+}
+
+/// Arrays of a step on the GPU, of `rows` rows of `time` tokens.
+struct Arrays {
+    memory: Vec<Memory>,
+    inputs: RawInputs,
+    outputs: RawOutputs,
+}
+
+impl Arrays {
+    fn new(engine: &Engine, recipe: &Recipe, rows: usize, time: usize) -> Self {
+        let Recipe { heads, value_heads, dk, dv, dtype, ref options, .. } = *recipe;
+        let (tokens, element) = (rows * time, dtype.bytes());
+        let mut memory = Vec::new();
+        let mut room = |bytes: usize| {
+            memory.push(engine.allocate(bytes).unwrap());
+            engine.fill(&memory[memory.len() - 1], 0xff).unwrap();
+            memory[memory.len() - 1].address()
+        };
+        let delta = options.recurrence == Recurrence::GatedDelta;
+        let inputs = RawInputs {
+            q: room(tokens * heads * dk * element),
+            k: room(tokens * heads * dk * element),
+            v: room(tokens * value_heads * dv * element),
+            g: room(4 * tokens * value_heads),
+            beta: room(4 * tokens * value_heads) * u64::from(delta),
+            lambda: room(4 * tokens * value_heads * options.capacity),
+            lambda_columns: options.capacity,
+            tau: room(4 * value_heads),
+            ..RawInputs::default()
+        };
+        let outputs = RawOutputs {
+            o: room(tokens * value_heads * dv * element),
+            drift: room(4 * tokens * value_heads),
+            events: room(tokens * value_heads),
+            ..RawOutputs::default()
+        };
+        let tau: Vec<f32> = (0..value_heads).map(|head| options.tau.of(head)).collect();
+        engine.upload(&memory[6], 0, bytemuck::cast_slice(&tau)).unwrap();
+        Arrays { memory, inputs, outputs }
+    }
+
+    fn upload(&self, engine: &Engine, batch: &Batch) {
+        let bytes = |x: &Buffer| match x {
+            Buffer::F32(x) => bytemuck::cast_slice::<_, u8>(x).to_vec(),
+            Buffer::Bf16(x) => bytemuck::cast_slice::<_, u8>(x).to_vec(),
+            Buffer::F16(x) => bytemuck::cast_slice::<_, u8>(x).to_vec(),
+        };
+        let [g, beta, lambda, _] = &batch.rest;
+        let floats = |x: &Option<Vec<f32>>| x.as_ref().map(|x| bytemuck::cast_slice::<_, u8>(x).to_vec());
+        let given =
+            [Some(bytes(&batch.q)), Some(bytes(&batch.k)), Some(bytes(&batch.v)), floats(g), floats(beta)];
+        for (memory, bytes) in self.memory.iter().zip(given.into_iter().chain([floats(lambda)])) {
+            if let Some(bytes) = bytes {
+                engine.upload(memory, 0, &bytes).unwrap();
+            }
+        }
+    }
+
+    /// The results of the first `rows` of `all` rows of one token.
+    fn results(&self, engine: &Engine, recipe: &Recipe, rows: usize) -> Step {
+        let per_token = rows * recipe.value_heads;
+        let get = |index: usize, bytes: usize| {
+            let mut to = vec![0u8; bytes];
+            engine.download(&self.memory[index], 0, &mut to).unwrap();
+            to
+        };
+        let o = get(7, per_token * recipe.dv * 2);
+        Step {
+            o: Buffer::Bf16(o.chunks_exact(2).map(bytemuck::pod_read_unaligned).collect()),
+            drift: get(8, 4 * per_token).chunks_exact(4).map(bytemuck::pod_read_unaligned).collect(),
+            events: get(9, per_token),
+            lambda: None,
+        }
+    }
+}
+
+/// One captured step serves sequences that join and leave between replays; rows at rest are not written.
+#[test]
+fn a_captured_step_serves_other_sequences() {
+    let Some(engine) = engine() else { return };
+    for maker in makers().into_iter().filter(|maker| maker.name == "cuda") {
+        let record = Record::of("a_captured_step_serves_other_sequences", &maker);
+        for &states in maker.states {
+            for recurrence in RECURRENCES {
+                let recipe = Recipe {
+                    options: Options { recurrence, capacity: 6, ..Options::default() },
+                    time: 64,
+                    heads: 2,
+                    value_heads: 4,
+                    dk: 32,
+                    dv: 64,
+                    dtype: Dtype::Bf16,
+                    ..Recipe::default()
+                };
+                let mut sequences = Sequence::draw(&recipe, 20..25);
+                let mut cache = cuda::Entries::new(engine.clone(), spec_of(&recipe, 7, states)).unwrap();
+                let entries: Vec<usize> = (0..5).map(|_| cache.take().unwrap()).collect();
+                let shape = Shape {
+                    batch: 4,
+                    time: 1,
+                    heads: 2,
+                    value_heads: 4,
+                    dk: 32,
+                    dv: 64,
+                    capacity: 6,
+                    sequences: 4,
+                };
+                let plan = cache.plan(&recipe.options, &shape, Dtype::Bf16).unwrap();
+                let arrays = Arrays::new(&engine, &recipe, 4, 1);
+                let rows = cache.rows(4).unwrap();
+                let mut graph = Graph::capture(&engine, || {
+                    // SAFETY: every array is of the extents of `shape`.
+                    unsafe { cache.launch(&plan, rows.address(), &arrays.inputs, &arrays.outputs) }
+                })
+                .unwrap();
+                for round in 0..60 {
+                    let who: Vec<usize> =
+                        (0..5).filter(|i| (round * 7 + i * 5) % 9 < 5).take(round % 5).collect();
+                    let who: Vec<usize> = who.into_iter().filter(|&i| sequences[i].left() > 0).collect();
+                    let parts: Vec<_> = who
+                        .iter()
+                        .map(|&i| (&sequences[i].case, sequences[i].at..sequences[i].at + 1))
+                        .collect();
+                    engine.fill(&arrays.memory[7], 0xff).unwrap();
+                    if !parts.is_empty() {
+                        arrays.upload(&engine, &Batch::of(&parts));
+                    }
+                    let named: Vec<usize> = who.iter().map(|&i| entries[i]).collect();
+                    cache.set_rows(&rows, &named).unwrap();
+                    // SAFETY: no entry comes twice, as set_rows has checked.
+                    unsafe { graph.replay(&engine) }.unwrap();
+                    let mut all = vec![0u8; 4 * 4 * 64 * 2];
+                    engine.download(&arrays.memory[7], 0, &mut all).unwrap();
+                    assert!(all[who.len() * 4 * 64 * 2..].iter().all(|&byte| byte == 0xff), "a row at rest");
+                    if !who.is_empty() {
+                        let step = arrays.results(&engine, &recipe, who.len());
+                        for (row, &i) in who.iter().enumerate() {
+                            sequences[i].take(&step, row, who.len());
+                        }
+                    }
+                }
+                let twice = cache.set_rows(&rows, &[entries[0], entries[0]]);
+                assert!(matches!(twice, Err(Error::Entry { index: 1, .. })));
+                assert!(matches!(cache.set_rows(&rows, &[6]), Err(Error::Entry { given: 6, .. })));
+                assert!(matches!(cache.set_rows(&rows, &[0, 1, 2, 3, 4]), Err(Error::Shape { .. })));
+                for (sequence, &entry) in sequences.iter().zip(&entries) {
+                    let held = cache.export(&[entry]).unwrap();
+                    sequence.judge(&held, maker.bound(Dtype::Bf16, states), &record);
+                }
+            }
+        }
+    }
+}
+
+/// Wrong addresses are typed errors before any launch.
+#[test]
+fn wrong_addresses() {
+    let Some(engine) = engine() else { return };
+    let recipe = Recipe { dtype: Dtype::Bf16, ..Recipe::default() };
+    let mut cache = cuda::Entries::new(engine.clone(), spec_of(&recipe, 2, StateDtype::F32)).unwrap();
+    let entry = cache.take().unwrap();
+    let shape =
+        Shape { batch: 1, time: 1, heads: 1, value_heads: 1, dk: 16, dv: 16, capacity: 30, sequences: 1 };
+    let plan = cache.plan(&recipe.options, &shape, Dtype::Bf16).unwrap();
+    let arrays = Arrays::new(&engine, &recipe, 1, 1);
+    let rows = cache.rows(1).unwrap();
+    let (inputs, outputs) = (arrays.inputs, arrays.outputs);
+    let expect = |entries: u64, inputs: RawInputs, outputs: RawOutputs, text: &str| {
+        // SAFETY: refused before anything is launched.
+        let error = unsafe { cache.launch(&plan, entries, &inputs, &outputs) }.expect_err(text).to_string();
+        assert!(error.contains(text), "{error}; expected {text}");
+    };
+    expect(0, inputs, outputs, "entries: missing");
+    expect(rows.address() + 2, inputs, outputs, "entries: expected an address that is a multiple");
+    expect(rows.address(), RawInputs { q: 0, ..inputs }, outputs, "q: missing");
+    expect(rows.address(), RawInputs { lambda_columns: 3, ..inputs }, outputs, "lambda: expected shape");
+    expect(rows.address(), inputs, RawOutputs { o: 0, ..outputs }, "o: missing");
+    let host = [0f32; 64];
+    let on_host = host.as_ptr() as u64 / 16 * 16;
+    expect(rows.address(), RawInputs { v: on_host, ..inputs }, outputs, "v: expected an address of GPU 0");
+    let wrong = cache.plan(&recipe.options, &Shape { dk: 32, ..shape }, Dtype::Bf16);
+    assert!(matches!(wrong, Err(Error::Plan { name: "q", .. })));
+    let wrong = cache.plan(&recipe.options, &Shape { time: 9, ..shape }, Dtype::Bf16);
+    assert!(matches!(wrong, Err(Error::Shape { name: "q", .. })));
+    let odd = spec_of(&Recipe { dk: 12, ..Recipe::default() }, 2, StateDtype::F32);
+    assert!(matches!(
+        cuda::Entries::new(engine.clone(), odd),
+        Err(Error::HeadSize { name: "dk", given: 12 })
+    ));
+    let huge = spec_of(&Recipe { dk: 256, dv: 256, ..Recipe::default() }, 1 << 20, StateDtype::F32);
+    assert!(matches!(cuda::Entries::new(engine.clone(), huge), Err(Error::OutOfMemory { .. })));
+    assert_eq!(cache.export(&[entry]).unwrap().len, [0]);
+}
+
+/// A context of 1,000,000 tokens, in pieces, and steps after it: no more memory than a short one, and the last tokens
+/// are what the definition makes of the cache before them.
+#[test]
+fn a_million_tokens() {
+    let Some(engine) = engine() else { return };
+    if small() {
+        return;
+    }
+    let (piece, pieces) = (62_500, 16);
+    let recipe = Recipe {
+        time: piece,
+        heads: 2,
+        value_heads: 2,
+        dk: 128,
+        dv: 128,
+        dtype: Dtype::Bf16,
+        ..Recipe::default()
+    };
+    let case = recipe.draw(5);
+    let maker = &makers()[1];
+    let record = Record::of("a_million_tokens", maker);
+    for &states in maker.states {
+        let mut cache = cuda::Entries::new(engine.clone(), spec_of(&recipe, 1, states)).unwrap();
+        let entry = cache.take().unwrap();
+        let problem = case.problem().unwrap();
+        let held_bytes = cache.plan_prefill(&Call::of(&problem)).unwrap().workspace_bytes();
+        for _ in 0..pieces {
+            cache.prefill(&problem, &[entry], &[entry]).unwrap();
+        }
+        let before = cache.export(&[entry]).unwrap();
+        let tokens: u64 = before.tokens.iter().take(30).map(|&n| u64::from(n)).sum();
+        assert_eq!(tokens, (piece * pieces) as u64);
+        println!(
+            "1,000,000 tokens: {} MB an entry, {} MB of workspace",
+            cache.entry_bytes() >> 20,
+            held_bytes >> 20
+        );
+        let mut sequence =
+            Sequence { case: case.clone(), at: 0, o: vec![], drift: vec![], events: vec![], lambda: vec![] };
+        for _ in 0..64 {
+            advance(&mut cache, &mut [(&mut sequence, entry)], 1, false).unwrap();
+        }
+        let batch = Batch::of(&[(&case, 0..64)]);
+        let inputs = Inputs { cache: Some(&before), ..batch.inputs() };
+        let problem = Problem::new(&recipe.options, inputs).unwrap();
+        let expected = reference::forward(&problem, &Arguments::of(&problem), Some(&sequence.events), None);
+        let (error, _) = relative_error(&sequence.o, &expected.o);
+        record.take("o", error);
+        assert!(error <= maker.bound(Dtype::Bf16, states), "o off by {error:.2e}");
+    }
+}
+
+/// A cache of the host, stepped by the engine's own method, is what the CPU makes of it.
+#[test]
+fn a_cache_of_the_host() {
+    let Some(engine) = engine() else { return };
+    for recurrence in RECURRENCES {
+        let options = Options { recurrence, capacity: 5, ..Options::default() };
+        let recipe = Recipe { options, batch: 3, time: 1, resumed: true, ..Recipe::default() };
+        let case = recipe.draw(9);
+        let mut on_gpu = case.cache.clone().unwrap();
+        let mut on_cpu = on_gpu.clone();
+        let mut inputs = case.inputs();
+        inputs.cache = None;
+        let problem = Problem::new(&recipe.options, inputs).unwrap();
+        for _ in 0..3 {
+            let a = engine.step(&problem, &mut on_gpu).unwrap();
+            let b = cpu::Engine.step(&problem, &mut on_cpu).unwrap();
+            assert_eq!(a.events, b.events);
+            let (error, _) = relative_error(&a.o.to_f64(), &b.o.to_f64());
+            assert!(error < 1e-5, "o off by {error:.2e}");
+        }
+        let f64s = |x: &[f32]| -> Vec<f64> { x.iter().map(|&x| x.into()).collect() };
+        assert_eq!((&on_gpu.len, &on_gpu.tokens), (&on_cpu.len, &on_cpu.tokens));
+        let (error, _) = relative_error(&f64s(&on_gpu.states), &f64s(&on_cpu.states));
+        assert!(error < 1e-5, "cache_states off by {error:.2e}");
+        let (error, _) = relative_error(&f64s(&on_gpu.open), &f64s(&on_cpu.open));
+        assert!(error < 1e-5, "cache_open off by {error:.2e}");
     }
 }

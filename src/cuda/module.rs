@@ -119,6 +119,14 @@ impl Device {
         self.multiprocessors
     }
 
+    /// Most shared memory of a block.
+    pub(super) fn shared_bytes_limit(&self) -> Result<usize> {
+        let attribute = sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN;
+        let limit =
+            self.context.attribute(attribute).map_err(|error| wrapped("cuDeviceGetAttribute", error))?;
+        Ok(limit.max(0) as usize)
+    }
+
     /// Makes this context the calling thread's.
     pub(super) fn bind(&self) -> Result<()> {
         // SAFETY: the context is held by `self.context`.

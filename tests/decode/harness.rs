@@ -35,15 +35,21 @@ impl Maker {
     }
 }
 
-/// The largest errors of a test.
+/// The largest errors of a test; of one on a GPU written down for the evidence.
 pub struct Record {
     pub name: String,
+    /// Card and driver, for the evidence.
+    pub card: Option<(String, String)>,
     pub worst: Mutex<BTreeMap<String, f64>>,
 }
 
 impl Record {
     pub fn of(test: &str, maker: &Maker) -> Self {
-        Record { name: format!("{test}_{}", maker.name), worst: Mutex::default() }
+        let card = (maker.name == "cuda").then(|| {
+            let engine = dla::cuda::Engine::new(0).unwrap();
+            (engine.card().unwrap(), engine.driver_version().unwrap())
+        });
+        Record { name: format!("{test}_{}", maker.name), card, worst: Mutex::default() }
     }
 
     pub fn take(&self, tensor: &str, error: f64) {
@@ -57,6 +63,22 @@ impl Drop for Record {
     fn drop(&mut self) {
         let worst = self.worst.lock().unwrap_or_else(|poisoned| poisoned.into_inner());
         println!("{}: {worst:?}", self.name);
+        let (Some(folder), Some((card, driver))) = (std::env::var_os("DLA_EVIDENCE"), &self.card) else {
+            return;
+        };
+        let errors: Vec<String> =
+            worst.iter().map(|(tensor, &error)| format!("{tensor:?}: {:e}", error.min(f64::MAX))).collect();
+        let line = format!(
+            "{{\"name\": {:?}, \"card\": {card:?}, \"driver\": {driver:?}, \"source_hash\": {:?}, \"passed\": {}, \"worst\": {{{}}}}}\n",
+            self.name,
+            dla::cuda::SOURCE_HASH,
+            !std::thread::panicking(),
+            errors.join(", ")
+        );
+        let path = std::path::Path::new(&folder).join(format!("test-{}.json", self.name));
+        if let Err(error) = std::fs::create_dir_all(&folder).and_then(|()| std::fs::write(&path, line)) {
+            println!("{}: {error}", path.display());
+        }
     }
 }
 
