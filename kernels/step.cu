@@ -13,6 +13,9 @@
 //
 // States are f32, or bf16 with 8 bits more in a second plane: reads take the first plane alone, 2 bytes an element.
 //
+// Where blocks are few, a block has the states of most places copied to shared memory before it knows what becomes of
+// them (STAGE), so that deciding costs no time.
+//
 // Numerics: f32, decisions in f64 as far as they are sums; e^log from an f64 sum.
 // Shared memory: Shared and Rows, twin of StepForm::shared_bytes (src/cuda/abi.rs).
 
@@ -24,8 +27,11 @@ namespace step {
 constexpr int MOST_PLACES = MOST_SLOTS + STEP_SPARE_PLACES;
 // A segment that has decayed by more is 0 in f64 too, and so has no direction.
 constexpr double FORGOTTEN = -700.0;
-// Rows of U that one look at a slot makes.
-constexpr int PRODUCTS = 4;
+// Tokens whose k_j^T S one look at a slot makes, of a launch of so many tokens: as registers allow.
+template <int TOKENS>
+constexpr int BATCH = 4;
+// Parts in which places are staged, and read as they come.
+constexpr int STAGES = 4;
 
 struct StateF32 {
     static constexpr bool REST = false;
@@ -47,10 +53,17 @@ template <>
 struct Raw<StateBf16> {
     uint4 all;
 };
+// `GLOBAL`: it is not in shared memory, and this launch does not write it.
+template <bool GLOBAL>
 DEVICE void load_raw(const StateF32* from, Raw<StateF32>& raw) {
-    raw.low = load_once(from), raw.high = load_once(from + 4);
+    if constexpr (GLOBAL) raw.low = load_once(from), raw.high = load_once(from + 4);
+    else raw.low = reinterpret_cast<const uint4*>(from)[0], raw.high = reinterpret_cast<const uint4*>(from)[1];
 }
-DEVICE void load_raw(const StateBf16* from, Raw<StateBf16>& raw) { raw.all = load_once(from); }
+template <bool GLOBAL>
+DEVICE void load_raw(const StateBf16* from, Raw<StateBf16>& raw) {
+    if constexpr (GLOBAL) raw.all = load_once(from);
+    else raw.all = *reinterpret_cast<const uint4*>(from);
+}
 DEVICE void clear(Raw<StateF32>& raw) { raw.low = raw.high = make_uint4(0, 0, 0, 0); }
 DEVICE void clear(Raw<StateBf16>& raw) { raw.all = make_uint4(0, 0, 0, 0); }
 DEVICE void unpack(const Raw<StateF32>& raw, float (&x)[8]) {
@@ -65,22 +78,30 @@ DEVICE void unpack(const Raw<StateBf16>& raw, float (&x)[8]) {
     for (int i = 0; i < 4; i++) x[2 * i] = low_bf16(pairs[i]), x[2 * i + 1] = high_bf16(pairs[i]);
 }
 
-// States of one entry and value head.
-template <typename S>
+// States of one entry and value head. The first plane of `staged` places lies in shared memory too, [staged][dk][width],
+// columns from `from` on.
+template <typename S, bool STAGE>
 struct Bank {
     S* states;
     int8_t* rest;
+    int64_t base;  // in both
     int dk, dv;
+    const S* held;
+    int staged, from, width;
 
     METHOD int64_t at(int place, int row, int column) const {
-        return static_cast<int64_t>(place) * (dk * dv) + row * dv + column;
+        return base + (place * (dk * dv) + row * dv + column);
+    }
+    METHOD const S* first(int place, int row, int column) const {
+        if constexpr (STAGE)
+            if (place < staged) return held + (place * dk + row) * width + column - from;
+        return states + at(place, row, column);
     }
     // All that is known of eight elements.
     METHOD void load(int place, int row, int column, float (&x)[8]) const {
-        const int64_t i = at(place, row, column);
         if constexpr (S::REST) {
-            const uint4 raw = *reinterpret_cast<const uint4*>(states + i);
-            const uint2 more = *reinterpret_cast<const uint2*>(rest + i);
+            const uint4 raw = *reinterpret_cast<const uint4*>(first(place, row, column));
+            const uint2 more = *reinterpret_cast<const uint2*>(rest + at(place, row, column));
             const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
 #pragma unroll
             for (int e = 0; e < 8; e++) {
@@ -91,7 +112,7 @@ struct Bank {
                 x[e] = __uint_as_float(high + static_cast<uint32_t>(low) * 256u);
             }
         } else {
-            load8(reinterpret_cast<const F32*>(states + i), x);
+            load8(reinterpret_cast<const F32*>(first(place, row, column)), x);
         }
     }
     METHOD void store(int place, int row, int column, const float (&x)[8]) const {
@@ -117,10 +138,10 @@ struct Bank {
     }
 };
 
-template <typename S>
-DEVICE Bank<S> bank_of(const StepBank& bank, int64_t row, int capacity, int dk, int dv) {
+template <typename S, bool STAGE>
+DEVICE Bank<S, STAGE> bank_of(const StepBank& bank, int64_t row, int capacity, int dk, int dv) {
     const int64_t first = row * (capacity + STEP_SPARE_PLACES) * (dk * dv);
-    return {static_cast<S*>(bank.states) + first, S::REST ? bank.rest + first : nullptr, dk, dv};
+    return {static_cast<S*>(bank.states), bank.rest, first, dk, dv, nullptr, 0, 0, 0};
 }
 
 // Which elements of a slice of states a thread has: eight columns of every `stride`-th row. Columns first, so that lanes
@@ -158,6 +179,29 @@ DEVICE float from_scratch(const float* scratch, int width, int column) {
     return sum;
 }
 
+// Sums of N values over the lanes of a warp. Lane l is left with those from l N / 32 on, in v[0..]; where N < 32, lanes
+// share one.
+template <int N>
+DEVICE void sum_across(float (&v)[N]) {
+    const int lane = lane_index();
+    int left = N;
+#pragma unroll
+    for (int by = 16; by > 0; by /= 2) {
+        if (left > 1) {
+            left /= 2;
+            const bool upper = lane & by;
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) {
+                if (i >= left) break;
+                const float give = upper ? v[i] : v[i + left], keep = upper ? v[i + left] : v[i];
+                v[i] = keep + __shfl_xor_sync(ALL, give, by);
+            }
+        } else {
+            v[0] += __shfl_xor_sync(ALL, v[0], by);
+        }
+    }
+}
+
 // Slots that end in one, as a write takes them up: slots `from`..`to` of those held.
 struct Sources {
     const uint8_t* place;
@@ -166,38 +210,51 @@ struct Sources {
     int from, to;
 };
 
-// u [rows][width] = sum over the sources of factor k_j^T S, j from `first` on, where the source lacks token j. `ring`:
-// tokens before this call. By the block; ends with a barrier.
-template <typename S>
-DEVICE void products(const Bank<S>& bank, const Tiles& tiles, const Sources& sources, const float* keys, int first,
-                     int rows, int ring, float* scratch, float* u, int width) {
-    for (int chunk = 0; chunk < rows; chunk += PRODUCTS) {
-        float sum[PRODUCTS][8] = {};
-        if (tiles.live) {
-            for (int j = sources.from; j < sources.to; j++) {
-                const int lacks = ring - sources.pending[j];
-                for (int r = tiles.first; r < bank.dk; r += tiles.stride) {
-                    float x[8];
-                    bank.load(sources.place[j], r, tiles.column, x);
+// u [rows to a multiple of 8][8] = sum over the sources of factor k_j^T S, of eight columns, j from `first` on, where
+// the source lacks token j. `ring`: tokens before this call. By a warp.
+template <int EACH, typename S, bool STAGE>
+DEVICE void products(const Bank<S, STAGE>& bank, int column, const Sources& sources, const float* keys, int first,
+                     int rows, int ring, float* u) {
+    const int lane = lane_index();
+    __syncwarp();
+    for (int batch = 0; batch < rows; batch += EACH) {
+        float sum[EACH * 8] = {};
+        for (int j = sources.from; j < sources.to; j++) {
+            const int lacks = ring - sources.pending[j] - first - batch, place = sources.place[j];
+            const float factor = sources.factor[j];
+#pragma unroll 2
+            for (int r = lane; r < bank.dk; r += 32) {
+                float x[8];
+                bank.load(place, r, column, x);
+                const float* key = keys + (first + batch) * bank.dk + r;
 #pragma unroll
-                    for (int c = 0; c < PRODUCTS; c++) {
-                        const int token = first + chunk + c;
-                        const float k = token >= lacks && chunk + c < rows ? sources.factor[j] * keys[token * bank.dk + r] : 0.0f;
+                for (int c = 0; c < EACH; c++) {
+                    const float k = c >= lacks && batch + c < rows ? factor * key[c * bank.dk] : 0.0f;
 #pragma unroll
-                        for (int i = 0; i < 8; i++) sum[c][i] += k * x[i];
-                    }
+                    for (int i = 0; i < 8; i++) sum[c * 8 + i] += k * x[i];
                 }
             }
         }
+        sum_across(sum);
+        if constexpr (EACH == 8) *reinterpret_cast<float2*>(u + batch * 8 + 2 * lane) = make_float2(sum[0], sum[1]);
+        else u[batch * 8 + lane] = sum[0];
+    }
+    __syncwarp();
+}
+
+// sum -= y_j u_j over `rows` tokens, of eight columns of ROWS rows 32 apart.
+template <int ROWS>
+DEVICE void take_products(float (&sum)[ROWS][8], const float* y, const float* u, int rows, int row, int dk) {
+    for (int n = 0; n < rows; n++) {
+        float x[8];
+        load8(reinterpret_cast<const F32*>(u + n * 8), x);
 #pragma unroll
-        for (int c = 0; c < PRODUCTS; c++) to_scratch(tiles, sum[c], scratch + c * WARPS * width, width);
-        __syncthreads();
-        for (int i = threadIdx.x; i < PRODUCTS * width; i += THREADS) {
-            const int c = i / width;
-            if (chunk + c < rows)
-                u[(chunk + c) * width + i % width] = from_scratch(scratch + c * WARPS * width, width, i % width);
+        for (int i = 0; i < ROWS; i++) {
+            if (row + 32 * i >= dk) break;
+            const float factor = y[n * dk + row + 32 * i];
+#pragma unroll
+            for (int c = 0; c < 8; c++) sum[i][c] -= factor * x[c];
         }
-        __syncthreads();
     }
 }
 
@@ -229,19 +286,20 @@ struct Shared {
     StepRecord next;                          // as it will be
     double gamma[TOKENS];                     // inclusive sums of g
     float g[TOKENS], beta[TOKENS];
+    float tau, open_factor;                   // e^(log + Gamma of the last token) of R
     float dots[3][TOKENS][TOKENS];            // k.k, v.v, q.k, s <= t
     float reads[TOKENS][LIST];                // q_t . y_j, delta rule
     float sums[WARPS][TOKENS + 1];            // k^T R v of every token, and |R|^2
-    float score[TOKENS * MOST_SLOTS];         // routed: q . K of the slots held before
-    float weight[TOKENS * MOST_SLOTS];        // read weight of every slot, by slot
+    float score[TOKENS * MOST_SLOTS];         // routed: q . K of the slots held before; given: columns of lambda
+    float weight[TOKENS * MOST_SLOTS];        // routed: read weight of every slot, by slot
     float coefficient[TOKENS * MOST_SLOTS];   // of every slot held before: scale lambda e^(log + Gamma)
     float factor[MOST_SLOTS];                 // of every slot held before: e^(log + Gamma of the last token)
     float pair[TOKENS][TOKENS];               // scale lambda e^(Gamma_t - Gamma_s) (q_t . write of s)
     float after[TOKENS];                      // e^(Gamma of the last token - Gamma_s)
     uint32_t tokens[TOKENS * MOST_SLOTS];     // routed: n of every slot after token t
-    // Slots before, after; slots on the list; whether R has a place of its own before, after; first token of the open
-    // segment, -1: it was open before; place of R after.
-    int32_t facts[8];
+    // Slots before, after; whether R has a place of its own before, after; first token of the open
+    // segment, -1: it was open before; place of R after; whether this block came last; where parts of the list begin.
+    int32_t facts[16];
     uint8_t pending[MOST_SLOTS];              // of the slots held before
     uint8_t place[TOKENS * MOST_SLOTS];       // pi_t(j)
     uint8_t old_from[MOST_SLOTS], old_to[MOST_SLOTS];  // slots that end in a slot held after
@@ -253,7 +311,7 @@ struct Shared {
 };
 template <bool DELTA, int T>
 constexpr int SHARED_BYTES =
-    (2 * 1200 + 8 * T + 4 * (3 * T + 4 * T * T + T * Shared<DELTA, T>::LIST + WARPS * (T + 1) + 64 * (4 * T + 1)) + 32 +
+    (2 * 1200 + 8 * T + 4 * (3 * T + 4 * T * T + T * Shared<DELTA, T>::LIST + WARPS * (T + 1) + 64 * (4 * T + 1) + 2) + 64 +
      7 * 64 + 64 * T + T * T + T + 7) / 8 * 8;
 static_assert(sizeof(Shared<false, 1>) == SHARED_BYTES<false, 1> && sizeof(Shared<true, 1>) == SHARED_BYTES<true, 1>);
 static_assert(sizeof(Shared<false, 4>) == SHARED_BYTES<false, 4> && sizeof(Shared<true, 4>) == SHARED_BYTES<true, 4>);
@@ -269,10 +327,14 @@ struct Rows {
     float* v;        // [TOKENS][dv]
     float* y;        // [LIST][dk], delta rule
     float* queries;  // [TOKENS][RING + 1][dk], delta rule: by what a slot lacked before the call
-    float* u;        // [LIST][width], delta rule
-    float* scratch;  // [PRODUCTS or 1][WARPS][width]
+    float* u;        // [WARPS][LIST to a multiple of 8][8], delta rule
+    float* scratch;  // [TOKENS][WARPS][width]: o of the slots that are only read
+    float* extra;    // [TOKENS][width]: o of the slots that are written
+    void* held;      // states that are staged
 
-    METHOD Rows(int dk, int dv, int width) {
+    static constexpr int U = (LIST + 7) / 8 * 8 * 8;
+
+    METHOD Rows(int dk, int dv, int width, int staged_bytes) {
         Carve carve{dynamic_shared()};
         carve.take<Shared<DELTA, TOKENS>>(1);
         q = carve.take<float>(TOKENS * dk);
@@ -280,14 +342,16 @@ struct Rows {
         v = carve.take<float>(TOKENS * dv);
         y = carve.take<float>(DELTA ? LIST * dk : 0);
         queries = carve.take<float>(DELTA ? TOKENS * (RING + 1) * dk : 0);
-        u = carve.take<float>(DELTA ? LIST * width : 0);
-        scratch = carve.take<float>((DELTA ? PRODUCTS : 1) * WARPS * width);
+        u = carve.take<float>(DELTA ? WARPS * U : 0);
+        scratch = carve.take<float>(TOKENS * WARPS * width);
+        extra = carve.take<float>(TOKENS * width);
+        held = carve.take<uint8_t>(staged_bytes);
         carve.check();
     }
 
     METHOD float* new_key(int t, int dk) const { return keys + (RING + t) * dk; }
 };
-enum Fact { BEFORE, AFTER, LISTED, APART, APART_AFTER, OPENED, OPEN_PLACE };
+enum Fact { BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, PARTS };
 enum Dot { KK, VV, QK };
 
 // Places that something has.
@@ -314,9 +378,10 @@ struct Places {
     }
 };
 
-// Step 2 to 4 of OPERATOR.md, section 3, for every token of the call, and what becomes of every slot. By one warp.
+// Step 2 to 4 of OPERATOR.md, section 3, for every token of the call, and what becomes of every slot. `part`: places of a
+// part of the list, 0: it has one. By one warp.
 template <bool DELTA, int TOKENS>
-DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first_at, int head, bool leads) {
+DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first_at, bool leads, int part) {
     const int lane = lane_index(), count = p.tokens;
     const StepRecord& record = sh.record;
     const bool apart = sh.facts[APART] != 0, routed = !p.lambda;
@@ -359,7 +424,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         if (p.log) {
             event = p.log[first_at + static_cast<int64_t>(t) * p.value_heads];
         } else {
-            const bool boundary = ledger.len == 0 || (p.capacity > 1 && score >= p.tau[head]);
+            const bool boundary = ledger.len == 0 || (p.capacity > 1 && score >= sh.tau);
             event = !boundary ? EXTEND : ledger.len < p.capacity ? OPEN : MERGE + cheapest_pair(ledger, p.mass);
         }
         apply(ledger, event, score);
@@ -459,16 +524,22 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         sh.written[i] = written[half];
     }
     __syncwarp();
-    // The slots that are only read.
-    uint32_t only[2];
+    // The slots that are only read, by the part in which their places come.
+    int listed = 0;
+    for (int n = 0; n < (part ? STAGES : 1); n++) {
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
-        const int j = lane + 32 * half;
-        only[half] = __ballot_sync(ALL, j < before && !sh.written[sh.place[last * MOST_SLOTS + j]]);
-        if (only[half] >> lane & 1) {
-            const int rank = __popc(only[half] & ((1u << lane) - 1)) + (half ? __popc(only[0]) : 0);
-            sh.list[rank] = j;
+        for (int half = 0; half < 2; half++) {
+            const int j = lane + 32 * half;
+            bool here = j < before && !sh.written[sh.place[last * MOST_SLOTS + j]];
+            if (part && here) {
+                const int of = record.order[j] / part;
+                here = n == (of < STAGES ? of : STAGES - 1);
+            }
+            const uint32_t all = __ballot_sync(ALL, here);
+            if (here) sh.list[listed + __popc(all & ((1u << lane) - 1))] = j;
+            listed += __popc(all);
         }
+        if (lane == 0) sh.facts[PARTS + 1 + n] = listed;
     }
     // Factors and what was lacking, of the slots held before.
 #pragma unroll
@@ -493,9 +564,10 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         next.phase = record.phase + count;
         next.reserved = 0;
         if (own) next.log[own_place] = 0.0;
+        sh.open_factor = before > 0 ? expf(static_cast<float>(held_log + sh.gamma[last])) : 0.0f;
         next.unused[0] = next.unused[1] = 0;
         sh.facts[BEFORE] = before, sh.facts[AFTER] = after;
-        sh.facts[LISTED] = __popc(only[0]) + __popc(only[1]);
+        sh.facts[PARTS] = 0;
         sh.facts[APART_AFTER] = own, sh.facts[OPENED] = start;
     }
     __syncwarp();
@@ -505,42 +577,37 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
     }
 }
 
-// o of the slots that are only read.
-template <bool DELTA, typename S, int TOKENS>
-DEVICE void read(const Bank<S>& bank, Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows,
-                 const Tiles& tiles, int count, float (&o)[TOKENS][8]) {
-    // Enough in flight to cover memory's latency, few enough for four blocks a multiprocessor.
-    constexpr int UNROLL = S::REST ? 8 : 4;
-    const int dk = bank.dk, elements = sh.facts[LISTED] * dk;
-    const uint32_t inverse = 0xffffffffu / static_cast<uint32_t>(dk) + 1;
+// o of the slots that are only read, a part of the list.
+template <bool DELTA, typename S, int TOKENS, int UNROLL, bool STAGE>
+DEVICE void read(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows,
+                 const Tiles& tiles, int count, int part, float (&o)[TOKENS][8]) {
     if (!tiles.live) return;
-    for (int x0 = tiles.first; x0 < elements; x0 += tiles.stride * UNROLL) {
+    const int dk = bank.dk, end = sh.facts[PARTS + 1 + part] * dk;
+    // Rounded up: what it gives for x / dk is exact below 2^14.
+    const uint32_t inverse = 0xffffffffu / static_cast<uint32_t>(dk) + 1;
+    for (int x0 = sh.facts[PARTS + part] * dk + tiles.first; x0 < end; x0 += tiles.stride * UNROLL) {
         Raw<S> raw[UNROLL];
-        int slot[UNROLL], row[UNROLL];
 #pragma unroll
         for (int n = 0; n < UNROLL; n++) {
             const int x = x0 + n * tiles.stride;
-            // x / dk: exact below 2^14.
             const int listed = __umulhi(static_cast<uint32_t>(x), inverse);
-            row[n] = x - listed * dk;
-            if (x < elements) {
-                slot[n] = sh.list[listed];
-                load_raw(bank.states + bank.at(sh.record.order[slot[n]], row[n], tiles.column), raw[n]);
-            } else {
-                slot[n] = -1;
-                clear(raw[n]);
-            }
+            if (x < end) load_raw<!STAGE>(bank.first(sh.record.order[sh.list[listed]], x - listed * dk, tiles.column), raw[n]);
+            else clear(raw[n]);
         }
 #pragma unroll
         for (int n = 0; n < UNROLL; n++) {
-            if (slot[n] < 0) continue;
+            const int x = x0 + n * tiles.stride;
+            if (x >= end) break;
+            // Not kept from above: registers are what bounds how much is in flight.
+            const int listed = __umulhi(static_cast<uint32_t>(opaque(x)), inverse), row = x - listed * dk;
+            const int slot = sh.list[listed];
             float s[8];
             unpack(raw[n], s);
 #pragma unroll
             for (int t = 0; t < TOKENS; t++) {
                 if (TOKENS > 1 && t >= count) break;
-                const float* q = DELTA ? rows.queries + (t * (STEP_RING + 1) + sh.pending[slot[n]]) * dk : rows.q + t * dk;
-                const float c = sh.coefficient[t * MOST_SLOTS + slot[n]] * q[row[n]];
+                const float* q = DELTA ? rows.queries + (t * (STEP_RING + 1) + sh.pending[slot]) * dk : rows.q + t * dk;
+                const float c = sh.coefficient[t * MOST_SLOTS + slot] * q[row];
 #pragma unroll
                 for (int i = 0; i < 8; i++) o[t][i] += c * s[i];
             }
@@ -548,7 +615,116 @@ DEVICE void read(const Bank<S>& bank, Shared<DELTA, TOKENS>& sh, const Rows<DELT
     }
 }
 
-template <bool DELTA, typename S, int TOKENS>
+// The slots that are written, oldest first, and R; and o of them. A warp has eight columns: what a lane reads of a place, no
+// other writes, so that a place that is freed may be taken by a later slot.
+template <bool DELTA, typename S, int TOKENS, bool STAGE>
+DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows, int from,
+                  int to, int count, int width) {
+    constexpr int RING = Shared<DELTA, TOKENS>::RING;
+    // Rows of a lane at a time.
+    constexpr int ROWS = TOKENS == 1 && DELTA ? 4 : 2;
+    const int lane = lane_index(), warp = warp_index(), dk = bank.dk, dv = bank.dv;
+    const int after = sh.facts[AFTER], own = sh.facts[APART_AFTER];
+    float* const u = rows.u + warp * Rows<DELTA, TOKENS>::U;
+    for (int column = from + 8 * warp; column < to; column += 8 * WARPS) {
+        float o[TOKENS][8] = {};
+        for (int i = 0; i < after + own; i++) {
+            const bool slot = i < after;
+            if (slot && !sh.written[i]) continue;
+            // R: what was open, unless a slot has opened, by its own factor; the keys as they are.
+            const int start = sh.facts[OPENED];
+            Sources sources{sh.record.order, sh.pending, sh.factor, 0, 0};
+            int target = sh.facts[OPEN_PLACE], new_from = start < 0 ? 0 : start, new_to = count, lacks = 0;
+            if (slot) {
+                sources.from = sh.old_from[i], sources.to = sh.old_to[i];
+                target = sh.next.order[i], new_from = sh.new_from[i], new_to = sh.new_to[i];
+            }
+            const bool carried = !slot && start < 0 && sh.facts[BEFORE] > 0;
+            if constexpr (DELTA) {
+                if (sources.from < sources.to) {
+                    for (int j = sources.from; j < sources.to; j++) lacks = lacks > sh.pending[j] ? lacks : sh.pending[j];
+                    products<BATCH<TOKENS>>(bank, column, sources, rows.keys, RING - lacks, lacks + count, RING, u);
+                }
+            }
+            for (int r = lane; r < dk; r += 32 * ROWS) {
+                float sum[ROWS][8] = {};
+                for (int j = sources.from; j < sources.to; j++) {
+                    const int place = sh.record.order[j];
+                    const float factor = sh.factor[j];
+#pragma unroll
+                    for (int n = 0; n < ROWS; n++) {
+                        if (r + 32 * n >= dk) break;
+                        float s[8];
+                        bank.load(place, r + 32 * n, column, s);
+#pragma unroll
+                        for (int c = 0; c < 8; c++) sum[n][c] += factor * s[c];
+#pragma unroll
+                        for (int t = 0; t < TOKENS; t++) {
+                            if (TOKENS > 1 && t >= count) break;
+                            const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
+                            const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r + 32 * n];
+#pragma unroll
+                            for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
+                        }
+                    }
+                }
+                if (carried) {
+                    const float factor = sh.open_factor;
+#pragma unroll
+                    for (int n = 0; n < ROWS; n++) {
+                        if (r + 32 * n >= dk) break;
+                        bank.load(sh.record.open, r + 32 * n, column, sum[n]);
+#pragma unroll
+                        for (int c = 0; c < 8; c++) sum[n][c] *= factor;
+                    }
+                }
+                if constexpr (DELTA) {
+                    if (sources.from < sources.to) take_products(sum, rows.y + (RING - lacks) * dk, u, lacks + count, r, dk);
+                }
+                for (int s = new_from; s < new_to; s++) {
+                    float v[8];
+                    load8(reinterpret_cast<const F32*>(rows.v + s * dv + column), v);
+                    const float* key = DELTA && slot ? rows.y + (RING + s) * dk : rows.new_key(s, dk);
+#pragma unroll
+                    for (int n = 0; n < ROWS; n++) {
+                        if (r + 32 * n >= dk) break;
+                        const float k = sh.after[s] * key[r + 32 * n];
+#pragma unroll
+                        for (int c = 0; c < 8; c++) sum[n][c] += k * v[c];
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < ROWS; n++) {
+                    if (r + 32 * n >= dk) break;
+                    bank.store(target, r + 32 * n, column, sum[n]);
+                }
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            if (TOKENS > 1 && t >= count) break;
+            sum_across(o[t]);
+            if (lane % 4 == 0) rows.extra[t * width + column - from + lane / 4] = o[t][0];
+        }
+    }
+}
+
+// Copies the states of places `first`..`last` to shared memory, those that `wanted` says of.
+template <typename S, typename Wanted>
+DEVICE void stage(const Bank<S, true>& bank, S* held, int first, int last, int columns, Wanted wanted) {
+    constexpr int EACH = 16 / sizeof(S);
+    const int across = columns / EACH, chunks = bank.dk * across;
+    for (int chunk = threadIdx.x; chunk < (chunks + THREADS - 1) / THREADS * THREADS; chunk += THREADS) {
+        const int row = chunk / across, column = (chunk - row * across) * EACH;
+        for (int place = first; place < last; place++) {
+            if (wanted(place) && chunk < chunks)
+                copy_async_16(held + (place * bank.dk + row) * bank.width + column,
+                              bank.states + bank.at(place, row, bank.from + column), true);
+        }
+    }
+}
+
+template <bool DELTA, typename S, int TOKENS, int UNROLL, bool STAGE>
 DEVICE void run(const StepParams& p) {
     constexpr int RING = Shared<DELTA, TOKENS>::RING;
     const int thread = threadIdx.x, lane = lane_index(), warp = warp_index();
@@ -563,15 +739,23 @@ DEVICE void run(const StepParams& p) {
     const int key_head = head / (p.value_heads / p.heads);
     const int from = slice * p.width, to = from + p.width < dv ? from + p.width : dv;
     const bool leads = slice == 0, routed = !p.lambda;
-    const Bank<S> bank = bank_of<S>(p.bank, row, p.capacity, dk, dv);
-    const int places = p.capacity + STEP_SPARE_PLACES;
-    if (p.prefetch) {
-        const char* states = reinterpret_cast<const char*>(bank.states);
-        const int64_t bytes = static_cast<int64_t>(p.capacity) * dk * dv * sizeof(S);
-        for (int64_t i = (slice * THREADS + thread) * 128ll; i < bytes; i += p.slices * THREADS * 128ll) prefetch(states + i);
-    }
     auto& sh = *reinterpret_cast<Shared<DELTA, TOKENS>*>(dynamic_shared());
-    const Rows<DELTA, TOKENS> rows(dk, dv, p.width);
+    const Rows<DELTA, TOKENS> rows(dk, dv, p.width, STAGE ? p.staged * dk * p.width * static_cast<int>(sizeof(S)) : 0);
+    Bank<S, STAGE> bank = bank_of<S, STAGE>(p.bank, row, p.capacity, dk, dv);
+    const int part = STAGE ? (p.staged + STAGES - 1) / STAGES : 0;
+    if constexpr (STAGE) {
+        S* const held = static_cast<S*>(rows.held);
+        bank.held = held, bank.staged = p.staged, bank.from = from, bank.width = p.width;
+        for (int n = 0; n < STAGES / 2; n++) {
+            const int end = (n + 1) * part < p.staged ? (n + 1) * part : p.staged;
+            stage(bank, held, n * part, end, to - from, [](int) { return true; });
+            copies_commit();
+        }
+        const char* states = reinterpret_cast<const char*>(bank.states + bank.base);
+        const int64_t bytes = static_cast<int64_t>(p.capacity + STEP_SPARE_PLACES) * dk * dv * sizeof(S);
+        int64_t at = static_cast<int64_t>(p.staged) * dk * dv * sizeof(S) + (slice * THREADS + thread) * 128ll;
+        for (; at < bytes; at += p.slices * THREADS * 128ll) prefetch(states + at);
+    }
 
     // The record; the call's tokens. Token t is element first + t HV of a [B,T,HV] array.
     const int64_t first_token = b * p.time + p.from, first_at = first_token * p.value_heads + head;
@@ -603,8 +787,31 @@ DEVICE void run(const StepParams& p) {
             sh.gamma[t] = sum += sh.g[t];
             sh.beta[t] = DELTA ? p.beta[at] : 1.0f;
         }
+        sh.tau = p.tau[head];
+    }
+    if (!routed) {
+        for (int i = thread; i < count * p.capacity; i += THREADS) {
+            const int t = i / p.capacity, column = i - t * p.capacity;
+            const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
+            sh.score[t * MOST_SLOTS + column] = p.lambda[at * p.lambda_columns + column];
+        }
     }
     __syncthreads();
+    if constexpr (STAGE) {
+        // The rest, as far as slots stand there.
+        const int held_slots = sh.record.len;
+        const auto wanted = [&](int place) {
+            return __any_sync(ALL, (lane < held_slots && sh.record.order[lane] == place) ||
+                                       (lane + 32 < held_slots && sh.record.order[lane + 32] == place) ||
+                                       (held_slots > 0 && static_cast<int>(sh.record.open) == place));
+        };
+        for (int n = STAGES / 2; n < STAGES; n++) {
+            const int begin = n * part < p.staged ? n * part : p.staged;
+            const int end = (n + 1) * part < p.staged ? (n + 1) * part : p.staged;
+            stage(bank, static_cast<S*>(rows.held), begin, end, to - from, wanted);
+            copies_commit();
+        }
+    }
     if (p.qk_l2norm) {
         for (int i = warp; i < 2 * count; i += WARPS) {
             float* x = i < count ? rows.q + i * dk : rows.new_key(i - count, dk);
@@ -625,7 +832,7 @@ DEVICE void run(const StepParams& p) {
 #pragma unroll 4
                 for (int r = whole.first; r < dk; r += whole.stride) {
                     Raw<S> raw;
-                    load_raw(bank.states + bank.at(sh.record.open, r, whole.column), raw);
+                    load_raw<true>(bank.states + bank.at(sh.record.open, r, whole.column), raw);
                     float x[8];
                     unpack(raw, x);
 #pragma unroll
@@ -673,7 +880,7 @@ DEVICE void run(const StepParams& p) {
         }
     }
     __syncthreads();
-    if (warp == 0) decide(p, sh, first_at, head, leads);
+    if (warp == 0) decide(p, sh, first_at, leads, part);
     else if constexpr (DELTA) {
         // Queries of slots that lack the call's tokens and 0, 1, .. of those before.
         for (int i = thread - 32; i < count * dk; i += THREADS - 32) {
@@ -687,26 +894,25 @@ DEVICE void run(const StepParams& p) {
             }
         }
     }
-    float* const key_sums = routed ? p.bank.keys + row * places * dk : nullptr;
     if (routed) {
         for (int i = warp; i < count * before; i += WARPS) {
             const int t = i / before, j = i % before;
-            const float* sums = key_sums + sh.record.order[j] * dk;
+            const float* sums = p.bank.keys + (row * (p.capacity + STEP_SPARE_PLACES) + sh.record.order[j]) * dk;
             const float on = warp_dot(rows.q + t * dk, sums, dk);
             if (lane == 0) sh.score[t * MOST_SLOTS + j] = on;
         }
     }
     __syncthreads();
 
-    // Read weights.
+    // Read weights: of slot s at token t where reads are given, and in sh.weight where they are routed.
     const Extents order{.newest_first = p.newest_first};
-    for (int i = thread; i < count * MOST_SLOTS; i += THREADS) {
-        const int t = i / MOST_SLOTS, s = i % MOST_SLOTS, held = sh.len[t];
-        const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
-        const int column = column_of(order, s, held);
-        float weight = 0;
-        if (s < held) {
-            if (routed) {
+    if (routed) {
+        for (int i = thread; i < count * MOST_SLOTS; i += THREADS) {
+            const int t = i / MOST_SLOTS, s = i % MOST_SLOTS, held = sh.len[t];
+            const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
+            const int column = column_of(order, s, held);
+            float weight = 0;
+            if (s < held) {
                 float score = 0;
                 for (int j = 0; j < before; j++)
                     if (sh.place[t * MOST_SLOTS + j] == s) score += sh.score[t * MOST_SLOTS + j];
@@ -717,139 +923,50 @@ DEVICE void run(const StepParams& p) {
                 const float tail = expf(-fabsf(score)), over = 1.0f / (1.0f + tail);
                 weight = score >= 0 ? over : tail * over;
                 if (score != score) weight = score;
-            } else {
-                weight = p.lambda[at * p.lambda_columns + column];
             }
+            sh.weight[i] = weight;
+            if (leads && s < p.capacity) p.weights[at * p.capacity + (s < held ? column : s)] = weight;
         }
-        sh.weight[i] = weight;
-        if (routed && leads && s < p.capacity) p.weights[at * p.capacity + (s < held ? column : s)] = weight;
+        __syncthreads();
     }
-    __syncthreads();
+    const auto weight = [&](int t, int s) {
+        return routed ? sh.weight[t * MOST_SLOTS + s] : sh.score[t * MOST_SLOTS + column_of(order, s, sh.len[t])];
+    };
     for (int i = thread; i < count * MOST_SLOTS; i += THREADS) {
         const int t = i / MOST_SLOTS, j = i % MOST_SLOTS;
         if (j >= before) continue;
         const float decay = expf(static_cast<float>(sh.record.log[sh.record.order[j]] + sh.gamma[t]));
-        sh.coefficient[i] = p.scale * sh.weight[t * MOST_SLOTS + sh.place[i]] * decay;
+        sh.coefficient[i] = p.scale * weight(t, sh.place[i]) * decay;
     }
     for (int i = thread; i < count * count; i += THREADS) {
         const int t = i / count, s = i % count;
         if (s > t) continue;
         const float on = DELTA ? sh.reads[t][RING + s] : sh.dots[QK][t][s];
         const float decay = expf(static_cast<float>(sh.gamma[t] - sh.gamma[s]));
-        sh.pair[t][s] = p.scale * sh.weight[t * MOST_SLOTS + sh.slot[t][s]] * decay * on;
+        sh.pair[t][s] = p.scale * weight(t, sh.slot[t][s]) * decay * on;
     }
-    __syncthreads();
-
-    const Tiles tiles(from, to);
-    float o[TOKENS][8] = {};
-    read<DELTA, S, TOKENS>(bank, sh, rows, tiles, count, o);
-
-    // The slots that are written, oldest first: a place that is freed is read before a later slot takes it.
-    const int after = sh.facts[AFTER];
-    for (int i = 0; i < after; i++) {
-        if (!sh.written[i]) continue;
-        const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[i], sh.old_to[i]};
-        const int target = sh.next.order[i], new_from = sh.new_from[i], new_to = sh.new_to[i];
-        int lacks = 0;
-        if constexpr (DELTA) {
-            if (sources.from < sources.to) {
-                for (int j = sources.from; j < sources.to; j++) lacks = lacks > sh.pending[j] ? lacks : sh.pending[j];
-                products(bank, tiles, sources, rows.keys, RING - lacks, lacks + count, RING, rows.scratch, rows.u, p.width);
-            }
-        }
-        if (!tiles.live) continue;
-        for (int r = tiles.first; r < dk; r += tiles.stride) {
-            float sum[8] = {};
-            for (int j = sources.from; j < sources.to; j++) {
-                float s[8];
-                bank.load(sh.record.order[j], r, tiles.column, s);
-                const float factor = sh.factor[j];
-#pragma unroll
-                for (int c = 0; c < 8; c++) sum[c] += factor * s[c];
-#pragma unroll
-                for (int t = 0; t < TOKENS; t++) {
-                    if (TOKENS > 1 && t >= count) break;
-                    const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
-                    const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r];
-#pragma unroll
-                    for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
-                }
-            }
-            if constexpr (DELTA) {
-                if (sources.from < sources.to) {
-                    for (int n = 0; n < lacks + count; n++) {
-                        const float y = rows.y[(RING - lacks + n) * dk + r];
-                        const float* u = rows.u + n * p.width + tiles.group * 8;
-#pragma unroll
-                        for (int c = 0; c < 8; c++) sum[c] -= y * u[c];
-                    }
-                }
-            }
-            for (int s = new_from; s < new_to; s++) {
-                const float k = sh.after[s] * (DELTA ? rows.y[(RING + s) * dk + r] : rows.new_key(s, dk)[r]);
-#pragma unroll
-                for (int c = 0; c < 8; c++) sum[c] += k * rows.v[s * dv + tiles.column + c];
-            }
-            bank.store(target, r, tiles.column, sum);
-        }
-    }
-    // R, where it has a place of its own.
-    if (sh.facts[APART_AFTER] && tiles.live) {
-        const int start = sh.facts[OPENED];
-        const bool carried = start < 0 && before > 0;
-        const float factor =
-            carried ? expf(static_cast<float>(sh.record.log[sh.record.open] + sh.gamma[count - 1])) : 0.0f;
-        for (int r = tiles.first; r < dk; r += tiles.stride) {
-            float sum[8] = {};
-            if (carried) {
-                bank.load(sh.record.open, r, tiles.column, sum);
-#pragma unroll
-                for (int c = 0; c < 8; c++) sum[c] *= factor;
-            }
-            for (int s = start < 0 ? 0 : start; s < count; s++) {
-                const float k = sh.after[s] * rows.new_key(s, dk)[r];
-#pragma unroll
-                for (int c = 0; c < 8; c++) sum[c] += k * rows.v[s * dv + tiles.column + c];
-            }
-            bank.store(sh.facts[OPEN_PLACE], r, tiles.column, sum);
-        }
-    }
-
-    // o of the slots, and of the call's own tokens.
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-        if (TOKENS > 1 && t >= count) break;
-        __syncthreads();
-        to_scratch(tiles, o[t], rows.scratch, p.width);
-        __syncthreads();
-        for (int c = thread; c < to - from; c += THREADS) {
-            float sum = from_scratch(rows.scratch, p.width, c);
-            for (int s = 0; s <= t; s++) sum += sh.pair[t][s] * rows.v[s * dv + from + c];
-            output(p.o, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + from + c, sum, p.dtype);
-        }
-    }
-
-    // The block that comes last has the record: no other reads it any more.
-    if (p.slices > 1) {
-        __syncthreads();
-        if (thread == 0) {
-            const bool last = arrive(p.bank.arrived + row) == static_cast<uint32_t>(p.slices) - 1;
-            sh.facts[LISTED] = last;
+    // The block that comes last writes what all have read: record, ring, key sums.
+    if (thread == 0) {
+        bool last = true;
+        if (p.slices > 1) {
+            last = arrive(p.bank.arrived + row) == static_cast<uint32_t>(p.slices) - 1;
             if (last) p.bank.arrived[row] = 0;
         }
-        __syncthreads();
-        if (!sh.facts[LISTED]) return;
+        sh.facts[LAST] = last;
     }
-    for (int i = thread; i < static_cast<int>(sizeof(StepRecord) / 16); i += THREADS)
-        reinterpret_cast<uint4*>(p.bank.records + row)[i] = reinterpret_cast<const uint4*>(&sh.next)[i];
-    if constexpr (DELTA) {
-        for (int i = thread; i < RING * dk; i += THREADS) {
-            ring[i] = rows.keys[count * dk + i];
-            ring[RING * dk + i] = rows.y[count * dk + i];
+    __syncthreads();
+    const int after = sh.facts[AFTER];
+    if (sh.facts[LAST]) {
+        for (int i = thread; i < static_cast<int>(sizeof(StepRecord) / 16); i += THREADS)
+            reinterpret_cast<uint4*>(p.bank.records + row)[i] = reinterpret_cast<const uint4*>(&sh.next)[i];
+        if constexpr (DELTA) {
+            for (int i = thread; i < RING * dk; i += THREADS) {
+                ring[i] = rows.keys[count * dk + i];
+                ring[RING * dk + i] = rows.y[count * dk + i];
+            }
         }
-    }
-    if (routed) {
-        for (int c = thread; c < dk; c += THREADS) {
+        float* const key_sums = p.bank.keys + row * (p.capacity + STEP_SPARE_PLACES) * dk;
+        for (int c = thread; routed && c < dk; c += THREADS) {
             for (int i = 0; i < after; i++) {
                 const int sources = sh.old_to[i] - sh.old_from[i];
                 if (sources == 1 && sh.new_from[i] == sh.new_to[i]) continue;
@@ -860,62 +977,94 @@ DEVICE void run(const StepParams& p) {
             }
         }
     }
+
+    const Tiles tiles(from, to);
+    float o[TOKENS][8] = {};
+    if constexpr (STAGE) {
+        copies_wait_but<3>();
+        __syncthreads();
+        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 0, o);
+        copies_wait_but<2>();
+        __syncthreads();
+        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 1, o);
+        copies_wait_but<1>();
+        __syncthreads();
+        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 2, o);
+        copies_wait();
+        __syncthreads();
+        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 3, o);
+    } else {
+        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 0, o);
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+        if (TOKENS > 1 && t >= count) break;
+        to_scratch(tiles, o[t], rows.scratch + t * WARPS * p.width, p.width);
+    }
+    write<DELTA, S, TOKENS, STAGE>(bank, sh, rows, from, to, count, p.width);
+    __syncthreads();
+
+    // o of the slots, and of the call's own tokens.
+    for (int i = thread; i < count * (to - from); i += THREADS) {
+        const int t = i / (to - from), c = i - t * (to - from);
+        float sum = from_scratch(rows.scratch + t * WARPS * p.width, p.width, c) + rows.extra[t * p.width + c];
+        for (int s = 0; s <= t; s++) sum += sh.pair[t][s] * rows.v[s * dv + from + c];
+        output(p.o, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + from + c, sum, p.dtype);
+    }
 }
 
 // Entries -> a chronological cache.
 template <bool DELTA, typename S>
 DEVICE void gather(const StepCacheParams& p) {
     const int dk = p.dk, dv = p.dv, slot = blockIdx.x % (p.capacity + 1), thread = threadIdx.x;
+    const int lane = lane_index(), warp = warp_index();
     const int64_t out_row = blockIdx.x / (p.capacity + 1);
     const int64_t row = static_cast<int64_t>(p.entries[out_row / p.value_heads]) * p.value_heads + out_row % p.value_heads;
-    const Bank<S> bank = bank_of<S>(p.bank, row, p.capacity, dk, dv);
+    const auto bank = bank_of<S, false>(p.bank, row, p.capacity, dk, dv);
     const StepRecord& record = p.bank.records[row];
     const int len = record.len;
     Carve carve{dynamic_shared()};
     float* keys = carve.take<float>(STEP_RING * dk);
     float* y = carve.take<float>(STEP_RING * dk);
-    float* u = carve.take<float>(STEP_RING * dv);
-    float* scratch = carve.take<float>(PRODUCTS * WARPS * dv);
+    float* u = carve.take<float>(WARPS * 64) + warp * 64;
     carve.check();
-    const Tiles tiles(0, dv);
-    if (slot == p.capacity) {
+    // R, and what there is one of for a row.
+    const bool open = slot == p.capacity, held = open ? len > 0 : slot < len;
+    if (open) {
         if (thread == 0) p.len[out_row] = len;
         for (int i = thread; i < p.capacity; i += THREADS) {
             p.tokens[out_row * p.capacity + i] = i < len ? record.tokens[i] : 0;
             p.drift[out_row * p.capacity + i] = i < len ? record.drift[i] : 0;
         }
-        const float factor = len > 0 ? expf(static_cast<float>(record.log[record.open])) : 0.0f;
-        for (int r = tiles.first; tiles.live && r < dk; r += tiles.stride) {
-            float x[8] = {};
-            if (len > 0) bank.load(record.open, r, tiles.column, x);
-#pragma unroll
-            for (int i = 0; i < 8; i++) x[i] *= factor;
-            store8(reinterpret_cast<F32*>(p.open + out_row * dk * dv + r * dv + tiles.column), x);
-        }
-        return;
     }
-    const bool held = slot < len;
-    uint8_t place = held ? record.order[slot] : 0, lacks = DELTA && held ? record.pending[place] : 0;
+    const uint8_t place = !held ? 0 : open ? static_cast<uint8_t>(record.open) : record.order[slot];
+    const uint8_t lacks = DELTA && held && !open ? record.pending[place] : 0;
     const float factor = held ? expf(static_cast<float>(record.log[place])) : 0.0f, one = 1.0f;
     if (DELTA && lacks > 0) {
         const float* ring = p.bank.ring + row * (2 * STEP_RING * dk);
         for (int i = thread; i < STEP_RING * dk; i += THREADS) keys[i] = ring[i], y[i] = ring[STEP_RING * dk + i];
         __syncthreads();
-        products(bank, tiles, {&place, &lacks, &one, 0, 1}, keys, STEP_RING - lacks, lacks, STEP_RING, scratch, u, dv);
     }
-    float* to = p.states + (out_row * p.capacity + slot) * (dk * dv);
-    for (int r = tiles.first; tiles.live && r < dk; r += tiles.stride) {
-        float x[8] = {};
-        if (held) bank.load(place, r, tiles.column, x);
-        for (int n = 0; n < lacks; n++) {
+    float* to = open ? p.open + out_row * dk * dv : p.states + (out_row * p.capacity + slot) * (dk * dv);
+    for (int column = 8 * warp; column < dv; column += 8 * WARPS) {
+        if (DELTA && lacks > 0)
+            products<8>(bank, column, {&place, &lacks, &one, 0, 1}, keys, STEP_RING - lacks, lacks, STEP_RING, u);
+        for (int r = lane; r < dk; r += 128) {
+            float x[4][8] = {};
 #pragma unroll
-            for (int i = 0; i < 8; i++) x[i] -= y[(STEP_RING - lacks + n) * dk + r] * u[n * dv + tiles.column + i];
+            for (int n = 0; n < 4; n++)
+                if (held && r + 32 * n < dk) bank.load(place, r + 32 * n, column, x[n]);
+            if (DELTA && lacks > 0) take_products(x, y + (STEP_RING - lacks) * dk, u, lacks, r, dk);
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                if (r + 32 * n >= dk) break;
+#pragma unroll
+                for (int i = 0; i < 8; i++) x[n][i] *= factor;
+                store8(reinterpret_cast<F32*>(to + (r + 32 * n) * dv + column), x[n]);
+            }
         }
-#pragma unroll
-        for (int i = 0; i < 8; i++) x[i] *= factor;
-        store8(reinterpret_cast<F32*>(to + r * dv + tiles.column), x);
     }
-    if (p.keys) {
+    if (p.keys && !open) {
         const float* sums = p.bank.keys + (row * (p.capacity + STEP_SPARE_PLACES) + place) * dk;
         for (int c = thread; c < dk; c += THREADS) p.keys[(out_row * p.capacity + slot) * dk + c] = held ? sums[c] : 0.0f;
     }
@@ -927,7 +1076,7 @@ DEVICE void scatter(const StepCacheParams& p) {
     const int dk = p.dk, dv = p.dv, slot = blockIdx.x % (p.capacity + 1), thread = threadIdx.x;
     const int64_t in_row = blockIdx.x / (p.capacity + 1);
     const int64_t row = static_cast<int64_t>(p.entries[in_row / p.value_heads]) * p.value_heads + in_row % p.value_heads;
-    const Bank<S> bank = bank_of<S>(p.bank, row, p.capacity, dk, dv);
+    const auto bank = bank_of<S, false>(p.bank, row, p.capacity, dk, dv);
     const int len = p.len[in_row];
     if (slot == p.capacity) {
         StepRecord& record = p.bank.records[row];
@@ -961,23 +1110,28 @@ DEVICE void scatter(const StepCacheParams& p) {
 }  // namespace step
 }  // namespace dla
 
-// Kernels by recurrence, states and most tokens of a launch.
-#define STEP(name, delta, states, tokens, blocks)                                                             \
-    KERNEL BLOCKS_OF(dla::THREADS, blocks) name(const __grid_constant__ dla::StepParams p) {                  \
-        dla::step::run<delta, dla::step::states, tokens>(p);                                                  \
+// Kernels by recurrence, states and most tokens of a launch: loads in flight a thread, whether states are staged, blocks a
+// multiprocessor.
+#define STEP(name, delta, states, tokens, unroll, staged, blocks)                            \
+    KERNEL BLOCKS_OF(dla::THREADS, blocks) name(const __grid_constant__ dla::StepParams p) { \
+        dla::step::run<delta, dla::step::states, tokens, unroll, staged>(p);                 \
     }
-STEP(step_gated_bf16_1, false, StateBf16, 1, 3)
-STEP(step_gated_bf16_4, false, StateBf16, 4, 2)
-STEP(step_gated_bf16_8, false, StateBf16, 8, 1)
-STEP(step_gated_f32_1, false, StateF32, 1, 3)
-STEP(step_gated_f32_4, false, StateF32, 4, 2)
-STEP(step_gated_f32_8, false, StateF32, 8, 1)
-STEP(step_delta_bf16_1, true, StateBf16, 1, 2)
-STEP(step_delta_bf16_4, true, StateBf16, 4, 2)
-STEP(step_delta_bf16_8, true, StateBf16, 8, 1)
-STEP(step_delta_f32_1, true, StateF32, 1, 2)
-STEP(step_delta_f32_4, true, StateF32, 4, 2)
-STEP(step_delta_f32_8, true, StateF32, 8, 1)
+STEP(step_gated_bf16_1, false, StateBf16, 1, 8, false, 3)
+STEP(step_gated_bf16_1_staged, false, StateBf16, 1, 4, true, 2)
+STEP(step_gated_bf16_4, false, StateBf16, 4, 8, false, 2)
+STEP(step_gated_bf16_8, false, StateBf16, 8, 4, false, 1)
+STEP(step_gated_f32_1, false, StateF32, 1, 6, false, 2)
+STEP(step_gated_f32_1_staged, false, StateF32, 1, 2, true, 2)
+STEP(step_gated_f32_4, false, StateF32, 4, 4, false, 2)
+STEP(step_gated_f32_8, false, StateF32, 8, 2, false, 1)
+STEP(step_delta_bf16_1, true, StateBf16, 1, 8, false, 2)
+STEP(step_delta_bf16_1_staged, true, StateBf16, 1, 4, true, 2)
+STEP(step_delta_bf16_4, true, StateBf16, 4, 12, false, 1)
+STEP(step_delta_bf16_8, true, StateBf16, 8, 4, false, 1)
+STEP(step_delta_f32_1, true, StateF32, 1, 4, false, 2)
+STEP(step_delta_f32_1_staged, true, StateF32, 1, 2, true, 2)
+STEP(step_delta_f32_4, true, StateF32, 4, 6, false, 1)
+STEP(step_delta_f32_8, true, StateF32, 8, 2, false, 1)
 
 #define STEP_CACHE(name, ...) \
     KERNEL BLOCK_OF(dla::THREADS) name(const __grid_constant__ dla::StepCacheParams p) { dla::step::__VA_ARGS__(p); }

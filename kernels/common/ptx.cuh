@@ -23,7 +23,9 @@ namespace dla {
 
 #ifdef DLA_ON_CPU
 
+using emulation::copies_commit;
 using emulation::copies_wait;
+using emulation::copies_wait_but;
 using emulation::copy_async_16;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
@@ -111,6 +113,12 @@ DEVICE void copy_async_16(void* to, const void* from, bool live) {
 }
 // Waits for the copies of this thread.
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Ends a group of this thread's copies; waits for all groups but the last N.
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+DEVICE void copies_wait_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
 // Two f32 rounded to nearest even, `low` in the low half.
 DEVICE uint32_t pack_bf16(float low, float high) {

@@ -349,7 +349,7 @@ pub struct StepParams {
     pub mass: i32,
     pub qk_l2norm: i32,
     pub scale: f32,
-    pub prefetch: i32,
+    pub staged: i32,
 }
 
 /// Parameters of `step_gather_*` and `step_scatter_*`.
@@ -374,7 +374,7 @@ pub struct StepCacheParams {
 const _: () = {
     assert!(size_of::<StepBank>() == 56 && size_of::<StepParams>() == 264);
     assert!(offset_of!(StepParams, q) == 64 && offset_of!(StepParams, batch) == 184);
-    assert!(offset_of!(StepParams, prefetch) == 260);
+    assert!(offset_of!(StepParams, staged) == 260);
     assert!(size_of::<StepCacheParams>() == 136 && offset_of!(StepCacheParams, sequences) == 112);
 };
 
@@ -388,6 +388,8 @@ pub struct StepForm {
     pub bf16: bool,
     /// Most tokens of a launch: 1, 4 or 8.
     pub tokens: usize,
+    /// States are staged in shared memory; of one token alone.
+    pub staged: bool,
 }
 
 impl StepForm {
@@ -401,7 +403,8 @@ impl StepForm {
 
     /// Name of the kernel.
     pub fn name(&self) -> String {
-        format!("step_{}_{}_{}", self.recurrence(), self.states(), self.tokens)
+        let staged = if self.staged { "_staged" } else { "" };
+        format!("step_{}_{}_{}{staged}", self.recurrence(), self.states(), self.tokens)
     }
 
     /// Name of the kernel that makes a chronological cache of entries.
@@ -414,12 +417,17 @@ impl StepForm {
         format!("step_scatter_{}", self.states())
     }
 
-    /// Shared memory, a block having `width` columns of dv.
+    /// Bytes of a place that is staged, a block having `width` columns of dv.
+    pub fn staged_bytes(&self, dk: usize, width: usize) -> usize {
+        dk * width * if self.bf16 { 2 } else { 4 }
+    }
+
+    /// Shared memory, a block having `width` columns of dv; that of places that are staged comes to it.
     pub fn shared_bytes(&self, dk: usize, dv: usize, width: usize) -> usize {
         let (t, ring) = (self.tokens, if self.delta { STEP_RING } else { 0 });
         let list = ring + t;
-        let floats = 3 * t + 4 * t * t + t * list + 8 * (t + 1) + 64 * (4 * t + 1);
-        let fixed = 2 * STEP_RECORD_BYTES + 8 * t + 4 * floats + 32 + 7 * 64 + 64 * t + t * t + t;
+        let floats = 3 * t + 4 * t * t + t * list + 8 * (t + 1) + 64 * (4 * t + 1) + 2;
+        let fixed = 2 * STEP_RECORD_BYTES + 8 * t + 4 * floats + 64 + 7 * 64 + 64 * t + t * t + t;
         let array = |floats: usize| (4 * floats).next_multiple_of(16);
         let delta = |floats: usize| if self.delta { array(floats) } else { 0 };
         fixed.next_multiple_of(16)
@@ -428,14 +436,14 @@ impl StepForm {
             + array(t * dv)
             + delta(list * dk)
             + delta(t * (ring + 1) * dk)
-            + delta(list * width)
-            + array(if self.delta { 4 } else { 1 } * 8 * width)
+            + delta(8 * list.next_multiple_of(8) * 8)
+            + array(t * 8 * width)
+            + array(t * width)
     }
 
     /// Shared memory of the kernel that makes a chronological cache of entries.
-    pub fn gather_shared_bytes(&self, dk: usize, dv: usize) -> usize {
-        let array = |floats: usize| (4 * floats).next_multiple_of(16);
-        2 * array(STEP_RING * dk) + array(STEP_RING * dv) + array(4 * 8 * dv)
+    pub fn gather_shared_bytes(&self, dk: usize) -> usize {
+        2 * (4 * STEP_RING * dk).next_multiple_of(16) + 4 * 8 * 64
     }
 }
 

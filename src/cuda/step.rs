@@ -1,6 +1,6 @@
 //! **step** on the GPU: kernels, slices and the launch.
 
-use super::abi::{DevicePointer, StepForm, StepParams};
+use super::abi::{DevicePointer, STEP_SPARE_PLACES, StepForm, StepParams};
 use super::engine::Engine;
 use super::entries::Pool;
 use super::forward::{Arena, Offset};
@@ -30,7 +30,8 @@ pub struct StepPlan {
     mass: bool,
     qk_l2norm: bool,
     scale: f32,
-    prefetch: bool,
+    /// Places that are staged in shared memory.
+    staged: usize,
 }
 
 impl StepPlan {
@@ -97,8 +98,16 @@ impl StepPlan {
             given: pool.form(4).shared_bytes(shape.dk, shape.dv, 8) as u64,
         })?;
         let slices = shape.dv.div_ceil(width);
-        let shared_bytes = form.shared_bytes(shape.dk, shape.dv, width);
         let blocks = rows.saturating_mul(slices);
+        let mut shared_bytes = form.shared_bytes(shape.dk, shape.dv, width);
+        // Where blocks are few, most of the states fit shared memory, and come while it is decided what becomes of them.
+        let crowd = blocks.div_ceil(engine.multiprocessors().max(1)).max(1);
+        let room = (engine.device().shared_bytes_of_all()? / crowd).saturating_sub(1024).min(limit);
+        let each = form.staged_bytes(shape.dk, width);
+        let staged = (room.saturating_sub(shared_bytes) / each).min(shape.capacity + STEP_SPARE_PLACES);
+        let staged = if form.tokens == 1 && crowd <= 2 && 3 * staged >= shape.capacity { staged } else { 0 };
+        let form = StepForm { staged: staged > 0, ..form };
+        shared_bytes += staged * each;
         let kernel = Choice::portable("step", form.name(), blocks, shared_bytes).resolve(engine.device())?;
         Ok(StepPlan {
             kernel,
@@ -112,8 +121,7 @@ impl StepPlan {
             mass: options.merge == Merge::Mass,
             qk_l2norm: options.qk_l2norm,
             scale: options.scale.unwrap_or_else(|| (1.0 / (shape.dk as f64).sqrt()) as f32),
-            // With several blocks a multiprocessor one reads while another decides.
-            prefetch: blocks <= 2 * engine.multiprocessors(),
+            staged,
         })
     }
 
@@ -179,7 +187,7 @@ impl StepPlan {
             mass: self.mass.into(),
             qk_l2norm: self.qk_l2norm.into(),
             scale: self.scale,
-            prefetch: self.prefetch.into(),
+            staged: self.staged as i32,
         };
         for from in (0..shape.time).step_by(self.form.tokens) {
             let tokens = self.form.tokens.min(shape.time - from);

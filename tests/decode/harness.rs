@@ -321,9 +321,9 @@ pub fn check_stream(
 
 pub const RECURRENCES: [Recurrence; 2] = [Recurrence::Gated, Recurrence::GatedDelta];
 
-/// Every recurrence, read, merge rule and dtype, one to eight tokens at a time, from nothing and after a prefill; `most`
-/// cases.
-pub fn every_kind_of_step(maker: &Maker, most: usize) {
+/// Every recurrence, read, merge rule and dtype, one to eight tokens at a time, from nothing and after a prefill of 18 or
+/// 33 tokens, `time` tokens in all; `most` cases.
+pub fn every_kind_of_step(maker: &Maker, most: usize, time: usize) {
     let record = Record::of("every_kind_of_step", maker);
     let mut at = 0;
     for &states in maker.states {
@@ -344,7 +344,7 @@ pub fn every_kind_of_step(maker: &Maker, most: usize) {
                         };
                         let recipe = Recipe {
                             options,
-                            time: 90,
+                            time,
                             heads: 1 + at % 2,
                             value_heads: 2,
                             dk,
@@ -356,7 +356,7 @@ pub fn every_kind_of_step(maker: &Maker, most: usize) {
                             extra_columns: at % 3,
                             ..Recipe::default()
                         };
-                        let pieces: &[usize] = [&[][..], &[40], &[1, 17]][at % 3];
+                        let pieces: &[usize] = [&[][..], &[33], &[1, 17]][at % 3];
                         let tokens = [1, 1, 2, 3, 4, 8, 1, 5][at % 8];
                         check_stream(maker, &recipe, states, pieces, tokens, &record);
                         at += 1;

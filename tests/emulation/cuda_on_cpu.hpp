@@ -470,6 +470,9 @@ inline void copy_async_16(void* to, const void* from, bool live) {
     else memset(to, 0, 16);
 }
 inline void copies_wait() {}
+inline void copies_commit() {}
+template <int N>
+inline void copies_wait_but() {}
 inline void copies_arrive(uint64_t* barrier) { barrier_arrive(barrier); }
 // Its bytes have come when it returns, so the phase has only the arrivals to wait for.
 inline void barrier_expect(uint64_t* barrier, uint32_t) { barrier_arrive(barrier); }
