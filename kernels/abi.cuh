@@ -282,4 +282,86 @@ static_assert(sizeof(RouteParams) == 200 && offsetof(RouteParams, sums) == 88 &&
 static_assert(sizeof(ScanParams) == 184 && offsetof(ScanParams, p) == 96 && offsetof(ScanParams, bank) == 144 &&
               offsetof(ScanParams, lambda_columns) == 168);
 
+// Places for states of an entry and value head beyond M: one for R where that is not the open slot's state, one that is free
+// at every moment, so that no block of a step writes what another may still read.
+constexpr int STEP_SPARE_PLACES = 2;
+// Tokens whose transition a slot's state may lack, delta rule.
+constexpr int STEP_RING = 7;
+
+// What a cache holds of an entry and value head beside the arrays: all zeros before its sequence begins.
+struct StepRecord {
+    uint32_t len;               // slots held, m
+    uint32_t phase;             // tokens taken, modulo 2^32
+    uint32_t open;              // place of R: the open slot's, or one of its own
+    uint32_t reserved;
+    uint32_t tokens[64];        // n, oldest first
+    uint32_t drift[64];         // J, oldest first
+    double log[66];             // by place: the state is e^log times what is there
+    uint8_t order[64];          // place of every slot, oldest first
+    uint8_t pending[72];        // by place, delta rule: of so many of the last tokens the state lacks the transition
+    uint32_t unused[2];
+};
+
+// Arrays of a cache. Row e HV + h is entry e, value head h; P = M + STEP_SPARE_PLACES.
+struct StepBank {
+    void* states;         // [entries,HV,P,dk,dv] f32 or bf16
+    int8_t* rest;         // [entries,HV,P,dk,dv], bf16 states: 8 more bits of each
+    float* keys;          // [entries,HV,P,dk] key sums; routed reads
+    float* ring;          // [entries,HV,2,STEP_RING,dk], delta rule: k of the last tokens, the newest last; and beta k with the
+                          //   transitions since, y
+    StepRecord* records;  // [entries,HV]
+    uint32_t* arrived;    // [entries,HV], 0 between launches
+    int64_t entries;
+};
+
+// A step of `tokens` tokens from `from` on of every batch row. Grid B x HV x slices.
+struct StepParams {
+    StepBank bank;
+    const int32_t* entries;  // [B]: the row's entry; the row rests where that is negative or not below bank.entries
+    const void* q;           // [B,T,H,dk]
+    const void* k;           // [B,T,H,dk]
+    const void* v;           // [B,T,HV,dv]
+    const float* g;          // [B,T,HV], or null: 0
+    const float* beta;       // [B,T,HV], delta rule
+    const float* lambda;     // [B,T,HV,lambda_columns], or null: reads are routed
+    const float* slope;      // [HV], routed
+    const float* bias;       // [HV], routed
+    const float* logits;     // [B,T,HV,logit_columns], or null: 0
+    const float* tau;        // [HV]
+    const uint8_t* log;      // [B,T,HV] events to replay, or null: the rules decide
+    void* o;                 // [B,T,HV,dv] out
+    float* drift;            // [B,T,HV] out
+    uint8_t* events;         // [B,T,HV] out
+    float* weights;          // [B,T,HV,M] out, routed: read weights, columns without a slot 0
+    int64_t batch;
+    int32_t time, from, tokens;
+    int32_t heads, value_heads, dk, dv, capacity;
+    int32_t slices, width;   // blocks of a batch row and value head, and columns of dv of each, a multiple of 8
+    int32_t lambda_columns, logit_columns;
+    int32_t dtype;           // of q, k, v, o: 0 bf16, 1 f16, 2 f32
+    int32_t newest_first, mass, qk_l2norm;
+    float scale;
+    int32_t staged;          // kernels that stage: places whose states are in shared memory
+};
+
+// Between entries and a chronological cache (OPERATOR.md, section 5). Grid N x HV x (M + 1).
+struct StepCacheParams {
+    StepBank bank;
+    const int32_t* entries;  // [N]: the entry of every sequence
+    float* states;           // [N,HV,M,dk,dv]
+    uint32_t* len;           // [N,HV]
+    uint32_t* tokens;        // [N,HV,M]
+    uint32_t* drift;         // [N,HV,M]
+    float* open;             // [N,HV,dk,dv]
+    float* keys;             // [N,HV,M,dk], routed reads
+    int64_t sequences;
+    int32_t value_heads, dk, dv, capacity;
+};
+
+static_assert(sizeof(StepRecord) == 1200 && offsetof(StepRecord, log) == 528 && offsetof(StepRecord, order) == 1056 &&
+              offsetof(StepRecord, pending) == 1120);
+static_assert(sizeof(StepBank) == 56 && sizeof(StepParams) == 264 && offsetof(StepParams, q) == 64 &&
+              offsetof(StepParams, batch) == 184 && offsetof(StepParams, staged) == 260);
+static_assert(sizeof(StepCacheParams) == 136 && offsetof(StepCacheParams, sequences) == 112);
+
 }  // namespace dla

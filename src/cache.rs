@@ -77,7 +77,11 @@ impl Cache {
 
     /// Checks the cache against itself and against the call that wants to resume from it.
     pub(crate) fn validate(&self, shape: &Shape, read: Read) -> Result<()> {
-        let dims = shape.cache_dims();
+        self.validate_dims(shape.cache_dims(), read)
+    }
+
+    /// Checks the cache against itself and against the extents that it should have.
+    pub(crate) fn validate_dims(&self, dims: CacheDims, read: Read) -> Result<()> {
         if self.dims != dims {
             let text = |d: &CacheDims| {
                 format!(

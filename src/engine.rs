@@ -20,16 +20,16 @@ pub struct Forward {
     pub cache: Cache,
 }
 
-/// Results of one decoding step.
+/// Results of one decoding step, T = 1 but on [`Entries`](crate::Entries).
 #[derive(Debug, Clone)]
 pub struct Step {
-    /// Output, `[B,1,HV,dv]`, dtype of q.
+    /// Output, `[B,T,HV,dv]`, dtype of q.
     pub o: Buffer,
-    /// Drift I, `[B,1,HV]`.
+    /// Drift I, `[B,T,HV]`.
     pub drift: Vec<f32>,
-    /// Events, `[B,1,HV]`.
+    /// Events, `[B,T,HV]`.
     pub events: Vec<u8>,
-    /// Routed read weights, `[B,1,HV,M]`; `None` where the caller gave them.
+    /// Routed read weights, `[B,T,HV,M]`; `None` where the caller gave them.
     pub lambda: Option<Vec<f32>>,
 }
 

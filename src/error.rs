@@ -190,6 +190,24 @@ pub enum Error {
         /// How it differs.
         why: &'static str,
     },
+    /// An entry of a decoding cache that this call cannot use.
+    #[error("{name}: expected {expected}, got entry {given} at row {index}")]
+    Entry {
+        /// Argument.
+        name: &'static str,
+        /// Expected property.
+        expected: &'static str,
+        /// Given entry.
+        given: usize,
+        /// Row of the call.
+        index: usize,
+    },
+    /// Every entry of a decoding cache is taken.
+    #[error("entries: all {count} are taken: release one, or make a larger cache")]
+    NoEntry {
+        /// Entries of the cache.
+        count: usize,
+    },
     /// The GPU does not have as much memory free.
     #[error("device: out of memory: {bytes} bytes asked for, {free} free")]
     OutOfMemory {

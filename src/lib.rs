@@ -13,7 +13,8 @@
 //! 3. **route**: read weights from content, where reads are [routed](Read::Routed).
 //! 4. **scan**: reads all slots; transitions, merges and appends them.
 //!
-//! and **step**, all of it for one token per sequence, in place.
+//! and **step**, all of it for one token per sequence, in place: on a [`Cache`], or on the [`Entries`] of a server's
+//! cache, of which every call names those that its rows use.
 //!
 //! # The API
 //!
@@ -30,6 +31,7 @@ pub mod check;
 pub mod cpu;
 pub mod cuda;
 mod engine;
+mod entries;
 mod error;
 pub mod events;
 mod options;
@@ -39,6 +41,7 @@ mod tensor;
 
 pub use cache::{Cache, CacheDims, CacheGradients};
 pub use engine::{Engine, Forward, Gradients, RouteGradients, SoftGradients, Stage, StageTimes, Step};
+pub use entries::{Entries, EntrySpec, MOST_STEP_TOKENS, StateDtype};
 pub use error::{Error, Result};
 pub use options::{L2NORM_EPS, MAX_CAPACITY, Merge, Options, Read, Recurrence, SlotOrder, Soft, Tau};
 pub use problem::{Inputs, OutputGradients, Problem, Route, Sequence, Shape};

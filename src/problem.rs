@@ -326,11 +326,16 @@ impl<'a> Problem<'a> {
 
     /// Checks that every event of a log can happen, sequences beginning from `cache`.
     pub(crate) fn check_events(&self, events: &[u8], cache: Option<&Cache>) -> Result<()> {
+        self.check_events_from(events, |row| self.initial_ledger(cache, row))
+    }
+
+    /// The same, row `row` of N x HV beginning with the slots `initial(row)`.
+    pub(crate) fn check_events_from(&self, events: &[u8], initial: impl Fn(usize) -> Ledger) -> Result<()> {
         self.check_events_len(events)?;
         let Shape { time, value_heads, capacity, .. } = self.shape;
         for (n, sequence) in self.sequences.iter().enumerate() {
             for head in 0..value_heads {
-                let mut ledger = self.initial_ledger(cache, n * value_heads + head);
+                let mut ledger = initial(n * value_heads + head);
                 for token in sequence.start..sequence.start + sequence.len {
                     let event = events[token * value_heads + head];
                     if !ledger.allows(event, capacity) {

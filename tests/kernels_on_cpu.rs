@@ -18,6 +18,8 @@ use std::sync::OnceLock;
 
 #[path = "emulation/hopper.rs"]
 mod hopper;
+#[path = "emulation/step.rs"]
+mod step;
 
 unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
@@ -107,6 +109,9 @@ fn try_launch<P>(
     (code != 0).then(|| CStr::from_bytes_until_nul(&error).unwrap().to_string_lossy().into_owned())
 }
 
+// SAFETY: memory of this process, owned.
+unsafe impl Send for Array {}
+
 /// A poisoned array on "the device", 16-byte aligned, that ends where memory does: what reads or writes 16 bytes past its
 /// end faults.
 struct Array {
@@ -152,6 +157,11 @@ impl Array {
             dla::Buffer::Bf16(x) => Array::of(&x.iter().map(|x| x.to_bits()).collect::<Vec<_>>()),
             dla::Buffer::F16(x) => Array::of(&x.iter().map(|x| x.to_bits()).collect::<Vec<_>>()),
         }
+    }
+
+    fn bytes_mut(&mut self) -> &mut [u8] {
+        // SAFETY: as `whole`; borrowed alone.
+        unsafe { std::slice::from_raw_parts_mut(self.whole().as_ptr().cast_mut(), self.bytes) }
     }
 
     fn pointer(&self) -> DevicePointer {

@@ -23,19 +23,24 @@ namespace dla {
 
 #ifdef DLA_ON_CPU
 
+using emulation::copies_commit;
 using emulation::copies_wait;
+using emulation::copies_wait_but;
 using emulation::copy_async_16;
 using emulation::copy_async_4;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
+using emulation::arrive;
 using emulation::f16_to_f32;
 using emulation::f32_to_f16;
 using emulation::ldmatrix_x4;
 using emulation::ldmatrix_x4_trans;
+using emulation::load_once;
 using emulation::mma_bf16;
 using emulation::opaque;
 using emulation::pack_bf16;
 DEVICE void part_barrier(int id, int threads) { emulation::group_barrier(id, threads); }
+using emulation::prefetch;
 using emulation::quotient;
 using emulation::approximate_reciprocal;
 using emulation::shared_address;
@@ -115,6 +120,24 @@ DEVICE void part_barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
 
+// 16 bytes that are read once: they take no place in L1.
+DEVICE uint4 load_once(const void* from) {
+    uint4 x;
+    asm("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+        : "=r"(x.x), "=r"(x.y), "=r"(x.z), "=r"(x.w)
+        : "l"(from));
+    return x;
+}
+// Has the line of 128 bytes brought to L2.
+DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+// Counts an arrival: how many came before. What this thread did before is done for those that come after.
+DEVICE uint32_t arrive(uint32_t* count) {
+    __threadfence();
+    const uint32_t before = atomicAdd(count, 1u);
+    __threadfence();
+    return before;
+}
+
 DEVICE void trap() { asm volatile("trap;"); }
 
 // Copies 16 bytes to shared memory, zeros where not `live`.
@@ -128,6 +151,12 @@ DEVICE void copy_async_4(void* to, const void* from) {
 }
 // Waits for the copies of this thread.
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+// Ends a group of this thread's copies; waits for all groups but the last N.
+DEVICE void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+template <int N>
+DEVICE void copies_wait_but() {
+    asm volatile("cp.async.wait_group %0;" ::"n"(N) : "memory");
+}
 
 // Two f32 rounded to nearest even, `low` in the low half.
 DEVICE uint32_t pack_bf16(float low, float high) {

@@ -7,6 +7,7 @@
 
 mod backward;
 mod clock;
+mod entries;
 mod forward;
 mod matrix;
 mod prepare;
@@ -23,6 +24,7 @@ use crate::engine::{Forward, Gradients, StageTimes, Step};
 use crate::error::Result;
 use crate::problem::{OutputGradients, Problem};
 use clock::Clock;
+pub use entries::Entries;
 
 /// The operator on this machine's processors.
 #[derive(Debug, Clone, Copy, Default)]

@@ -86,7 +86,7 @@ pub(crate) fn step(problem: &Problem, cache: &mut Cache) -> Step {
 }
 
 /// `S^T k`.
-fn transposed_times(state: &[f32], k: &[f32], out: &mut [f32]) {
+pub(super) fn transposed_times(state: &[f32], k: &[f32], out: &mut [f32]) {
     out.fill(0.0);
     for (row, &k) in state.chunks_exact(out.len()).zip(k) {
         add_scaled(out, k, row);
@@ -94,7 +94,7 @@ fn transposed_times(state: &[f32], k: &[f32], out: &mut [f32]) {
 }
 
 /// `S += a k v^T`.
-fn add_outer(state: &mut [f32], a: f32, k: &[f32], v: &[f32]) {
+pub(super) fn add_outer(state: &mut [f32], a: f32, k: &[f32], v: &[f32]) {
     for (row, &k) in state.chunks_exact_mut(v.len()).zip(k) {
         add_scaled(row, a * k, v);
     }
@@ -182,7 +182,7 @@ fn step_row(row: Row, mut ledger: crate::events::Ledger, cache: CacheRow) -> Row
     cache.drift[..m].copy_from_slice(ledger.drift());
 
     // Read.
-    let weights = weights(&row, q, cache.keys, &ledger);
+    let weights = weights(&row, 0, q, |i| &cache.keys[i * dk..][..dk], &ledger);
     let mut o = vec![0.0; dv];
     for (slot, &weight) in weights.iter().enumerate() {
         transposed_times(&cache.states[slot * state..][..state], q, &mut product);
@@ -191,22 +191,28 @@ fn step_row(row: Row, mut ledger: crate::events::Ledger, cache: CacheRow) -> Row
     RowStep { o, drift: score, event, weights }
 }
 
-/// Read weights of the slots held, oldest first.
-fn weights(row: &Row, q: &[f32], keys: &[f32], ledger: &crate::events::Ledger) -> Vec<f32> {
-    let (dk, m) = (q.len(), ledger.len());
+/// Read weights at token t of the slots held, oldest first; `keys(i)`: key sums of slot i.
+pub(super) fn weights<'a>(
+    row: &Row,
+    t: usize,
+    q: &[f32],
+    keys: impl Fn(usize) -> &'a [f32],
+    ledger: &crate::events::Ledger,
+) -> Vec<f32> {
+    let m = ledger.len();
     let problem = row.problem;
     match (Route::of(row), problem.inputs().lambda) {
         (Some(Route { slope, bias }), _) => (0..m)
             .map(|i| {
-                let score = dot(q, &keys[i * dk..][..dk]) / ledger.tokens()[i] as f32;
-                let x = slope * score + bias + super::forward::logit(row, 0, i, m);
+                let score = dot(q, keys(i)) / ledger.tokens()[i] as f32;
+                let x = slope * score + bias + super::forward::logit(row, t, i, m);
                 1.0 / (1.0 + (-x).exp())
             })
             .collect(),
         (None, Some(lambda)) => {
             let columns = problem.lambda_columns();
             let mut given = vec![0.0; columns];
-            lambda.data().load(row.at(0) * columns, &mut given);
+            lambda.data().load(row.at(t) * columns, &mut given);
             (0..m).map(|i| given[problem.options().slot_order.column(i, m)]).collect()
         }
         (None, None) => Vec::new(),

@@ -291,6 +291,165 @@ const _: () = {
     assert!(offset_of!(ScanParams, bank) == 144 && offset_of!(ScanParams, lambda_columns) == 168);
 };
 
+/// Places for states of an entry and value head beyond M.
+pub const STEP_SPARE_PLACES: usize = 2;
+
+/// Tokens whose transition a slot's state may lack, delta rule.
+pub const STEP_RING: usize = 7;
+
+/// Bytes of a `StepRecord`. All zeros: the sequence has not begun.
+pub const STEP_RECORD_BYTES: usize = 1200;
+
+/// Arrays of a cache's entries.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepBank {
+    pub states: DevicePointer,
+    pub rest: DevicePointer,
+    pub keys: DevicePointer,
+    pub ring: DevicePointer,
+    pub records: DevicePointer,
+    pub arrived: DevicePointer,
+    pub entries: i64,
+}
+
+/// Parameters of `step_gated_*` and `step_delta_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepParams {
+    pub bank: StepBank,
+    pub entries: DevicePointer,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub beta: DevicePointer,
+    pub lambda: DevicePointer,
+    pub slope: DevicePointer,
+    pub bias: DevicePointer,
+    pub logits: DevicePointer,
+    pub tau: DevicePointer,
+    pub log: DevicePointer,
+    pub o: DevicePointer,
+    pub drift: DevicePointer,
+    pub events: DevicePointer,
+    pub weights: DevicePointer,
+    pub batch: i64,
+    pub time: i32,
+    pub from: i32,
+    pub tokens: i32,
+    pub heads: i32,
+    pub value_heads: i32,
+    pub dk: i32,
+    pub dv: i32,
+    pub capacity: i32,
+    pub slices: i32,
+    pub width: i32,
+    pub lambda_columns: i32,
+    pub logit_columns: i32,
+    pub dtype: i32,
+    pub newest_first: i32,
+    pub mass: i32,
+    pub qk_l2norm: i32,
+    pub scale: f32,
+    pub staged: i32,
+}
+
+/// Parameters of `step_gather_*` and `step_scatter_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct StepCacheParams {
+    pub bank: StepBank,
+    pub entries: DevicePointer,
+    pub states: DevicePointer,
+    pub len: DevicePointer,
+    pub tokens: DevicePointer,
+    pub drift: DevicePointer,
+    pub open: DevicePointer,
+    pub keys: DevicePointer,
+    pub sequences: i64,
+    pub value_heads: i32,
+    pub dk: i32,
+    pub dv: i32,
+    pub capacity: i32,
+}
+
+const _: () = {
+    assert!(size_of::<StepBank>() == 56 && size_of::<StepParams>() == 264);
+    assert!(offset_of!(StepParams, q) == 64 && offset_of!(StepParams, batch) == 184);
+    assert!(offset_of!(StepParams, staged) == 260);
+    assert!(size_of::<StepCacheParams>() == 136 && offset_of!(StepCacheParams, sequences) == 112);
+};
+
+/// One of the kernels of step: `step_{recurrence}_{states}_{tokens}`, and those that take entries to a chronological
+/// cache and back.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct StepForm {
+    /// Gated delta rule.
+    pub delta: bool,
+    /// States in bf16, with a second plane.
+    pub bf16: bool,
+    /// Most tokens of a launch: 1, 4 or 8.
+    pub tokens: usize,
+    /// States are staged in shared memory; of one token alone.
+    pub staged: bool,
+}
+
+impl StepForm {
+    fn recurrence(&self) -> &'static str {
+        if self.delta { "delta" } else { "gated" }
+    }
+
+    fn states(&self) -> &'static str {
+        if self.bf16 { "bf16" } else { "f32" }
+    }
+
+    /// Name of the kernel.
+    pub fn name(&self) -> String {
+        let staged = if self.staged { "_staged" } else { "" };
+        format!("step_{}_{}_{}{staged}", self.recurrence(), self.states(), self.tokens)
+    }
+
+    /// Name of the kernel that makes a chronological cache of entries.
+    pub fn gather_name(&self) -> String {
+        format!("step_gather_{}_{}", self.recurrence(), self.states())
+    }
+
+    /// Name of the kernel that makes entries of a chronological cache.
+    pub fn scatter_name(&self) -> String {
+        format!("step_scatter_{}", self.states())
+    }
+
+    /// Bytes of a place that is staged, a block having `width` columns of dv.
+    pub fn staged_bytes(&self, dk: usize, width: usize) -> usize {
+        dk * width * if self.bf16 { 2 } else { 4 }
+    }
+
+    /// Shared memory, a block having `width` columns of dv; that of places that are staged comes to it.
+    pub fn shared_bytes(&self, dk: usize, dv: usize, width: usize) -> usize {
+        let (t, ring) = (self.tokens, if self.delta { STEP_RING } else { 0 });
+        let list = ring + t;
+        let floats = 3 * t + 4 * t * t + t * list + 8 * (t + 1) + 64 * (4 * t + 1) + 2;
+        let fixed = 2 * STEP_RECORD_BYTES + 8 * t + 4 * floats + 64 + 7 * 64 + 64 * t + t * t + t;
+        let array = |floats: usize| (4 * floats).next_multiple_of(16);
+        let delta = |floats: usize| if self.delta { array(floats) } else { 0 };
+        fixed.next_multiple_of(16)
+            + array(t * dk)
+            + array(list * dk)
+            + array(t * dv)
+            + delta(list * dk)
+            + delta(t * (ring + 1) * dk)
+            + delta(8 * list.next_multiple_of(8) * 8)
+            + array(t * 8 * width)
+            + array(t * width)
+    }
+
+    /// Shared memory of the kernel that makes a chronological cache of entries.
+    pub fn gather_shared_bytes(&self, dk: usize) -> usize {
+        2 * (4 * STEP_RING * dk).next_multiple_of(16) + 4 * 8 * 64
+    }
+}
+
 /// Sizes that launches and workspaces are made of.
 #[derive(Debug, Clone, Copy)]
 pub struct Geometry {

@@ -83,6 +83,14 @@ impl Engine {
         Ok(Engine { device, stream, side })
     }
 
+    pub(super) fn device(&self) -> &Arc<Device> {
+        &self.device
+    }
+
+    pub(super) fn bind(&self) -> Result<()> {
+        self.device.bind()
+    }
+
     /// The stream that this engine launches on.
     pub fn raw_stream(&self) -> CUstream {
         match &self.stream {
@@ -262,7 +270,8 @@ impl crate::engine::Engine for Engine {
         Err(Error::NotBuilt { engine: "cuda", what: "backward" })
     }
 
-    fn step(&self, _: &Problem<'_>, _: &mut Cache) -> Result<Step> {
-        Err(Error::NotBuilt { engine: "cuda", what: "step" })
+    /// Copies the cache to the GPU and back: [`Entries`](super::Entries) keep it there.
+    fn step(&self, problem: &Problem<'_>, cache: &mut Cache) -> Result<Step> {
+        super::entries::step_cache(self, problem, cache)
     }
 }

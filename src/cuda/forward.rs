@@ -54,23 +54,23 @@ pub(super) fn timed(stages: &Stages<'_>, main: CUstream, timeline: &Timeline) ->
 
 /// Arrays of a call in one piece of memory.
 #[derive(Default)]
-struct Arena<'a> {
+pub(super) struct Arena<'a> {
     uploads: Vec<(usize, &'a [u8])>,
     bytes: usize,
 }
 
 /// Where an array of an arena stands, in bytes from its beginning.
-type Offset = usize;
+pub(super) type Offset = usize;
 
 impl<'a> Arena<'a> {
-    fn room(&mut self, bytes: usize) -> Offset {
+    pub(super) fn room(&mut self, bytes: usize) -> Offset {
         let at = self.bytes;
         // Beyond all addresses an allocation fails, and says so.
         self.bytes = at.saturating_add(bytes).checked_next_multiple_of(256).unwrap_or(usize::MAX);
         at
     }
 
-    fn array(&mut self, bytes: &'a [u8]) -> Offset {
+    pub(super) fn array(&mut self, bytes: &'a [u8]) -> Offset {
         let at = self.room(bytes.len());
         self.uploads.push((at, bytes));
         at
@@ -83,21 +83,108 @@ impl<'a> Arena<'a> {
             Data::F16(x) => bytes_of(x),
         })
     }
+
+    /// Bytes of all.
+    pub(super) fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// The arguments of a problem, but for its cache; `taus` is tau of every value head.
+    pub(super) fn inputs(&mut self, problem: &Problem<'a>, taus: &'a [f32]) -> InputOffsets {
+        let inputs = *problem.inputs();
+        let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(|x| self.tensor(&x));
+        let [g, beta, lambda] = [inputs.g, inputs.beta, inputs.lambda].map(|x| x.map(|x| self.tensor(&x)));
+        InputOffsets {
+            qkv: [q, k, v],
+            g,
+            beta,
+            lambda,
+            lambda_columns: problem.lambda_columns(),
+            slope: inputs.route.map(|route| self.tensor(&route.slope)),
+            bias: inputs.route.map(|route| self.tensor(&route.bias)),
+            logits: inputs.route.and_then(|route| route.logits).map(|logits| self.tensor(&logits)),
+            logit_columns: problem.logit_columns(),
+            tau: self.array(bytes_of(taus)),
+            events: inputs.events.map(|events| self.array(events)),
+            cu_seqlens: inputs.cu_seqlens.map(|offsets| self.array(bytes_of(offsets))),
+        }
+    }
+
+    /// Memory for all, what is of the host copied to it.
+    pub(super) fn upload(&self, engine: &Engine) -> Result<Memory> {
+        let memory = engine.allocate(self.bytes)?;
+        for &(at, bytes) in &self.uploads {
+            memory.upload(at, bytes, engine.raw_stream())?;
+        }
+        Ok(memory)
+    }
+}
+
+/// Where the arguments of a call stand.
+pub(super) struct InputOffsets {
+    qkv: [Offset; 3],
+    g: Option<Offset>,
+    beta: Option<Offset>,
+    lambda: Option<Offset>,
+    lambda_columns: usize,
+    slope: Option<Offset>,
+    bias: Option<Offset>,
+    logits: Option<Offset>,
+    logit_columns: usize,
+    tau: Offset,
+    events: Option<Offset>,
+    cu_seqlens: Option<Offset>,
+}
+
+impl InputOffsets {
+    pub(super) fn raw(&self, base: u64) -> RawInputs {
+        let address = |offset: Option<Offset>| offset.map_or(0, |offset| base + offset as u64);
+        let [q, k, v] = self.qkv.map(|offset| base + offset as u64);
+        RawInputs {
+            q,
+            k,
+            v,
+            g: address(self.g),
+            beta: address(self.beta),
+            lambda: address(self.lambda),
+            lambda_columns: self.lambda_columns,
+            slope: address(self.slope),
+            bias: address(self.bias),
+            logits: address(self.logits),
+            logit_columns: self.logit_columns,
+            tau: base + self.tau as u64,
+            events: address(self.events),
+            cu_seqlens: address(self.cu_seqlens),
+            cache: None,
+        }
+    }
 }
 
 /// Where the arrays of a cache stand.
-#[derive(Clone, Copy)]
-struct CacheOffsets {
-    states: Offset,
-    len: Offset,
-    tokens: Offset,
-    drift: Offset,
-    open: Offset,
-    keys: Option<Offset>,
+#[derive(Debug, Clone, Copy)]
+pub(super) struct CacheOffsets {
+    pub(super) states: Offset,
+    pub(super) len: Offset,
+    pub(super) tokens: Offset,
+    pub(super) drift: Offset,
+    pub(super) open: Offset,
+    pub(super) keys: Option<Offset>,
 }
 
 impl CacheOffsets {
-    fn raw(&self, base: u64) -> RawCache {
+    /// A cache of the host.
+    pub(super) fn of<'a>(arena: &mut Arena<'a>, cache: &'a Cache) -> Self {
+        CacheOffsets {
+            states: arena.array(bytes_of(&cache.states)),
+            len: arena.array(bytes_of(&cache.len)),
+            tokens: arena.array(bytes_of(&cache.tokens)),
+            drift: arena.array(bytes_of(&cache.drift)),
+            open: arena.array(bytes_of(&cache.open)),
+            keys: cache.keys.as_ref().map(|keys| arena.array(bytes_of(keys))),
+        }
+    }
+
+    pub(super) fn raw(&self, base: u64) -> RawCache {
         RawCache {
             states: base + self.states as u64,
             len: base + self.len as u64,
@@ -127,66 +214,25 @@ impl Resident {
     /// Copies a problem's arguments to the GPU.
     pub(super) fn new(engine: &Engine, problem: &Problem<'_>) -> Result<Resident> {
         let plan = engine.plan(&Call::of(problem))?;
-        let (inputs, shape) = (*problem.inputs(), *problem.shape());
+        let shape = *problem.shape();
         let (dims, options) = (shape.cache_dims(), problem.options());
         let routed = options.read == Read::Routed;
         let taus: Vec<f32> = (0..shape.value_heads).map(|head| options.tau.of(head)).collect();
         let mut arena = Arena::default();
-        let [q, k, v] = [inputs.q, inputs.k, inputs.v].map(|x| arena.tensor(&x));
-        let [g, beta, lambda] = [inputs.g, inputs.beta, inputs.lambda].map(|x| x.map(|x| arena.tensor(&x)));
-        let slope = inputs.route.map(|route| arena.tensor(&route.slope));
-        let bias = inputs.route.map(|route| arena.tensor(&route.bias));
-        let logits = inputs.route.and_then(|route| route.logits).map(|logits| arena.tensor(&logits));
-        let tau = arena.array(bytes_of(&taus));
-        let log = inputs.events.map(|events| arena.array(events));
-        let cu_seqlens = inputs.cu_seqlens.map(|offsets| arena.array(bytes_of(offsets)));
-        let initial = inputs.cache.map(|cache| CacheOffsets {
-            states: arena.array(bytes_of(&cache.states)),
-            len: arena.array(bytes_of(&cache.len)),
-            tokens: arena.array(bytes_of(&cache.tokens)),
-            drift: arena.array(bytes_of(&cache.drift)),
-            open: arena.array(bytes_of(&cache.open)),
-            keys: cache.keys.as_ref().map(|keys| arena.array(bytes_of(keys))),
-        });
+        let inputs = arena.inputs(problem, &taus);
+        let initial = problem.inputs().cache.map(|cache| CacheOffsets::of(&mut arena, cache));
         let per_token = shape.tokens() * shape.value_heads;
-        let rows = dims.rows();
         let o = arena.room(per_token * shape.dv * problem.dtype().bytes());
         let drift = arena.room(per_token * 4);
         let events = arena.room(per_token);
         let routed_lambda = routed.then(|| arena.room(per_token * shape.capacity * 4));
-        let cache = CacheOffsets {
-            states: arena.room(rows * dims.bank() * 4),
-            len: arena.room(rows * 4),
-            tokens: arena.room(rows * dims.capacity * 4),
-            drift: arena.room(rows * dims.capacity * 4),
-            open: arena.room(rows * dims.state() * 4),
-            keys: routed.then(|| arena.room(rows * dims.key_bank() * 4)),
-        };
+        let cache = CacheOffsets::room(&mut arena, dims, options.read);
         let workspace = arena.room(plan.workspace_bytes());
 
-        let memory = engine.allocate(arena.bytes)?;
-        for &(at, bytes) in &arena.uploads {
-            memory.upload(at, bytes, engine.raw_stream())?;
-        }
+        let memory = arena.upload(engine)?;
         let base = memory.address();
         let address = |offset: Option<Offset>| offset.map_or(0, |offset| base + offset as u64);
-        let inputs = RawInputs {
-            q: base + q as u64,
-            k: base + k as u64,
-            v: base + v as u64,
-            g: address(g),
-            beta: address(beta),
-            lambda: address(lambda),
-            lambda_columns: problem.lambda_columns(),
-            slope: address(slope),
-            bias: address(bias),
-            logits: address(logits),
-            logit_columns: problem.logit_columns(),
-            tau: base + tau as u64,
-            events: address(log),
-            cu_seqlens: address(cu_seqlens),
-            cache: initial.map(|initial| initial.raw(base)),
-        };
+        let inputs = RawInputs { cache: initial.map(|initial| initial.raw(base)), ..inputs.raw(base) };
         let outputs = RawOutputs {
             o: base + o as u64,
             drift: base + drift as u64,
@@ -210,7 +256,6 @@ impl Resident {
     pub(super) fn results(&self, engine: &Engine, problem: &Problem<'_>) -> Result<Forward> {
         let shape = problem.shape();
         let per_token = shape.tokens() * shape.value_heads;
-        let mut cache = Cache::empty(shape.cache_dims(), problem.options().read);
         let mut o = Buffer::zeros(problem.dtype(), per_token * shape.dv);
         let (mut drift, mut events) = (vec![0f32; per_token], vec![0u8; per_token]);
         let mut lambda = self.lambda.map(|_| vec![0f32; per_token * shape.capacity]);
@@ -228,14 +273,7 @@ impl Resident {
         if let (Some(offset), Some(lambda)) = (self.lambda, &mut lambda) {
             get(offset, bytes_of_mut(lambda))?;
         }
-        get(self.cache.states, bytes_of_mut(&mut cache.states))?;
-        get(self.cache.len, bytes_of_mut(&mut cache.len))?;
-        get(self.cache.tokens, bytes_of_mut(&mut cache.tokens))?;
-        get(self.cache.drift, bytes_of_mut(&mut cache.drift))?;
-        get(self.cache.open, bytes_of_mut(&mut cache.open))?;
-        if let (Some(offset), Some(keys)) = (self.cache.keys, &mut cache.keys) {
-            get(offset, bytes_of_mut(keys))?;
-        }
+        let cache = self.cache.download(engine, &self.memory, shape.cache_dims(), problem.options().read)?;
         Ok(Forward { o, drift, events, lambda, cache })
     }
 }

@@ -339,7 +339,7 @@ impl<'a> Stages<'a> {
 }
 
 /// Launches `kernel` with its one parameter, the struct `params`. A grid without blocks is no launch.
-fn launch<P>(kernel: &Kernel, params: &P, stream: CUstream) -> Result<()> {
+pub(super) fn launch<P>(kernel: &Kernel, params: &P, stream: CUstream) -> Result<()> {
     if kernel.blocks == 0 {
         return Ok(());
     }

@@ -64,6 +64,28 @@ impl Memory {
         unsafe { call!(cuMemsetD8Async(self.address, byte, self.bytes, stream)) }
     }
 
+    /// Fills a part of it with one byte, in the stream's order.
+    pub(super) fn fill_range(&self, offset: usize, len: usize, byte: u8, stream: CUstream) -> Result<()> {
+        self.check(offset, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        // SAFETY: the part lies inside, as was just checked; the stream is one of the bound context.
+        unsafe { call!(cuMemsetD8Async(self.address + offset as u64, byte, len, stream)) }
+    }
+
+    /// Copies a part of it to another, in the stream's order; the two do not overlap.
+    pub(super) fn copy_range(&self, from: usize, to: usize, len: usize, stream: CUstream) -> Result<()> {
+        self.check(from, len)?;
+        self.check(to, len)?;
+        if len == 0 {
+            return Ok(());
+        }
+        let (from, to) = (self.address + from as u64, self.address + to as u64);
+        // SAFETY: both parts lie inside, as was just checked, and do not overlap, as the caller says.
+        unsafe { call!(cuMemcpyDtoDAsync_v2(to, from, len, stream)) }
+    }
+
     /// Copies all of it to the beginning of another.
     pub(super) fn copy(&self, to: &Memory, stream: CUstream) -> Result<()> {
         to.check(0, self.bytes)?;
@@ -115,6 +137,7 @@ pub(super) trait Plain: Copy {}
 impl Plain for u8 {}
 impl Plain for u16 {}
 impl Plain for u32 {}
+impl Plain for i32 {}
 impl Plain for i64 {}
 impl Plain for f32 {}
 impl Plain for half::bf16 {}

@@ -1,29 +1,36 @@
-//! The engine on an NVIDIA GPU: kernels compiled ahead, libcuda loaded when it is first needed. The forward so far;
-//! **it has not run on a card yet**: the kernels are checked on the CPU, by `tests/kernels_on_cpu.rs`.
+//! The engine on an NVIDIA GPU: kernels compiled ahead, libcuda loaded when it is first needed. The forward and
+//! decoding so far.
 //!
 //! [`Engine`] is one GPU and one stream. [`Engine::launch`] takes addresses on the GPU ([`RawInputs`],
-//! [`RawOutputs`]) and a [`Plan`], which chose the kernels and says how much workspace they need.
+//! [`RawOutputs`]) and a [`Plan`], which chose the kernels and says how much workspace they need. [`Entries`] are the
+//! caches of sequences that are being decoded.
 
 #[doc(hidden)]
 pub mod abi;
 mod driver;
 mod engine;
+mod entries;
 mod forward;
+mod graph;
 mod launch;
 mod memory;
 mod module;
 mod plan;
 mod raw;
+mod step;
 mod stream;
 mod workspace;
 
 pub use abi::DevicePointer;
 pub use cudarc;
 pub use engine::Engine;
+pub use entries::{Entries, PrefillPlan, Rows};
+pub use graph::Graph;
 pub use memory::Memory;
 pub use module::{FATBINS, Fatbin, SOURCE_HASH};
 pub use plan::{Call, Plan};
 pub use raw::{RawCache, RawInputs, RawOutputs};
+pub use step::StepPlan;
 pub use stream::{Clock, Timeline};
 
 use crate::error::{Error, Result};

@@ -119,6 +119,22 @@ impl Device {
         self.multiprocessors
     }
 
+    /// Most shared memory of a block.
+    pub(super) fn shared_bytes_limit(&self) -> Result<usize> {
+        self.bytes(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
+    }
+
+    /// Shared memory of all blocks of a multiprocessor; a KiB of every block's share is not its own.
+    pub(super) fn shared_bytes_of_all(&self) -> Result<usize> {
+        self.bytes(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)
+    }
+
+    fn bytes(&self, attribute: sys::CUdevice_attribute) -> Result<usize> {
+        let bytes =
+            self.context.attribute(attribute).map_err(|error| wrapped("cuDeviceGetAttribute", error))?;
+        Ok(bytes.max(0) as usize)
+    }
+
     /// Makes this context the calling thread's.
     pub(super) fn bind(&self) -> Result<()> {
         // SAFETY: the context is held by `self.context`.

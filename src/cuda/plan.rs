@@ -233,13 +233,19 @@ impl Plan {
     }
 }
 
-/// Extents that the kernels can count.
-fn check_shape(shape: &Shape) -> Result<()> {
-    for (name, given) in [("dk", shape.dk), ("dv", shape.dv)] {
+/// Head sizes that the kernels have tiles for.
+pub(super) fn check_head_sizes(dk: usize, dv: usize) -> Result<()> {
+    for (name, given) in [("dk", dk), ("dv", dv)] {
         if !(8..=256).contains(&given) || !given.is_multiple_of(8) {
             return Err(Error::HeadSize { name, given });
         }
     }
+    Ok(())
+}
+
+/// Extents that the kernels can count.
+fn check_shape(shape: &Shape) -> Result<()> {
+    check_head_sizes(shape.dk, shape.dv)?;
     if !(1..=MAX_CAPACITY).contains(&shape.capacity) {
         return Err(Error::Option {
             name: "capacity",

@@ -3,6 +3,7 @@
 use super::abi::DevicePointer;
 use super::driver::call;
 use super::plan::Plan;
+use super::step::StepPlan;
 use crate::error::{Error, Result};
 use crate::options::Read;
 use crate::problem::Shape;
@@ -187,6 +188,61 @@ pub(super) fn check(
             name: "final cache",
             why: "expected memory of its own, not the initial cache's",
         });
+    }
+    Ok(())
+}
+
+/// Checks every address of a step.
+pub(super) fn check_step(
+    plan: &StepPlan,
+    ordinal: usize,
+    entries: DevicePointer,
+    inputs: &RawInputs,
+    outputs: &RawOutputs,
+) -> Result<()> {
+    let routed = plan.read == Read::Routed;
+    let capacity = plan.shape.capacity;
+    for (name, wanted, given) in [
+        ("lambda", !routed, inputs.lambda_columns),
+        ("route_logits", routed && inputs.logits != 0, inputs.logit_columns),
+    ] {
+        if wanted && (given < capacity || given > i32::MAX as usize) {
+            let expected = format!("[B,T,HV,M] with M = {capacity} columns or more");
+            return Err(Error::Shape { name, expected, given: format!("{given} columns") });
+        }
+    }
+    if inputs.cu_seqlens != 0 {
+        return Err(Error::Unexpected {
+            name: "cu_seqlens",
+            why: "a step takes as many tokens of every row",
+        });
+    }
+    if inputs.cache.is_some() || outputs.cache.is_some() {
+        return Err(Error::Unexpected { name: "cache", why: "the entries hold what the call goes on from" });
+    }
+    let elements = plan.shape.batch > 0;
+    let argument =
+        |name, address, alignment, required| Address { name, address, alignment, elements, required };
+    let when = |wanted: bool, address: DevicePointer| if wanted { address } else { 0 };
+    for address in [
+        argument("entries", entries, 4, true),
+        argument("q", inputs.q, WIDE, true),
+        argument("k", inputs.k, WIDE, true),
+        argument("v", inputs.v, WIDE, true),
+        argument("g", inputs.g, 4, false),
+        argument("beta", when(plan.delta(), inputs.beta), 4, plan.delta()),
+        argument("lambda", when(!routed, inputs.lambda), 4, !routed),
+        argument("route_slope", when(routed, inputs.slope), 4, routed),
+        argument("route_bias", when(routed, inputs.bias), 4, routed),
+        argument("route_logits", when(routed, inputs.logits), 4, false),
+        argument("tau", inputs.tau, 4, true),
+        argument("events", inputs.events, 1, false),
+        argument("o", outputs.o, WIDE, true),
+        argument("drift", outputs.drift, 4, true),
+        argument("events", outputs.events, 1, true),
+        argument("lambda", when(routed, outputs.lambda), 4, routed),
+    ] {
+        check_address(&address, ordinal)?;
     }
     Ok(())
 }

@@ -350,6 +350,14 @@ inline void put_shared(uint32_t address, uint2 x) {
 }
 inline int opaque(int x) { return x; }
 inline float approximate_reciprocal(float) { return 0; }
+inline uint4 load_once(const void* from) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0) fail("a load of 16 misaligned bytes");
+    uint4 x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+inline void prefetch(const void*) {}
+inline uint32_t arrive(uint32_t* count) { return (*count)++; }
 inline float quotient(float a, float b, float) { return a / b; }
 
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }
@@ -475,6 +483,9 @@ inline void copy_async_16(void* to, const void* from, bool live) {
 }
 inline void copy_async_4(void* to, const void* from) { memcpy(to, from, 4); }
 inline void copies_wait() {}
+inline void copies_commit() {}
+template <int N>
+inline void copies_wait_but() {}
 inline void copies_arrive(uint64_t* barrier) { barrier_arrive(barrier); }
 // Its bytes have come when it returns, so the phase has only the arrivals to wait for.
 inline void barrier_expect(uint64_t* barrier, uint32_t) { barrier_arrive(barrier); }
@@ -669,6 +680,7 @@ static inline uint32_t __byte_perm(uint32_t a, uint32_t b, uint32_t pick) {
     for (int i = 0; i < 4; i++) out |= uint32_t(bytes >> (pick >> 4 * i & 7) * 8 & 0xff) << 8 * i;
     return out;
 }
+static inline uint32_t __umulhi(uint32_t a, uint32_t b) { return uint64_t(a) * b >> 32; }
 static inline int __popc(uint32_t x) { return std::popcount(x); }
 static inline int __popcll(uint64_t x) { return std::popcount(x); }
 static inline int __ffs(uint32_t x) { return x ? std::countr_zero(x) + 1 : 0; }

@@ -3,6 +3,7 @@
 #include "../../kernels/prepare.cu"
 #include "../../kernels/route.cu"
 #include "../../kernels/scan.cu"
+#include "../../kernels/step.cu"
 #include "../../kernels/prepare_sm90.cu"
 #include "../../kernels/scan_sm90.cu"
 // Files are compiled one by one for the device; here their names would meet.
@@ -58,6 +59,14 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES(route);
     RUN_DTYPES(scan_gated);
     RUN_DTYPES(scan_delta);
+    RUN(step_gated_bf16_1), RUN(step_gated_bf16_4), RUN(step_gated_bf16_8);
+    RUN(step_gated_f32_1), RUN(step_gated_f32_4), RUN(step_gated_f32_8);
+    RUN(step_delta_bf16_1), RUN(step_delta_bf16_4), RUN(step_delta_bf16_8);
+    RUN(step_delta_f32_1), RUN(step_delta_f32_4), RUN(step_delta_f32_8);
+    RUN(step_gated_bf16_1_staged), RUN(step_gated_f32_1_staged);
+    RUN(step_delta_bf16_1_staged), RUN(step_delta_f32_1_staged);
+    RUN(step_gather_gated_bf16), RUN(step_gather_gated_f32), RUN(step_gather_delta_bf16), RUN(step_gather_delta_f32);
+    RUN(step_scatter_bf16), RUN(step_scatter_f32);
     RUN(prepare_sm90_bf16);
     RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
     RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 256), RUN(scan_sm90_128_30_2, 384);

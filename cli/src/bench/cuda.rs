@@ -49,11 +49,11 @@ struct Report {
 }
 
 #[derive(Debug, Clone, Copy, Serialize)]
-struct Ceilings {
+pub struct Ceilings {
     /// Device to device, read and written bytes.
-    copy_gb_s: f64,
+    pub copy_gb_s: f64,
     /// As given by `--matmul-tflop-s`.
-    matmul_tflop_s: f64,
+    pub matmul_tflop_s: f64,
 }
 
 /// What a fresh process waits for before it has its first result.
@@ -154,7 +154,7 @@ fn ms_since(start: Instant) -> f64 {
 }
 
 /// The lower of two medians: one that was measured.
-fn median(mut x: Vec<f64>) -> f64 {
+pub fn median(mut x: Vec<f64>) -> f64 {
     x.sort_by(f64::total_cmp);
     x.get(x.len().saturating_sub(1) / 2).copied().unwrap_or(0.0)
 }
@@ -249,7 +249,7 @@ fn measure(
 }
 
 /// Read and written GB/s of a copy on the GPU.
-fn copy_gb_s(engine: &Engine) -> anyhow::Result<f64> {
+pub fn copy_gb_s(engine: &Engine) -> anyhow::Result<f64> {
     let (from, to) = (engine.allocate(COPY_BYTES)?, engine.allocate(COPY_BYTES)?);
     engine.fill(&from, 1)?;
     let clock = engine.clock()?;
@@ -310,15 +310,15 @@ impl Floors {
 }
 
 /// Arguments of a call on the GPU.
-struct InputSet {
+pub struct InputSet {
     /// Held for its memory.
     _arrays: Vec<Memory>,
-    inputs: RawInputs,
+    pub inputs: RawInputs,
 }
 
 impl InputSet {
     /// Draws as [`Recipe::draw`] does, in parallel and straight to the GPU: not the same numbers.
-    fn draw(engine: &Engine, recipe: &Recipe, tau: f32, seed: u64) -> anyhow::Result<Self> {
+    pub fn draw(engine: &Engine, recipe: &Recipe, tau: f32, seed: u64) -> anyhow::Result<Self> {
         let Recipe { batch, time, heads, value_heads, dk, dv, dtype, boundary_rate, ref options, .. } =
             *recipe;
         let tokens = batch * time;

@@ -2,6 +2,7 @@
 
 mod ceiling;
 mod cuda;
+mod decode;
 mod plot;
 
 use std::path::PathBuf;
@@ -31,7 +32,10 @@ use crate::output::Output;
 /// On a GPU the forward alone, by the GPU's own clock: medians of calls whose inputs alternate between two sets, L2
 /// flushed before each; every stage by itself, and the call as it is made, stages side by side.
 #[derive(Debug, clap::Args)]
+#[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
+    #[command(subcommand)]
+    pass: Option<Pass>,
     /// What computes
     #[arg(long, value_enum, default_value_t)]
     device: Device,
@@ -80,6 +84,12 @@ pub struct Args {
     /// Draw the milliseconds of every stage here
     #[arg(long, value_name = "F.svg")]
     plot: Option<PathBuf>,
+}
+
+/// What else there is to time.
+#[derive(Debug, clap::Subcommand)]
+enum Pass {
+    Decode(decode::Args),
 }
 
 /// `--dtype`.
@@ -339,6 +349,9 @@ struct WallTimes {
 
 /// Runs the subcommand.
 pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
+    if let Some(Pass::Decode(args)) = &args.pass {
+        return decode::run(args, common);
+    }
     let gpu = match args.device {
         Device::Auto => dla::cuda::available().is_ok(),
         device => device == Device::Cuda,

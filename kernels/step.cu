@@ -1,0 +1,1143 @@
+// step: a few tokens of every batch row, in place, on the entries that the rows name (OPERATOR.md, section 5).
+//
+// Slots stand still; what moves is their order. Of the slots held, most are only read: a slot's decay is a factor e^log
+// beside it, and under the delta rule, whose transition is the same for every slot, a slot may lack that of the last
+// tokens (its `pending` ones). With A_j = I - beta_j k_j k_j^T and y_j = A_t .. A_(j+1) beta_j k_j, by then
+//   A_t .. A_(s+1) S = S - sum over j > s of y_j (k_j^T S),   so   q^T A_t .. A_(s+1) S = (q - sum_j (q . y_j) k_j)^T S:
+// the slot is read by another query, and is brought up to date when it is written: where it merges, is extended, or
+// has lacked STEP_RING tokens. Those turns are spread over the places. y_t v_t^T is what a token's write has become.
+//
+// A block has one batch row, value head and slice of dv. Every block decides the events by itself, from all of R and in
+// one order of summation, so that those of a head agree bit for bit. None writes what another may still read: the slot
+// that holds R is never written where it stands, and the record is written by the block that arrives last.
+//
+// States are f32, or bf16 with 8 bits more in a second plane: reads take the first plane alone, 2 bytes an element.
+//
+// Where blocks are few, a block has the states of most places copied to shared memory before it knows what becomes of
+// them (STAGE), so that deciding costs no time.
+//
+// Numerics: f32, decisions in f64 as far as they are sums; e^log from an f64 sum.
+// Shared memory: Shared and Rows, twin of StepForm::shared_bytes (src/cuda/abi.rs).
+
+#include "common/ledger.cuh"
+
+namespace dla {
+namespace step {
+
+constexpr int MOST_PLACES = MOST_SLOTS + STEP_SPARE_PLACES;
+// A segment that has decayed by more is 0 in f64 too, and so has no direction.
+constexpr double FORGOTTEN = -700.0;
+// Tokens whose k_j^T S one look at a slot makes, of a launch of so many tokens: as registers allow.
+template <int TOKENS>
+constexpr int BATCH = 4;
+// Parts in which places are staged, and read as they come.
+constexpr int STAGES = 4;
+
+struct StateF32 {
+    static constexpr bool REST = false;
+    float value;
+};
+struct StateBf16 {
+    static constexpr bool REST = true;
+    uint16_t bits;
+};
+
+// Eight elements as a read takes them.
+template <typename S>
+struct Raw;
+template <>
+struct Raw<StateF32> {
+    uint4 low, high;
+};
+template <>
+struct Raw<StateBf16> {
+    uint4 all;
+};
+// `GLOBAL`: it is not in shared memory, and this launch does not write it.
+template <bool GLOBAL>
+DEVICE void load_raw(const StateF32* from, Raw<StateF32>& raw) {
+    if constexpr (GLOBAL) raw.low = load_once(from), raw.high = load_once(from + 4);
+    else raw.low = reinterpret_cast<const uint4*>(from)[0], raw.high = reinterpret_cast<const uint4*>(from)[1];
+}
+template <bool GLOBAL>
+DEVICE void load_raw(const StateBf16* from, Raw<StateBf16>& raw) {
+    if constexpr (GLOBAL) raw.all = load_once(from);
+    else raw.all = *reinterpret_cast<const uint4*>(from);
+}
+DEVICE void clear(Raw<StateF32>& raw) { raw.low = raw.high = make_uint4(0, 0, 0, 0); }
+DEVICE void clear(Raw<StateBf16>& raw) { raw.all = make_uint4(0, 0, 0, 0); }
+DEVICE void unpack(const Raw<StateF32>& raw, float (&x)[8]) {
+    x[0] = __uint_as_float(raw.low.x), x[1] = __uint_as_float(raw.low.y);
+    x[2] = __uint_as_float(raw.low.z), x[3] = __uint_as_float(raw.low.w);
+    x[4] = __uint_as_float(raw.high.x), x[5] = __uint_as_float(raw.high.y);
+    x[6] = __uint_as_float(raw.high.z), x[7] = __uint_as_float(raw.high.w);
+}
+DEVICE void unpack(const Raw<StateBf16>& raw, float (&x)[8]) {
+    const uint32_t pairs[4] = {raw.all.x, raw.all.y, raw.all.z, raw.all.w};
+#pragma unroll
+    for (int i = 0; i < 4; i++) x[2 * i] = low_bf16(pairs[i]), x[2 * i + 1] = high_bf16(pairs[i]);
+}
+
+// States of one entry and value head. The first plane of `staged` places lies in shared memory too, [staged][dk][width],
+// columns from `from` on.
+template <typename S, bool STAGE>
+struct Bank {
+    S* states;
+    int8_t* rest;
+    int64_t base;  // in both
+    int dk, dv;
+    const S* held;
+    int staged, from, width;
+
+    METHOD int64_t at(int place, int row, int column) const {
+        return base + (place * (dk * dv) + row * dv + column);
+    }
+    METHOD const S* first(int place, int row, int column) const {
+        if constexpr (STAGE)
+            if (place < staged) return held + (place * dk + row) * width + column - from;
+        return states + at(place, row, column);
+    }
+    // All that is known of eight elements.
+    METHOD void load(int place, int row, int column, float (&x)[8]) const {
+        if constexpr (S::REST) {
+            const uint4 raw = *reinterpret_cast<const uint4*>(first(place, row, column));
+            const uint2 more = *reinterpret_cast<const uint2*>(rest + at(place, row, column));
+            const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const uint32_t high = e % 2 ? pairs[e / 2] & 0xffff0000u : pairs[e / 2] << 16;
+                const uint32_t word = e < 4 ? more.x : more.y;
+                // Sign and magnitude as one integer: the rest is added across exponents.
+                const int32_t low = static_cast<int32_t>(word << (24 - 8 * (e % 4))) >> 24;
+                x[e] = __uint_as_float(high + static_cast<uint32_t>(low) * 256u);
+            }
+        } else {
+            load8(reinterpret_cast<const F32*>(first(place, row, column)), x);
+        }
+    }
+    METHOD void store(int place, int row, int column, const float (&x)[8]) const {
+        const int64_t i = at(place, row, column);
+        if constexpr (S::REST) {
+            uint32_t pairs[4] = {}, more[2] = {};
+#pragma unroll
+            for (int e = 0; e < 8; e++) {
+                const uint32_t bits = __float_as_uint(x[e]);
+                uint32_t high = (bits + 0x8000u) >> 16;
+                int32_t low = (static_cast<int32_t>(bits - (high << 16)) + 128) >> 8;
+                low = low > 127 ? 127 : low;
+                // Infinity and NaN stay what they are.
+                if ((bits & 0x7f800000u) == 0x7f800000u) high = bits >> 16 | (bits & 0x7fffffu ? 0x40u : 0u), low = 0;
+                pairs[e / 2] |= high << 16 * (e % 2);
+                more[e / 4] |= (static_cast<uint32_t>(low) & 0xffu) << 8 * (e % 4);
+            }
+            *reinterpret_cast<uint4*>(states + i) = make_uint4(pairs[0], pairs[1], pairs[2], pairs[3]);
+            *reinterpret_cast<uint2*>(rest + i) = make_uint2(more[0], more[1]);
+        } else {
+            store8(reinterpret_cast<F32*>(states + i), x);
+        }
+    }
+};
+
+template <typename S, bool STAGE>
+DEVICE Bank<S, STAGE> bank_of(const StepBank& bank, int64_t row, int capacity, int dk, int dv) {
+    const int64_t first = row * (capacity + STEP_SPARE_PLACES) * (dk * dv);
+    return {static_cast<S*>(bank.states), bank.rest, first, dk, dv, nullptr, 0, 0, 0};
+}
+
+// Which elements of a slice of states a thread has: eight columns of every `stride`-th row. Columns first, so that lanes
+// read what lies side by side.
+struct Tiles {
+    int group, across;  // its columns among those of the slice, groups of them (a power of 2)
+    int first, stride;  // rows
+    int column;         // of dv
+    bool live;
+
+    METHOD Tiles(int from, int to) {
+        const int groups = (to - from) / 8;
+        across = 1;
+        while (across < groups) across *= 2;
+        group = static_cast<int>(threadIdx.x) % across, first = static_cast<int>(threadIdx.x) / across;
+        stride = THREADS / across;
+        column = from + group * 8;
+        live = group < groups;
+    }
+};
+
+// Sum over the threads that share a thread's columns, of `width` columns: rows of `scratch` [WARPS][width], one a warp.
+DEVICE void to_scratch(const Tiles& tiles, float (&x)[8], float* scratch, int width) {
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        for (int by = tiles.across; by < 32; by *= 2) x[i] += __shfl_xor_sync(ALL, x[i], by);
+    // Where a warp has fewer lanes than there are groups, it has no columns of the others.
+    if (tiles.live && lane_index() < tiles.across)
+        store8(reinterpret_cast<F32*>(scratch + warp_index() * width + tiles.group * 8), x);
+}
+DEVICE float from_scratch(const float* scratch, int width, int column) {
+    float sum = 0;
+#pragma unroll
+    for (int warp = 0; warp < WARPS; warp++) sum += scratch[warp * width + column];
+    return sum;
+}
+
+// Sums of N values over the lanes of a warp. Lane l is left with those from l N / 32 on, in v[0..]; where N < 32, lanes
+// share one.
+template <int N>
+DEVICE void sum_across(float (&v)[N]) {
+    const int lane = lane_index();
+    int left = N;
+#pragma unroll
+    for (int by = 16; by > 0; by /= 2) {
+        if (left > 1) {
+            left /= 2;
+            const bool upper = lane & by;
+#pragma unroll
+            for (int i = 0; i < N / 2; i++) {
+                if (i >= left) break;
+                const float give = upper ? v[i] : v[i + left], keep = upper ? v[i + left] : v[i];
+                v[i] = keep + __shfl_xor_sync(ALL, give, by);
+            }
+        } else {
+            v[0] += __shfl_xor_sync(ALL, v[0], by);
+        }
+    }
+}
+
+// Slots that end in one, as a write takes them up: slots `from`..`to` of those held.
+struct Sources {
+    const uint8_t* place;
+    const uint8_t* pending;
+    const float* factor;
+    int from, to;
+};
+
+// u [rows to a multiple of 8][8] = sum over the sources of factor k_j^T S, of eight columns, j from `first` on, where
+// the source lacks token j. `ring`: tokens before this call. By a warp.
+template <int EACH, typename S, bool STAGE>
+DEVICE void products(const Bank<S, STAGE>& bank, int column, const Sources& sources, const float* keys, int first,
+                     int rows, int ring, float* u) {
+    const int lane = lane_index();
+    __syncwarp();
+    for (int batch = 0; batch < rows; batch += EACH) {
+        float sum[EACH * 8] = {};
+        for (int j = sources.from; j < sources.to; j++) {
+            const int lacks = ring - sources.pending[j] - first - batch, place = sources.place[j];
+            const float factor = sources.factor[j];
+#pragma unroll 2
+            for (int r = lane; r < bank.dk; r += 32) {
+                float x[8];
+                bank.load(place, r, column, x);
+                const float* key = keys + (first + batch) * bank.dk + r;
+#pragma unroll
+                for (int c = 0; c < EACH; c++) {
+                    const float k = c >= lacks && batch + c < rows ? factor * key[c * bank.dk] : 0.0f;
+#pragma unroll
+                    for (int i = 0; i < 8; i++) sum[c * 8 + i] += k * x[i];
+                }
+            }
+        }
+        sum_across(sum);
+        if constexpr (EACH == 8) *reinterpret_cast<float2*>(u + batch * 8 + 2 * lane) = make_float2(sum[0], sum[1]);
+        else u[batch * 8 + lane] = sum[0];
+    }
+    __syncwarp();
+}
+
+// sum -= y_j u_j over `rows` tokens, of eight columns of ROWS rows 32 apart.
+template <int ROWS>
+DEVICE void take_products(float (&sum)[ROWS][8], const float* y, const float* u, int rows, int row, int dk) {
+    for (int n = 0; n < rows; n++) {
+        float x[8];
+        load8(reinterpret_cast<const F32*>(u + n * 8), x);
+#pragma unroll
+        for (int i = 0; i < ROWS; i++) {
+            if (row + 32 * i >= dk) break;
+            const float factor = y[n * dk + row + 32 * i];
+#pragma unroll
+            for (int c = 0; c < 8; c++) sum[i][c] -= factor * x[c];
+        }
+    }
+}
+
+// Element i of q, k or v.
+DEVICE float input(const void* x, int64_t i, int dtype) {
+    if (dtype == 0) return load1(static_cast<const Bf16*>(x) + i);
+    if (dtype == 1) return load1(static_cast<const F16*>(x) + i);
+    return load1(static_cast<const F32*>(x) + i);
+}
+DEVICE void output(void* x, int64_t i, float value, int dtype) {
+    if (dtype == 0) static_cast<uint16_t*>(x)[i] = static_cast<uint16_t>(pack_bf16(value, 0.0f));
+    else if (dtype == 1) static_cast<uint16_t*>(x)[i] = f32_to_f16(value);
+    else static_cast<float*>(x)[i] = value;
+}
+
+DEVICE float warp_dot(const float* a, const float* b, int width) {
+    float sum = 0;
+    for (int i = lane_index(); i < width; i += 32) sum += a[i] * b[i];
+    return warp_sum(sum);
+}
+
+// What a block knows of its row, at the beginning of its shared memory.
+template <bool DELTA, int TOKENS>
+struct Shared {
+    static constexpr int RING = DELTA ? STEP_RING : 0;
+    static constexpr int LIST = RING + TOKENS;  // tokens whose k is at hand: those of the ring, then this call's
+
+    StepRecord record;                        // as it was
+    StepRecord next;                          // as it will be
+    double gamma[TOKENS];                     // inclusive sums of g
+    float g[TOKENS], beta[TOKENS];
+    float tau, open_factor;                   // e^(log + Gamma of the last token) of R
+    float dots[3][TOKENS][TOKENS];            // k.k, v.v, q.k, s <= t
+    float reads[TOKENS][LIST];                // q_t . y_j, delta rule
+    float sums[WARPS][TOKENS + 1];            // k^T R v of every token, and |R|^2
+    float score[TOKENS * MOST_SLOTS];         // routed: q . K of the slots held before; given: columns of lambda
+    float weight[TOKENS * MOST_SLOTS];        // routed: read weight of every slot, by slot
+    float coefficient[TOKENS * MOST_SLOTS];   // of every slot held before: scale lambda e^(log + Gamma)
+    float factor[MOST_SLOTS];                 // of every slot held before: e^(log + Gamma of the last token)
+    float pair[TOKENS][TOKENS];               // scale lambda e^(Gamma_t - Gamma_s) (q_t . write of s)
+    float after[TOKENS];                      // e^(Gamma of the last token - Gamma_s)
+    uint32_t tokens[TOKENS * MOST_SLOTS];     // routed: n of every slot after token t
+    // Slots before, after; whether R has a place of its own before, after; first token of the open
+    // segment, -1: it was open before; place of R after; whether this block came last; where parts of the list begin.
+    int32_t facts[16];
+    uint8_t pending[MOST_SLOTS];              // of the slots held before
+    uint8_t place[TOKENS * MOST_SLOTS];       // pi_t(j)
+    uint8_t old_from[MOST_SLOTS], old_to[MOST_SLOTS];  // slots that end in a slot held after
+    uint8_t new_from[MOST_SLOTS], new_to[MOST_SLOTS];  // tokens that end in it
+    uint8_t written[MOST_SLOTS];              // 1: it is written
+    uint8_t list[MOST_SLOTS];                 // slots held before that are only read
+    uint8_t slot[TOKENS][TOKENS];             // slot_t(s)
+    uint8_t len[TOKENS];                      // slots held after token t
+};
+template <bool DELTA, int T>
+constexpr int SHARED_BYTES =
+    (2 * 1200 + 8 * T + 4 * (3 * T + 4 * T * T + T * Shared<DELTA, T>::LIST + WARPS * (T + 1) + 64 * (4 * T + 1) + 2) + 64 +
+     7 * 64 + 64 * T + T * T + T + 7) / 8 * 8;
+static_assert(sizeof(Shared<false, 1>) == SHARED_BYTES<false, 1> && sizeof(Shared<true, 1>) == SHARED_BYTES<true, 1>);
+static_assert(sizeof(Shared<false, 4>) == SHARED_BYTES<false, 4> && sizeof(Shared<true, 4>) == SHARED_BYTES<true, 4>);
+static_assert(sizeof(Shared<false, 8>) == SHARED_BYTES<false, 8> && sizeof(Shared<true, 8>) == SHARED_BYTES<true, 8>);
+
+// What follows it, of sizes that the call has.
+template <bool DELTA, int TOKENS>
+struct Rows {
+    static constexpr int RING = Shared<DELTA, TOKENS>::RING, LIST = Shared<DELTA, TOKENS>::LIST;
+
+    float* q;        // [TOKENS][dk], of unit norm under qk_l2norm, as keys
+    float* keys;     // [LIST][dk]
+    float* v;        // [TOKENS][dv]
+    float* y;        // [LIST][dk], delta rule
+    float* queries;  // [TOKENS][RING + 1][dk], delta rule: by what a slot lacked before the call
+    float* u;        // [WARPS][LIST to a multiple of 8][8], delta rule
+    float* scratch;  // [TOKENS][WARPS][width]: o of the slots that are only read
+    float* extra;    // [TOKENS][width]: o of the slots that are written
+    void* held;      // states that are staged
+
+    static constexpr int U = (LIST + 7) / 8 * 8 * 8;
+
+    METHOD Rows(int dk, int dv, int width, int staged_bytes) {
+        Carve carve{dynamic_shared()};
+        carve.take<Shared<DELTA, TOKENS>>(1);
+        q = carve.take<float>(TOKENS * dk);
+        keys = carve.take<float>(LIST * dk);
+        v = carve.take<float>(TOKENS * dv);
+        y = carve.take<float>(DELTA ? LIST * dk : 0);
+        queries = carve.take<float>(DELTA ? TOKENS * (RING + 1) * dk : 0);
+        u = carve.take<float>(DELTA ? WARPS * U : 0);
+        scratch = carve.take<float>(TOKENS * WARPS * width);
+        extra = carve.take<float>(TOKENS * width);
+        held = carve.take<uint8_t>(staged_bytes);
+        carve.check();
+    }
+
+    METHOD float* new_key(int t, int dk) const { return keys + (RING + t) * dk; }
+};
+enum Fact { BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, PARTS };
+enum Dot { KK, VV, QK };
+
+// Places that something has.
+struct Places {
+    uint64_t low = 0;
+    uint32_t high = 0;
+
+    METHOD void add(int place) {
+        if (place < 64) low |= 1ull << place;
+        else high |= 1u << (place - 64);
+    }
+    // What any lane has added.
+    METHOD void share() {
+        const uint32_t first = __reduce_or_sync(ALL, static_cast<uint32_t>(low));
+        const uint32_t second = __reduce_or_sync(ALL, static_cast<uint32_t>(low >> 32));
+        low = static_cast<uint64_t>(second) << 32 | first;
+        high = __reduce_or_sync(ALL, high);
+    }
+    // The first that nothing has.
+    METHOD int take() {
+        const int place = ~low ? __ffsll(static_cast<long long>(~low)) - 1 : 64 + __ffs(~high) - 1;
+        add(place);
+        return place;
+    }
+};
+
+// Step 2 to 4 of OPERATOR.md, section 3, for every token of the call, and what becomes of every slot. `part`: places of a
+// part of the list, 0: it has one. By one warp.
+template <bool DELTA, int TOKENS>
+DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first_at, bool leads, int part) {
+    const int lane = lane_index(), count = p.tokens;
+    const StepRecord& record = sh.record;
+    const bool apart = sh.facts[APART] != 0, routed = !p.lambda;
+    const int before = record.len;
+    Ledger ledger;
+    ledger.len = before;
+    int at[2], of_token = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int i = lane + 32 * half;
+        ledger.tokens[half] = i < before ? record.tokens[i] : 0;
+        ledger.drift[half] = i < before ? record.drift[i] : 0;
+        at[half] = i;
+    }
+    double squared = 0;
+    for (int warp = 0; warp < WARPS; warp++) squared += sh.sums[warp][TOKENS];
+    const double held_log = before > 0 ? record.log[record.open] : 0.0;
+    if (before == 0) squared = 0;
+    // First token of the open segment in this call, and the newest token that is not zero; -1: before the call. All is
+    // kept relative to that one: c asks no scale.
+    int start = -1, newest = -1;
+    double since = held_log;
+#pragma unroll 1
+    for (int t = 0; t < count; t++) {
+        since += sh.g[t];
+        if (since < FORGOTTEN) squared = 0;
+        double numerator = 0;
+        for (int s = start > 0 ? start : 0; s <= newest; s++)
+            numerator += exp(sh.gamma[newest] - sh.gamma[s]) * sh.dots[KK][t][s] * sh.dots[VV][t][s];
+        if (start < 0 && squared > 0) {
+            double carried = 0;
+            for (int warp = 0; warp < WARPS; warp++) carried += sh.sums[warp][t];
+            numerator += (newest < 0 ? 1.0 : exp(held_log + sh.gamma[newest])) * carried;
+        }
+        const double energy = static_cast<double>(sh.dots[KK][t][t]) * sh.dots[VV][t][t], norms = sqrt(energy * squared);
+        double cosine = norms > 0 ? numerator / norms : 0.0;
+        if (cosine > 1) cosine = 1;
+        const float score = static_cast<float>(sqrt(2.0 - 2.0 * cosine));
+        int event;
+        if (p.log) {
+            event = p.log[first_at + static_cast<int64_t>(t) * p.value_heads];
+        } else {
+            const bool boundary = ledger.len == 0 || (p.capacity > 1 && score >= sh.tau);
+            event = !boundary ? EXTEND : ledger.len < p.capacity ? OPEN : MERGE + cheapest_pair(ledger, p.mass);
+        }
+        apply(ledger, event, score);
+        if (event >= MERGE) {
+            const int merged = event - MERGE;
+            if (at[0] > merged) at[0]--;
+            if (at[1] > merged) at[1]--;
+            if (of_token > merged) of_token--;
+        }
+        if (lane == t) of_token = ledger.len - 1;
+        if (lane == 0) {
+            sh.len[t] = ledger.len;
+            if (leads) {
+                p.drift[first_at + static_cast<int64_t>(t) * p.value_heads] = score;
+                p.events[first_at + static_cast<int64_t>(t) * p.value_heads] = event;
+            }
+        }
+        if (lane <= t) sh.slot[t][lane] = of_token;
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            sh.place[t * MOST_SLOTS + lane + 32 * half] = at[half];
+            if (routed) sh.tokens[t * MOST_SLOTS + lane + 32 * half] = ledger.tokens[half];
+        }
+        if (event != EXTEND) {
+            start = newest = t, since = 0, squared = energy;
+        } else if (energy > 0 && t + 1 < count) {
+            const double decay = exp(since);
+            squared = squared * decay * decay + 2.0 * numerator * decay + energy;
+            if (squared < 0) squared = 0;
+            newest = t, since = 0;
+        }
+    }
+    const int after = ledger.len, last = count - 1;
+    StepRecord& next = sh.next;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int i = lane + 32 * half;
+        next.tokens[i] = i < after ? ledger.tokens[half] : 0;
+        next.drift[i] = i < after ? ledger.drift[half] : 0;
+        sh.old_from[i] = sh.old_to[i] = sh.new_from[i] = sh.new_to[i] = 0;
+    }
+    __syncwarp();
+    // What ends where: stretches of time, so of slots and of tokens that follow one another.
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int j = lane + 32 * half;
+        if (j < before) {
+            const uint8_t* places = sh.place + last * MOST_SLOTS;
+            if (j == 0 || places[j - 1] != places[j]) sh.old_from[places[j]] = j;
+            if (j == before - 1 || places[j + 1] != places[j]) sh.old_to[places[j]] = j + 1;
+        }
+    }
+    if (lane < count) {
+        const uint8_t* slots = sh.slot[last];
+        if (lane == 0 || slots[lane - 1] != slots[lane]) sh.new_from[slots[lane]] = lane;
+        if (lane == last || slots[lane + 1] != slots[lane]) sh.new_to[slots[lane]] = lane + 1;
+    }
+    __syncwarp();
+    // A slot keeps the place of its oldest part, unless that is where R stands, which others may be reading.
+    const bool carried = start < 0;
+    const bool own = DELTA || (apart && carried);
+    Places used;
+    uint32_t fresh[2];
+    int place[2];
+    bool written[2];
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int i = lane + 32 * half;
+        const bool there = i < after;
+        const int from = there ? sh.old_from[i] : 0, sources = there ? sh.old_to[i] - from : 0;
+        const bool tokens = there && sh.new_to[i] > sh.new_from[i];
+        const bool moves = sources == 0 || (!apart && tokens && sources == 1);
+        place[half] = sources > 0 ? record.order[from] : 0;
+        written[half] = there && (tokens || sources > 1);
+        if (DELTA && there && !written[half]) {
+            // Its turn: the one place in STEP_RING of every token, so that none ever lacks more.
+            const uint32_t turn = (record.phase + STEP_RING - place[half] % STEP_RING) % STEP_RING;
+            written[half] = turn == 0 || turn + count > STEP_RING || record.pending[place[half]] + count > STEP_RING;
+        }
+        fresh[half] = __ballot_sync(ALL, there && moves);
+        if (there && !moves) used.add(place[half]);
+    }
+    if (before > 0) used.add(record.open);
+    used.share();
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        for (uint32_t left = fresh[half]; left; left &= left - 1) {
+            const int taken = used.take();
+            if (lane == __ffs(left) - 1) place[half] = taken;
+        }
+    }
+    const int own_place = own ? used.take() : 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int i = lane + 32 * half;
+        next.order[i] = i < after ? place[half] : 0;
+        sh.written[i] = written[half];
+    }
+    __syncwarp();
+    // The slots that are only read, by the part in which their places come.
+    int listed = 0;
+    for (int n = 0; n < (part ? STAGES : 1); n++) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int j = lane + 32 * half;
+            bool here = j < before && !sh.written[sh.place[last * MOST_SLOTS + j]];
+            if (part && here) {
+                const int of = record.order[j] / part;
+                here = n == (of < STAGES ? of : STAGES - 1);
+            }
+            const uint32_t all = __ballot_sync(ALL, here);
+            if (here) sh.list[listed + __popc(all & ((1u << lane) - 1))] = j;
+            listed += __popc(all);
+        }
+        if (lane == 0) sh.facts[PARTS + 1 + n] = listed;
+    }
+    // Factors and what was lacking, of the slots held before.
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int j = lane + 32 * half;
+        if (j < before) {
+            const int from = record.order[j];
+            sh.factor[j] = expf(static_cast<float>(record.log[from] + sh.gamma[last]));
+            sh.pending[j] = DELTA ? record.pending[from] : 0;
+        }
+        const int i = j;
+        if (i < after) {
+            const int to = next.order[i];
+            const bool writes = sh.written[i];
+            next.log[to] = writes ? 0.0 : record.log[to] + sh.gamma[last];
+            if (DELTA) next.pending[to] = writes ? 0 : record.pending[to] + count;
+        }
+    }
+    if (lane < count) sh.after[lane] = expf(static_cast<float>(sh.gamma[last] - sh.gamma[lane]));
+    if (lane == 0) {
+        next.len = after;
+        next.phase = record.phase + count;
+        next.reserved = 0;
+        if (own) next.log[own_place] = 0.0;
+        sh.open_factor = before > 0 ? expf(static_cast<float>(held_log + sh.gamma[last])) : 0.0f;
+        next.unused[0] = next.unused[1] = 0;
+        sh.facts[BEFORE] = before, sh.facts[AFTER] = after;
+        sh.facts[PARTS] = 0;
+        sh.facts[APART_AFTER] = own, sh.facts[OPENED] = start;
+    }
+    __syncwarp();
+    if (lane == 0) {
+        next.open = own ? own_place : static_cast<int>(next.order[after - 1]);
+        sh.facts[OPEN_PLACE] = next.open;
+    }
+}
+
+// o of the slots that are only read, a part of the list.
+template <bool DELTA, typename S, int TOKENS, int UNROLL, bool STAGE>
+DEVICE void read(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows,
+                 const Tiles& tiles, int count, int part, float (&o)[TOKENS][8]) {
+    if (!tiles.live) return;
+    const int dk = bank.dk, end = sh.facts[PARTS + 1 + part] * dk;
+    // Rounded up: what it gives for x / dk is exact below 2^14.
+    const uint32_t inverse = 0xffffffffu / static_cast<uint32_t>(dk) + 1;
+    for (int x0 = sh.facts[PARTS + part] * dk + tiles.first; x0 < end; x0 += tiles.stride * UNROLL) {
+        Raw<S> raw[UNROLL];
+#pragma unroll
+        for (int n = 0; n < UNROLL; n++) {
+            const int x = x0 + n * tiles.stride;
+            const int listed = __umulhi(static_cast<uint32_t>(x), inverse);
+            if (x < end) load_raw<!STAGE>(bank.first(sh.record.order[sh.list[listed]], x - listed * dk, tiles.column), raw[n]);
+            else clear(raw[n]);
+        }
+#pragma unroll
+        for (int n = 0; n < UNROLL; n++) {
+            const int x = x0 + n * tiles.stride;
+            if (x >= end) break;
+            // Not kept from above: registers are what bounds how much is in flight.
+            const int listed = __umulhi(static_cast<uint32_t>(opaque(x)), inverse), row = x - listed * dk;
+            const int slot = sh.list[listed];
+            float s[8];
+            unpack(raw[n], s);
+#pragma unroll
+            for (int t = 0; t < TOKENS; t++) {
+                if (TOKENS > 1 && t >= count) break;
+                const float* q = DELTA ? rows.queries + (t * (STEP_RING + 1) + sh.pending[slot]) * dk : rows.q + t * dk;
+                const float c = sh.coefficient[t * MOST_SLOTS + slot] * q[row];
+#pragma unroll
+                for (int i = 0; i < 8; i++) o[t][i] += c * s[i];
+            }
+        }
+    }
+}
+
+// The slots that are written, oldest first, and R; and o of them. A warp has eight columns: what a lane reads of a place, no
+// other writes, so that a place that is freed may be taken by a later slot.
+template <bool DELTA, typename S, int TOKENS, bool STAGE>
+DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows, int from,
+                  int to, int count, int width) {
+    constexpr int RING = Shared<DELTA, TOKENS>::RING;
+    // Rows of a lane at a time.
+    constexpr int ROWS = TOKENS == 1 && DELTA ? 4 : 2;
+    const int lane = lane_index(), warp = warp_index(), dk = bank.dk, dv = bank.dv;
+    const int after = sh.facts[AFTER], own = sh.facts[APART_AFTER];
+    float* const u = rows.u + warp * Rows<DELTA, TOKENS>::U;
+    for (int column = from + 8 * warp; column < to; column += 8 * WARPS) {
+        float o[TOKENS][8] = {};
+        for (int i = 0; i < after + own; i++) {
+            const bool slot = i < after;
+            if (slot && !sh.written[i]) continue;
+            // R: what was open, unless a slot has opened, by its own factor; the keys as they are.
+            const int start = sh.facts[OPENED];
+            Sources sources{sh.record.order, sh.pending, sh.factor, 0, 0};
+            int target = sh.facts[OPEN_PLACE], new_from = start < 0 ? 0 : start, new_to = count, lacks = 0;
+            if (slot) {
+                sources.from = sh.old_from[i], sources.to = sh.old_to[i];
+                target = sh.next.order[i], new_from = sh.new_from[i], new_to = sh.new_to[i];
+            }
+            const bool carried = !slot && start < 0 && sh.facts[BEFORE] > 0;
+            if constexpr (DELTA) {
+                if (sources.from < sources.to) {
+                    for (int j = sources.from; j < sources.to; j++) lacks = lacks > sh.pending[j] ? lacks : sh.pending[j];
+                    products<BATCH<TOKENS>>(bank, column, sources, rows.keys, RING - lacks, lacks + count, RING, u);
+                }
+            }
+            for (int r = lane; r < dk; r += 32 * ROWS) {
+                float sum[ROWS][8] = {};
+                for (int j = sources.from; j < sources.to; j++) {
+                    const int place = sh.record.order[j];
+                    const float factor = sh.factor[j];
+#pragma unroll
+                    for (int n = 0; n < ROWS; n++) {
+                        if (r + 32 * n >= dk) break;
+                        float s[8];
+                        bank.load(place, r + 32 * n, column, s);
+#pragma unroll
+                        for (int c = 0; c < 8; c++) sum[n][c] += factor * s[c];
+#pragma unroll
+                        for (int t = 0; t < TOKENS; t++) {
+                            if (TOKENS > 1 && t >= count) break;
+                            const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
+                            const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r + 32 * n];
+#pragma unroll
+                            for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
+                        }
+                    }
+                }
+                if (carried) {
+                    const float factor = sh.open_factor;
+#pragma unroll
+                    for (int n = 0; n < ROWS; n++) {
+                        if (r + 32 * n >= dk) break;
+                        bank.load(sh.record.open, r + 32 * n, column, sum[n]);
+#pragma unroll
+                        for (int c = 0; c < 8; c++) sum[n][c] *= factor;
+                    }
+                }
+                if constexpr (DELTA) {
+                    if (sources.from < sources.to) take_products(sum, rows.y + (RING - lacks) * dk, u, lacks + count, r, dk);
+                }
+                for (int s = new_from; s < new_to; s++) {
+                    float v[8];
+                    load8(reinterpret_cast<const F32*>(rows.v + s * dv + column), v);
+                    const float* key = DELTA && slot ? rows.y + (RING + s) * dk : rows.new_key(s, dk);
+#pragma unroll
+                    for (int n = 0; n < ROWS; n++) {
+                        if (r + 32 * n >= dk) break;
+                        const float k = sh.after[s] * key[r + 32 * n];
+#pragma unroll
+                        for (int c = 0; c < 8; c++) sum[n][c] += k * v[c];
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < ROWS; n++) {
+                    if (r + 32 * n >= dk) break;
+                    bank.store(target, r + 32 * n, column, sum[n]);
+                }
+            }
+        }
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            if (TOKENS > 1 && t >= count) break;
+            sum_across(o[t]);
+            if (lane % 4 == 0) rows.extra[t * width + column - from + lane / 4] = o[t][0];
+        }
+    }
+}
+
+// Copies the states of places `first`..`last` to shared memory, those that `wanted` says of.
+template <typename S, typename Wanted>
+DEVICE void stage(const Bank<S, true>& bank, S* held, int first, int last, int columns, Wanted wanted) {
+    constexpr int EACH = 16 / sizeof(S);
+    const int across = columns / EACH, chunks = bank.dk * across;
+    for (int chunk = threadIdx.x; chunk < (chunks + THREADS - 1) / THREADS * THREADS; chunk += THREADS) {
+        const int row = chunk / across, column = (chunk - row * across) * EACH;
+        for (int place = first; place < last; place++) {
+            if (wanted(place) && chunk < chunks)
+                copy_async_16(held + (place * bank.dk + row) * bank.width + column,
+                              bank.states + bank.at(place, row, bank.from + column), true);
+        }
+    }
+}
+
+template <bool DELTA, typename S, int TOKENS, int UNROLL, bool STAGE>
+DEVICE void run(const StepParams& p) {
+    constexpr int RING = Shared<DELTA, TOKENS>::RING;
+    const int thread = threadIdx.x, lane = lane_index(), warp = warp_index();
+    const int slice = blockIdx.x % p.slices;
+    const int64_t batch_row = blockIdx.x / p.slices;
+    const int head = batch_row % p.value_heads;
+    const int64_t b = batch_row / p.value_heads;
+    const int entry = p.entries[b];
+    if (entry < 0 || entry >= p.bank.entries) return;
+    const int dk = p.dk, dv = p.dv, count = p.tokens;
+    const int64_t row = static_cast<int64_t>(entry) * p.value_heads + head;
+    const int key_head = head / (p.value_heads / p.heads);
+    const int from = slice * p.width, to = from + p.width < dv ? from + p.width : dv;
+    const bool leads = slice == 0, routed = !p.lambda;
+    auto& sh = *reinterpret_cast<Shared<DELTA, TOKENS>*>(dynamic_shared());
+    const Rows<DELTA, TOKENS> rows(dk, dv, p.width, STAGE ? p.staged * dk * p.width * static_cast<int>(sizeof(S)) : 0);
+    Bank<S, STAGE> bank = bank_of<S, STAGE>(p.bank, row, p.capacity, dk, dv);
+    const int part = STAGE ? (p.staged + STAGES - 1) / STAGES : 0;
+    if constexpr (STAGE) {
+        S* const held = static_cast<S*>(rows.held);
+        bank.held = held, bank.staged = p.staged, bank.from = from, bank.width = p.width;
+        for (int n = 0; n < STAGES / 2; n++) {
+            const int end = (n + 1) * part < p.staged ? (n + 1) * part : p.staged;
+            stage(bank, held, n * part, end, to - from, [](int) { return true; });
+            copies_commit();
+        }
+        const char* states = reinterpret_cast<const char*>(bank.states + bank.base);
+        const int64_t bytes = static_cast<int64_t>(p.capacity + STEP_SPARE_PLACES) * dk * dv * sizeof(S);
+        int64_t at = static_cast<int64_t>(p.staged) * dk * dv * sizeof(S) + (slice * THREADS + thread) * 128ll;
+        for (; at < bytes; at += p.slices * THREADS * 128ll) prefetch(states + at);
+    }
+
+    // The record; the call's tokens. Token t is element first + t HV of a [B,T,HV] array.
+    const int64_t first_token = b * p.time + p.from, first_at = first_token * p.value_heads + head;
+    const StepRecord* record = p.bank.records + row;
+    for (int i = thread; i < static_cast<int>(sizeof(StepRecord) / 16); i += THREADS)
+        reinterpret_cast<uint4*>(&sh.record)[i] = reinterpret_cast<const uint4*>(record)[i];
+    for (int i = thread; i < count * dk; i += THREADS) {
+        const int t = i / dk;
+        const int64_t at = ((first_token + t) * p.heads + key_head) * dk + i - t * dk;
+        rows.q[i] = input(p.q, at, p.dtype);
+        rows.keys[RING * dk + i] = input(p.k, at, p.dtype);
+    }
+    for (int i = thread; i < count * dv; i += THREADS) {
+        const int t = i / dv;
+        rows.v[i] = input(p.v, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + i - t * dv, p.dtype);
+    }
+    float* const ring = DELTA ? p.bank.ring + row * (2 * STEP_RING * dk) : nullptr;
+    if constexpr (DELTA) {
+        for (int i = thread; i < RING * dk; i += THREADS) {
+            rows.keys[i] = ring[i];
+            rows.y[i] = ring[RING * dk + i];
+        }
+    }
+    if (thread == 0) {
+        double sum = 0;
+        for (int t = 0; t < count; t++) {
+            const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
+            sh.g[t] = p.g ? fmaxf(p.g[at], LEAST_G) : 0.0f;
+            sh.gamma[t] = sum += sh.g[t];
+            sh.beta[t] = DELTA ? p.beta[at] : 1.0f;
+        }
+        sh.tau = p.tau[head];
+    }
+    if (!routed) {
+        for (int i = thread; i < count * p.capacity; i += THREADS) {
+            const int t = i / p.capacity, column = i - t * p.capacity;
+            const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
+            sh.score[t * MOST_SLOTS + column] = p.lambda[at * p.lambda_columns + column];
+        }
+    }
+    __syncthreads();
+    if constexpr (STAGE) {
+        // The rest, as far as slots stand there.
+        const int held_slots = sh.record.len;
+        const auto wanted = [&](int place) {
+            return __any_sync(ALL, (lane < held_slots && sh.record.order[lane] == place) ||
+                                       (lane + 32 < held_slots && sh.record.order[lane + 32] == place) ||
+                                       (held_slots > 0 && static_cast<int>(sh.record.open) == place));
+        };
+        for (int n = STAGES / 2; n < STAGES; n++) {
+            const int begin = n * part < p.staged ? n * part : p.staged;
+            const int end = (n + 1) * part < p.staged ? (n + 1) * part : p.staged;
+            stage(bank, static_cast<S*>(rows.held), begin, end, to - from, wanted);
+            copies_commit();
+        }
+    }
+    if (p.qk_l2norm) {
+        for (int i = warp; i < 2 * count; i += WARPS) {
+            float* x = i < count ? rows.q + i * dk : rows.new_key(i - count, dk);
+            const float norm = 1.0f / sqrtf(warp_dot(x, x, dk) + L2NORM_EPS);
+            for (int c = lane; c < dk; c += 32) x[c] *= norm;
+        }
+        __syncthreads();
+    }
+    const int before = sh.record.len;
+    // R: every block reads all of it, in one order. Where it stands apart from the open slot, it has a place of its own.
+    const bool apart = DELTA || (before > 0 && sh.record.open != sh.record.order[before - 1]);
+    if (thread == 0) sh.facts[APART] = apart;
+    {
+        float sum[TOKENS + 1] = {};
+        if (before > 0) {
+            const Tiles whole(0, dv);
+            if (whole.live) {
+#pragma unroll 4
+                for (int r = whole.first; r < dk; r += whole.stride) {
+                    Raw<S> raw;
+                    load_raw<true>(bank.states + bank.at(sh.record.open, r, whole.column), raw);
+                    float x[8];
+                    unpack(raw, x);
+#pragma unroll
+                    for (int i = 0; i < 8; i++) sum[TOKENS] += x[i] * x[i];
+#pragma unroll
+                    for (int t = 0; t < TOKENS; t++) {
+                        if (TOKENS > 1 && t >= count) break;
+                        float dot = 0;
+#pragma unroll
+                        for (int i = 0; i < 8; i++) dot += x[i] * rows.v[t * dv + whole.column + i];
+                        sum[t] += rows.new_key(t, dk)[r] * dot;
+                    }
+                }
+            }
+        }
+#pragma unroll
+        for (int i = 0; i <= TOKENS; i++) {
+            const float all = warp_sum(sum[i]);
+            if (lane == 0) sh.sums[warp][i] = all;
+        }
+    }
+    // Products of the call's own tokens.
+    for (int i = warp; i < 3 * count * count; i += WARPS) {
+        const int which = i / (count * count), t = i / count % count, s = i % count;
+        if (s > t) continue;
+        const float* a = which == KK ? rows.new_key(t, dk) : which == VV ? rows.v + t * dv : rows.q + t * dk;
+        const float* c = which == VV ? rows.v + s * dv : rows.new_key(s, dk);
+        const float dot = warp_dot(a, c, which == VV ? dv : dk);
+        if (lane == 0) sh.dots[which][t][s] = dot;
+    }
+    // What the ring's tokens, and the call's, have become by token t; q_t on them.
+    if constexpr (DELTA) {
+        for (int t = 0; t < count; t++) {
+            const float* k = rows.new_key(t, dk);
+            for (int j = warp; j <= RING + t; j += WARPS) {
+                float* y = rows.y + j * dk;
+                const bool own = j == RING + t;
+                const float held = own ? 0.0f : sh.beta[t] * warp_dot(k, y, dk);
+                for (int c = lane; c < dk; c += 32) y[c] = own ? sh.beta[t] * k[c] : y[c] - held * k[c];
+                __syncwarp();
+                const float on = warp_dot(rows.q + t * dk, y, dk);
+                if (lane == 0) sh.reads[t][j] = on;
+            }
+            // The next token's turn takes up the same rows of y in the same warps.
+        }
+    }
+    __syncthreads();
+    if (warp == 0) decide(p, sh, first_at, leads, part);
+    else if constexpr (DELTA) {
+        // Queries of slots that lack the call's tokens and 0, 1, .. of those before.
+        for (int i = thread - 32; i < count * dk; i += THREADS - 32) {
+            const int t = i / dk, c = i - t * dk;
+            float x = rows.q[i];
+            for (int s = 0; s <= t; s++) x -= sh.reads[t][RING + s] * rows.new_key(s, dk)[c];
+            rows.queries[t * (RING + 1) * dk + c] = x;
+            for (int lacks = 1; lacks <= RING; lacks++) {
+                x -= sh.reads[t][RING - lacks] * rows.keys[(RING - lacks) * dk + c];
+                rows.queries[(t * (RING + 1) + lacks) * dk + c] = x;
+            }
+        }
+    }
+    if (routed) {
+        for (int i = warp; i < count * before; i += WARPS) {
+            const int t = i / before, j = i % before;
+            const float* sums = p.bank.keys + (row * (p.capacity + STEP_SPARE_PLACES) + sh.record.order[j]) * dk;
+            const float on = warp_dot(rows.q + t * dk, sums, dk);
+            if (lane == 0) sh.score[t * MOST_SLOTS + j] = on;
+        }
+    }
+    __syncthreads();
+
+    // Read weights: of slot s at token t where reads are given, and in sh.weight where they are routed.
+    const Extents order{.newest_first = p.newest_first};
+    if (routed) {
+        for (int i = thread; i < count * MOST_SLOTS; i += THREADS) {
+            const int t = i / MOST_SLOTS, s = i % MOST_SLOTS, held = sh.len[t];
+            const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
+            const int column = column_of(order, s, held);
+            float weight = 0;
+            if (s < held) {
+                float score = 0;
+                for (int j = 0; j < before; j++)
+                    if (sh.place[t * MOST_SLOTS + j] == s) score += sh.score[t * MOST_SLOTS + j];
+                for (int r = 0; r <= t; r++)
+                    if (sh.slot[t][r] == s) score += sh.dots[QK][t][r];
+                score = score / __uint2float_rn(sh.tokens[i]) * p.slope[head] + p.bias[head];
+                if (p.logits) score += p.logits[at * p.logit_columns + column];
+                const float tail = expf(-fabsf(score)), over = 1.0f / (1.0f + tail);
+                weight = score >= 0 ? over : tail * over;
+                if (score != score) weight = score;
+            }
+            sh.weight[i] = weight;
+            if (leads && s < p.capacity) p.weights[at * p.capacity + (s < held ? column : s)] = weight;
+        }
+        __syncthreads();
+    }
+    const auto weight = [&](int t, int s) {
+        return routed ? sh.weight[t * MOST_SLOTS + s] : sh.score[t * MOST_SLOTS + column_of(order, s, sh.len[t])];
+    };
+    for (int i = thread; i < count * MOST_SLOTS; i += THREADS) {
+        const int t = i / MOST_SLOTS, j = i % MOST_SLOTS;
+        if (j >= before) continue;
+        const float decay = expf(static_cast<float>(sh.record.log[sh.record.order[j]] + sh.gamma[t]));
+        sh.coefficient[i] = p.scale * weight(t, sh.place[i]) * decay;
+    }
+    for (int i = thread; i < count * count; i += THREADS) {
+        const int t = i / count, s = i % count;
+        if (s > t) continue;
+        const float on = DELTA ? sh.reads[t][RING + s] : sh.dots[QK][t][s];
+        const float decay = expf(static_cast<float>(sh.gamma[t] - sh.gamma[s]));
+        sh.pair[t][s] = p.scale * weight(t, sh.slot[t][s]) * decay * on;
+    }
+    // The block that comes last writes what all have read: record, ring, key sums.
+    if (thread == 0) {
+        bool last = true;
+        if (p.slices > 1) {
+            last = arrive(p.bank.arrived + row) == static_cast<uint32_t>(p.slices) - 1;
+            if (last) p.bank.arrived[row] = 0;
+        }
+        sh.facts[LAST] = last;
+    }
+    __syncthreads();
+    const int after = sh.facts[AFTER];
+    if (sh.facts[LAST]) {
+        for (int i = thread; i < static_cast<int>(sizeof(StepRecord) / 16); i += THREADS)
+            reinterpret_cast<uint4*>(p.bank.records + row)[i] = reinterpret_cast<const uint4*>(&sh.next)[i];
+        if constexpr (DELTA) {
+            for (int i = thread; i < RING * dk; i += THREADS) {
+                ring[i] = rows.keys[count * dk + i];
+                ring[RING * dk + i] = rows.y[count * dk + i];
+            }
+        }
+        float* const key_sums = p.bank.keys + row * (p.capacity + STEP_SPARE_PLACES) * dk;
+        for (int c = thread; routed && c < dk; c += THREADS) {
+            for (int i = 0; i < after; i++) {
+                const int sources = sh.old_to[i] - sh.old_from[i];
+                if (sources == 1 && sh.new_from[i] == sh.new_to[i]) continue;
+                float sum = 0;
+                for (int j = sh.old_from[i]; j < sh.old_to[i]; j++) sum += key_sums[sh.record.order[j] * dk + c];
+                for (int s = sh.new_from[i]; s < sh.new_to[i]; s++) sum += rows.new_key(s, dk)[c];
+                key_sums[sh.next.order[i] * dk + c] = sum;
+            }
+        }
+    }
+
+    const Tiles tiles(from, to);
+    float o[TOKENS][8] = {};
+    if constexpr (STAGE) {
+        copies_wait_but<3>();
+        __syncthreads();
+        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 0, o);
+        copies_wait_but<2>();
+        __syncthreads();
+        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 1, o);
+        copies_wait_but<1>();
+        __syncthreads();
+        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 2, o);
+        copies_wait();
+        __syncthreads();
+        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 3, o);
+    } else {
+        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 0, o);
+    }
+#pragma unroll
+    for (int t = 0; t < TOKENS; t++) {
+        if (TOKENS > 1 && t >= count) break;
+        to_scratch(tiles, o[t], rows.scratch + t * WARPS * p.width, p.width);
+    }
+    write<DELTA, S, TOKENS, STAGE>(bank, sh, rows, from, to, count, p.width);
+    __syncthreads();
+
+    // o of the slots, and of the call's own tokens.
+    for (int i = thread; i < count * (to - from); i += THREADS) {
+        const int t = i / (to - from), c = i - t * (to - from);
+        float sum = from_scratch(rows.scratch + t * WARPS * p.width, p.width, c) + rows.extra[t * p.width + c];
+        for (int s = 0; s <= t; s++) sum += sh.pair[t][s] * rows.v[s * dv + from + c];
+        output(p.o, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + from + c, sum, p.dtype);
+    }
+}
+
+// Entries -> a chronological cache.
+template <bool DELTA, typename S>
+DEVICE void gather(const StepCacheParams& p) {
+    const int dk = p.dk, dv = p.dv, slot = blockIdx.x % (p.capacity + 1), thread = threadIdx.x;
+    const int lane = lane_index(), warp = warp_index();
+    const int64_t out_row = blockIdx.x / (p.capacity + 1);
+    const int64_t row = static_cast<int64_t>(p.entries[out_row / p.value_heads]) * p.value_heads + out_row % p.value_heads;
+    const auto bank = bank_of<S, false>(p.bank, row, p.capacity, dk, dv);
+    const StepRecord& record = p.bank.records[row];
+    const int len = record.len;
+    Carve carve{dynamic_shared()};
+    float* keys = carve.take<float>(STEP_RING * dk);
+    float* y = carve.take<float>(STEP_RING * dk);
+    float* u = carve.take<float>(WARPS * 64) + warp * 64;
+    carve.check();
+    // R, and what there is one of for a row.
+    const bool open = slot == p.capacity, held = open ? len > 0 : slot < len;
+    if (open) {
+        if (thread == 0) p.len[out_row] = len;
+        for (int i = thread; i < p.capacity; i += THREADS) {
+            p.tokens[out_row * p.capacity + i] = i < len ? record.tokens[i] : 0;
+            p.drift[out_row * p.capacity + i] = i < len ? record.drift[i] : 0;
+        }
+    }
+    const uint8_t place = !held ? 0 : open ? static_cast<uint8_t>(record.open) : record.order[slot];
+    const uint8_t lacks = DELTA && held && !open ? record.pending[place] : 0;
+    const float factor = held ? expf(static_cast<float>(record.log[place])) : 0.0f, one = 1.0f;
+    if (DELTA && lacks > 0) {
+        const float* ring = p.bank.ring + row * (2 * STEP_RING * dk);
+        for (int i = thread; i < STEP_RING * dk; i += THREADS) keys[i] = ring[i], y[i] = ring[STEP_RING * dk + i];
+        __syncthreads();
+    }
+    float* to = open ? p.open + out_row * dk * dv : p.states + (out_row * p.capacity + slot) * (dk * dv);
+    for (int column = 8 * warp; column < dv; column += 8 * WARPS) {
+        if (DELTA && lacks > 0)
+            products<8>(bank, column, {&place, &lacks, &one, 0, 1}, keys, STEP_RING - lacks, lacks, STEP_RING, u);
+        for (int r = lane; r < dk; r += 128) {
+            float x[4][8] = {};
+#pragma unroll
+            for (int n = 0; n < 4; n++)
+                if (held && r + 32 * n < dk) bank.load(place, r + 32 * n, column, x[n]);
+            if (DELTA && lacks > 0) take_products(x, y + (STEP_RING - lacks) * dk, u, lacks, r, dk);
+#pragma unroll
+            for (int n = 0; n < 4; n++) {
+                if (r + 32 * n >= dk) break;
+#pragma unroll
+                for (int i = 0; i < 8; i++) x[n][i] *= factor;
+                store8(reinterpret_cast<F32*>(to + (r + 32 * n) * dv + column), x[n]);
+            }
+        }
+    }
+    if (p.keys && !open) {
+        const float* sums = p.bank.keys + (row * (p.capacity + STEP_SPARE_PLACES) + place) * dk;
+        for (int c = thread; c < dk; c += THREADS) p.keys[(out_row * p.capacity + slot) * dk + c] = held ? sums[c] : 0.0f;
+    }
+}
+
+// A chronological cache -> entries. R gets a place of its own, whatever the open slot holds.
+template <typename S>
+DEVICE void scatter(const StepCacheParams& p) {
+    const int dk = p.dk, dv = p.dv, slot = blockIdx.x % (p.capacity + 1), thread = threadIdx.x;
+    const int64_t in_row = blockIdx.x / (p.capacity + 1);
+    const int64_t row = static_cast<int64_t>(p.entries[in_row / p.value_heads]) * p.value_heads + in_row % p.value_heads;
+    const auto bank = bank_of<S, false>(p.bank, row, p.capacity, dk, dv);
+    const int len = p.len[in_row];
+    if (slot == p.capacity) {
+        StepRecord& record = p.bank.records[row];
+        if (thread == 0) {
+            record.len = len;
+            record.phase = record.reserved = 0;
+            record.open = p.capacity;
+        }
+        if (thread < MOST_SLOTS) {
+            const bool held = thread < len;
+            record.tokens[thread] = held ? p.tokens[in_row * p.capacity + thread] : 0;
+            record.drift[thread] = held ? p.drift[in_row * p.capacity + thread] : 0;
+            record.order[thread] = held ? thread : 0;
+        }
+        if (thread < MOST_PLACES) record.log[thread] = 0.0, record.pending[thread] = 0;
+    }
+    if (slot >= len && slot != p.capacity) return;
+    const float* states = slot == p.capacity ? p.open + in_row * dk * dv : p.states + (in_row * p.capacity + slot) * (dk * dv);
+    const Tiles tiles(0, dv);
+    for (int r = tiles.first; tiles.live && len > 0 && r < dk; r += tiles.stride) {
+        float x[8];
+        load8(reinterpret_cast<const F32*>(states + r * dv + tiles.column), x);
+        bank.store(slot, r, tiles.column, x);
+    }
+    if (p.keys && slot < len) {
+        float* sums = p.bank.keys + (row * (p.capacity + STEP_SPARE_PLACES) + slot) * dk;
+        for (int c = thread; c < dk; c += THREADS) sums[c] = p.keys[(in_row * p.capacity + slot) * dk + c];
+    }
+}
+
+}  // namespace step
+}  // namespace dla
+
+// Kernels by recurrence, states and most tokens of a launch: loads in flight a thread, whether states are staged, blocks a
+// multiprocessor.
+#define STEP(name, delta, states, tokens, unroll, staged, blocks)                            \
+    KERNEL BLOCKS_OF(dla::THREADS, blocks) name(const __grid_constant__ dla::StepParams p) { \
+        dla::step::run<delta, dla::step::states, tokens, unroll, staged>(p);                 \
+    }
+STEP(step_gated_bf16_1, false, StateBf16, 1, 8, false, 3)
+STEP(step_gated_bf16_1_staged, false, StateBf16, 1, 4, true, 2)
+STEP(step_gated_bf16_4, false, StateBf16, 4, 8, false, 2)
+STEP(step_gated_bf16_8, false, StateBf16, 8, 4, false, 1)
+STEP(step_gated_f32_1, false, StateF32, 1, 6, false, 2)
+STEP(step_gated_f32_1_staged, false, StateF32, 1, 2, true, 2)
+STEP(step_gated_f32_4, false, StateF32, 4, 4, false, 2)
+STEP(step_gated_f32_8, false, StateF32, 8, 2, false, 1)
+STEP(step_delta_bf16_1, true, StateBf16, 1, 8, false, 2)
+STEP(step_delta_bf16_1_staged, true, StateBf16, 1, 4, true, 2)
+STEP(step_delta_bf16_4, true, StateBf16, 4, 12, false, 1)
+STEP(step_delta_bf16_8, true, StateBf16, 8, 4, false, 1)
+STEP(step_delta_f32_1, true, StateF32, 1, 4, false, 2)
+STEP(step_delta_f32_1_staged, true, StateF32, 1, 2, true, 2)
+STEP(step_delta_f32_4, true, StateF32, 4, 6, false, 1)
+STEP(step_delta_f32_8, true, StateF32, 8, 2, false, 1)
+
+#define STEP_CACHE(name, ...) \
+    KERNEL BLOCK_OF(dla::THREADS) name(const __grid_constant__ dla::StepCacheParams p) { dla::step::__VA_ARGS__(p); }
+STEP_CACHE(step_gather_gated_bf16, gather<false, dla::step::StateBf16>)
+STEP_CACHE(step_gather_gated_f32, gather<false, dla::step::StateF32>)
+STEP_CACHE(step_gather_delta_bf16, gather<true, dla::step::StateBf16>)
+STEP_CACHE(step_gather_delta_f32, gather<true, dla::step::StateF32>)
+STEP_CACHE(step_scatter_bf16, scatter<dla::step::StateBf16>)
+STEP_CACHE(step_scatter_f32, scatter<dla::step::StateF32>)
