@@ -260,7 +260,259 @@ pub struct ScanDeltaSm90Params {
     pub to: i64,
 }
 
+/// Parameters of `scan_states_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ScanStatesParams {
+    pub extents: Extents,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub events: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub w: DevicePointer,
+    pub kh: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub initial_states: DevicePointer,
+    pub bank: DevicePointer,
+    pub saved: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub stride: i64,
+    pub saves: i32,
+    pub qk_l2norm: i32,
+}
+
+/// Parameters of `scan_backward_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ScanBackwardParams {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub d_o: DevicePointer,
+    pub events: DevicePointer,
+    pub lambda: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub p: DevicePointer,
+    pub qt: DevicePointer,
+    pub w: DevicePointer,
+    pub kh: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub entry: DevicePointer,
+    pub banks: DevicePointer,
+    pub d_bank: DevicePointer,
+    pub final_states: DevicePointer,
+    pub initial_gradient: DevicePointer,
+    pub d_qt: DevicePointer,
+    pub d_kh: DevicePointer,
+    pub d_w: DevicePointer,
+    pub d_kd: DevicePointer,
+    pub d_weights: DevicePointer,
+    pub d_total: DevicePointer,
+    pub d_v: DevicePointer,
+    pub dv: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub places: i64,
+    pub lambda_columns: i32,
+    pub scale: f32,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `prepare_backward_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PrepareBackwardParams {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub beta: DevicePointer,
+    pub d_o: DevicePointer,
+    pub events: DevicePointer,
+    pub lambda: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub d_qt: DevicePointer,
+    pub d_kh: DevicePointer,
+    pub d_w: DevicePointer,
+    pub d_kd: DevicePointer,
+    pub d_weights: DevicePointer,
+    pub d_total: DevicePointer,
+    pub d_q: DevicePointer,
+    pub d_k: DevicePointer,
+    pub dg: DevicePointer,
+    pub dbeta: DevicePointer,
+    pub dlambda: DevicePointer,
+    pub d_slots: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub places: i64,
+    pub slices: i32,
+    pub lambda_columns: i32,
+    pub scale: f32,
+    pub qk_l2norm: i32,
+}
+
+/// Parameters of `group_sum_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct GroupSumParams {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub d_q: DevicePointer,
+    pub d_k: DevicePointer,
+    pub dq: DevicePointer,
+    pub dk: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `drift_backward_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DriftBackwardParams {
+    pub extents: Extents,
+    pub v: DevicePointer,
+    pub d_v: DevicePointer,
+    pub events: DevicePointer,
+    pub drift: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub tau: DevicePointer,
+    pub ddrift: DevicePointer,
+    pub tau_sums: DevicePointer,
+    pub dv: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub temperature: f32,
+    pub reserved: i32,
+}
+
+/// Parameters of `route_backward_*` and `route_backward_keys`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RouteBackwardParams {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub events: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_starts: DevicePointer,
+    pub sums: DevicePointer,
+    pub bases: DevicePointer,
+    pub key_factors: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub initial_tokens: DevicePointer,
+    pub initial_keys: DevicePointer,
+    pub slope: DevicePointer,
+    pub bias: DevicePointer,
+    pub logits: DevicePointer,
+    pub d_slots: DevicePointer,
+    pub final_keys: DevicePointer,
+    pub d_q: DevicePointer,
+    pub d_k: DevicePointer,
+    pub dlogits: DevicePointer,
+    pub slope_sums: DevicePointer,
+    pub bias_sums: DevicePointer,
+    pub d_bank: DevicePointer,
+    pub exits: DevicePointer,
+    pub d_keys: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub logit_columns: i32,
+    pub qk_l2norm: i32,
+}
+
+/// Parameters of `head_sums`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct HeadSumsParams {
+    pub extents: Extents,
+    pub sums: DevicePointer,
+    pub out: DevicePointer,
+    pub chunk: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `segment_states_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SegmentStatesParams {
+    pub extents: Extents,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub events: DevicePointer,
+    pub initial_open: DevicePointer,
+    pub entry: DevicePointer,
+    pub entry_log: DevicePointer,
+    pub open: DevicePointer,
+    pub open_log: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub stride: i64,
+    pub saves: i64,
+    pub entry_step: i64,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `segment_scalars_*`, `segment_open_backward_*`, `segment_backward_*` and `segment_log_backward`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SegmentBackwardParams {
+    pub extents: Extents,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub events: DevicePointer,
+    pub drift: DevicePointer,
+    pub ddrift: DevicePointer,
+    pub open: DevicePointer,
+    pub open_log: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub initial_open: DevicePointer,
+    pub final_open: DevicePointer,
+    pub d_v: DevicePointer,
+    pub dv: DevicePointer,
+    pub d_k: DevicePointer,
+    pub dg: DevicePointer,
+    pub scalars: DevicePointer,
+    pub d_open: DevicePointer,
+    pub d_carried: DevicePointer,
+    pub d_carried_scalars: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
 const _: () = {
+    assert!(size_of::<ScanStatesParams>() == 168 && offset_of!(ScanStatesParams, initial_len) == 104);
+    assert!(offset_of!(ScanStatesParams, qk_l2norm) == 164);
+    assert!(size_of::<ScanBackwardParams>() == 296 && offset_of!(ScanBackwardParams, final_states) == 176);
+    assert!(offset_of!(ScanBackwardParams, qk_l2norm) == 288);
+    assert!(size_of::<PrepareBackwardParams>() == 256 && offset_of!(PrepareBackwardParams, d_weights) == 152);
+    assert!(offset_of!(PrepareBackwardParams, qk_l2norm) == 252);
+    assert!(size_of::<GroupSumParams>() == 120 && offset_of!(GroupSumParams, dq) == 80);
+    assert!(offset_of!(GroupSumParams, qk_l2norm) == 112);
+    assert!(size_of::<DriftBackwardParams>() == 144 && offset_of!(DriftBackwardParams, ddrift) == 96);
+    assert!(offset_of!(DriftBackwardParams, temperature) == 136);
+    assert!(size_of::<RouteBackwardParams>() == 264 && offset_of!(RouteBackwardParams, logits) == 152);
+    assert!(offset_of!(RouteBackwardParams, qk_l2norm) == 260);
+    assert!(size_of::<HeadSumsParams>() == 72 && offset_of!(HeadSumsParams, out) == 56);
+    assert!(offset_of!(HeadSumsParams, chunk) == 64);
+    assert!(size_of::<SegmentStatesParams>() == 168 && offset_of!(SegmentStatesParams, open) == 104);
+    assert!(offset_of!(SegmentStatesParams, qk_l2norm) == 160);
+    assert!(size_of::<SegmentBackwardParams>() == 224 && offset_of!(SegmentBackwardParams, d_v) == 136);
+    assert!(offset_of!(SegmentBackwardParams, qk_l2norm) == 216);
     assert!(size_of::<PrepareDeltaSm90Params>() == 200);
     assert!(offset_of!(PrepareDeltaSm90Params, pairs) == 112);
     assert!(offset_of!(PrepareDeltaSm90Params, from) == 160);
