@@ -66,7 +66,8 @@ struct SegmentParams {
 };
 
 // q, k, g, beta -> P and, for the delta rule, Qt, W, Kh. Grid (B T / C + N) x HV: chunk c of sequence n
-// stands at start / C + n + c, so that no one has to count the chunks of packed sequences.
+// stands at start / C + n + c, so that no one has to count the chunks of packed sequences. Of the backward, grid W x HV:
+// chunks from..to of every sequence, each at its place among W.
 struct PrepareParams {
     Extents extents;
     const void* q;      // [B,T,H,dk]
@@ -77,6 +78,7 @@ struct PrepareParams {
     uint16_t* qt;       // [B T / C + N, HV, parts, C, dk to 16] bf16 out, delta rule
     uint16_t* w;        // as qt
     uint16_t* kh;       // as qt
+    int64_t from, to;   // a window of the backward; to = 0: every chunk, at its place among all
     float scale;        // factor of q in the read
     int32_t qk_l2norm;  // 1: queries and keys of unit norm
 };
@@ -259,29 +261,49 @@ struct ScanDeltaSm90Params {
     int64_t from, to;               // window of every sequence, multiples of C
 };
 
-// ---- The backward. Its kernels take chunks from..to of every sequence, windows from the last to the first. What they leave
-// for each other of a chunk stands at its place among W (PrepareSm90Params, with the dtype's C); rows past the chunk's
-// tokens are neither written nor read. Of a slot, "by slot" is by its rank at the token, oldest first.
+// ---- The backward. Its kernels take tokens from..to of every sequence, windows from the last to the first. What they leave
+// for each other of a chunk stands at its place among W = N x chunks of the window (of T tokens, packed or not), sequence
+// by sequence; rows past the chunk's tokens are neither written nor read. Of a slot, "by slot" is by its rank at the
+// token, oldest first.
 
-// A write-only scan: the bank at chunks' entries. Grid N x HV x (dv to 16) / 16.
+// Where the slots of a bank lie, behind the states of all banks: [N,HV,(dv to 16) / 16]. A bank of N HV rows is
+// [N,HV,(dv to 16) / 16,M,(dk to 16) / 16,32,8] f32 and then these.
+struct BankPlaces {
+    double logs[64];    // by place, gated: decay since the state was written
+    uint8_t order[64];  // place of every slot, oldest first
+};
+
+// events -> the slots at every chunk's entry, as segment leaves them. Grid N x HV, 32 threads.
+struct SlotsParams {
+    Extents extents;
+    const uint8_t* events;        // [B,T,HV]
+    const uint32_t* initial_len;  // [N,HV], or null: no initial cache
+    uint32_t* chunk_len;          // [B T / C + N, HV] out
+    int32_t* chunk_starts;        // [B T / C + N, HV, M] out
+    int32_t chunk;                // C
+    int32_t reserved;
+};
+
+// A scan that only writes: the bank at `from` -> the bank at `to` and, where wanted, at every chunk's entry. Grid
+// N x HV x (dv to 16) / 16.
 struct ScanStatesParams {
     Extents extents;
     const void* k;               // [B,T,H,dk]
     const void* v;               // [B,T,HV,dv]
     const float* g;              // [B,T,HV], or null: 0
     const uint8_t* events;       // [B,T,HV]
-    const uint32_t* chunk_len;   // as segment leaves them
+    const uint32_t* chunk_len;   // as slots leaves them
     const uint16_t* w;           // [W, HV, parts, C, dk to 16] bf16, delta rule
     const uint16_t* kh;          // as w
     const uint32_t* initial_len; // [N,HV], or null: no initial cache
     const float* initial_states; // [N,HV,M,dk,dv]
-    float* bank;                 // [N,HV,(dv to 16) / 16,M,(dk to 16) / 16,32,8] in and out: the bank at from and at to; in only
-                                 //   where from > 0
-    float* saved;                // [N,HV,saves,(dv to 16) / 16,M,...] out: at every stride-th chunk's entry, or null
+    const float* source;         // bank at `from`, may be `bank`; or null: the initial cache, from = 0
+    float* bank;                 // bank at `to`; of no use where `entries` is wanted
+    void* entries;               // [W, HV, slices, M, (dk to 16) / 16, parts, 32] 16 bytes out: the bank at every chunk's entry, by
+                                 //   slot, as right operands S^T; or null
     int64_t from, to;
-    int64_t stride;              // chunks
-    int32_t saves;
     int32_t qk_l2norm;
+    int32_t reserved;
 };
 
 // The adjoint of the scan for one window. Grid N x HV x (dv to 16) / 16 = slices.
@@ -294,16 +316,16 @@ struct ScanBackwardParams {
     const void* d_o;             // [B,T,HV,dv]
     const uint8_t* events;       // [B,T,HV]
     const float* lambda;         // [B,T,HV,lambda_columns]
-    const uint32_t* chunk_len;   // as segment leaves them
+    const uint32_t* chunk_len;   // as slots leaves them
     const uint16_t* p;           // [W, HV, parts, C, C] bf16
     const uint16_t* qt;          // [W, HV, parts, C, dk to 16] bf16, delta rule
     const uint16_t* w;           // as qt
     const uint16_t* kh;          // as qt
     const uint32_t* initial_len; // [N,HV], or null: no initial cache
-    const float* entry;          // bank at the window's first chunk, as scan_states saves it
-    void* banks;                 // workspace: the bank at every chunk's entry
-    float* d_bank;               // [N,HV,slices,M,...] in and out: adjoint of the bank at to and at from, by slot; in only
-                                 //   where the row goes on past to
+    const void* entries;         // as scan_states leaves them
+    void* scratch;               // [N,HV,slices] of scan_backward_scratch bytes
+    float* d_bank;               // a bank, in and out: adjoint of the states at `to` and at `from`; in only where the row goes on
+                                 //   past `to`
     const float* final_states;   // [N,HV,M,dk,dv] gradient of the final states, or null: 0
     float* initial_gradient;     // [N,HV,M,dk,dv] out where from = 0, unused slots 0; or null
     float* d_qt;                 // [slices, W, HV, C, dk to 16] out
@@ -477,8 +499,10 @@ struct SegmentBackwardParams {
     int32_t reserved;
 };
 
+static_assert(sizeof(BankPlaces) == 576 && offsetof(BankPlaces, order) == 512);
+static_assert(sizeof(SlotsParams) == 88 && offsetof(SlotsParams, chunk_len) == 64 && offsetof(SlotsParams, chunk) == 80);
 static_assert(sizeof(ScanStatesParams) == 168 && offsetof(ScanStatesParams, initial_len) == 104 &&
-              offsetof(ScanStatesParams, qk_l2norm) == 164);
+              offsetof(ScanStatesParams, entries) == 136 && offsetof(ScanStatesParams, qk_l2norm) == 160);
 static_assert(sizeof(ScanBackwardParams) == 296 && offsetof(ScanBackwardParams, final_states) == 176 &&
               offsetof(ScanBackwardParams, qk_l2norm) == 288);
 static_assert(sizeof(PrepareBackwardParams) == 256 && offsetof(PrepareBackwardParams, d_weights) == 152 &&
@@ -509,7 +533,7 @@ static_assert(sizeof(Extents) == 48 && offsetof(Extents, heads) == 24 && offseto
 static_assert(sizeof(SegmentParams) == 280 && offsetof(SegmentParams, k) == 48 && offsetof(SegmentParams, drift) == 120 &&
               offsetof(SegmentParams, open) == 160 && offsetof(SegmentParams, walks) == 200 &&
               offsetof(SegmentParams, from) == 256 && offsetof(SegmentParams, qk_l2norm) == 276);
-static_assert(sizeof(PrepareParams) == 120 && offsetof(PrepareParams, p) == 80 && offsetof(PrepareParams, scale) == 112);
+static_assert(sizeof(PrepareParams) == 136 && offsetof(PrepareParams, p) == 80 && offsetof(PrepareParams, scale) == 128);
 static_assert(sizeof(RouteSumsParams) == 88 && offsetof(RouteSumsParams, sums) == 56 &&
               offsetof(RouteSumsParams, qk_l2norm) == 80);
 static_assert(sizeof(RouteParams) == 200 && offsetof(RouteParams, sums) == 88 && offsetof(RouteParams, slope) == 136 &&

@@ -344,6 +344,8 @@ fn run(
         qt: qt.pointer(),
         w: w.pointer(),
         kh: kh.pointer(),
+        from: 0,
+        to: 0,
         scale: problem.scale(),
         qk_l2norm: options.qk_l2norm.into(),
     };

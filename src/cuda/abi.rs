@@ -89,6 +89,8 @@ pub struct PrepareParams {
     pub qt: DevicePointer,
     pub w: DevicePointer,
     pub kh: DevicePointer,
+    pub from: i64,
+    pub to: i64,
     pub scale: f32,
     pub qk_l2norm: i32,
 }
@@ -260,6 +262,22 @@ pub struct ScanDeltaSm90Params {
     pub to: i64,
 }
 
+/// Bytes of a `BankPlaces`.
+pub const BANK_PLACES_BYTES: usize = 576;
+
+/// Parameters of `slots`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SlotsParams {
+    pub extents: Extents,
+    pub events: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_starts: DevicePointer,
+    pub chunk: i32,
+    pub reserved: i32,
+}
+
 /// Parameters of `scan_states_*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
@@ -274,13 +292,13 @@ pub struct ScanStatesParams {
     pub kh: DevicePointer,
     pub initial_len: DevicePointer,
     pub initial_states: DevicePointer,
+    pub source: DevicePointer,
     pub bank: DevicePointer,
-    pub saved: DevicePointer,
+    pub entries: DevicePointer,
     pub from: i64,
     pub to: i64,
-    pub stride: i64,
-    pub saves: i32,
     pub qk_l2norm: i32,
+    pub reserved: i32,
 }
 
 /// Parameters of `scan_backward_*`.
@@ -301,8 +319,8 @@ pub struct ScanBackwardParams {
     pub w: DevicePointer,
     pub kh: DevicePointer,
     pub initial_len: DevicePointer,
-    pub entry: DevicePointer,
-    pub banks: DevicePointer,
+    pub entries: DevicePointer,
+    pub scratch: DevicePointer,
     pub d_bank: DevicePointer,
     pub final_states: DevicePointer,
     pub initial_gradient: DevicePointer,
@@ -496,7 +514,9 @@ pub struct SegmentBackwardParams {
 
 const _: () = {
     assert!(size_of::<ScanStatesParams>() == 168 && offset_of!(ScanStatesParams, initial_len) == 104);
-    assert!(offset_of!(ScanStatesParams, qk_l2norm) == 164);
+    assert!(offset_of!(ScanStatesParams, entries) == 136 && offset_of!(ScanStatesParams, qk_l2norm) == 160);
+    assert!(size_of::<SlotsParams>() == 88 && offset_of!(SlotsParams, chunk_len) == 64);
+    assert!(offset_of!(SlotsParams, chunk) == 80);
     assert!(size_of::<ScanBackwardParams>() == 296 && offset_of!(ScanBackwardParams, final_states) == 176);
     assert!(offset_of!(ScanBackwardParams, qk_l2norm) == 288);
     assert!(size_of::<PrepareBackwardParams>() == 256 && offset_of!(PrepareBackwardParams, d_weights) == 152);
@@ -530,8 +550,8 @@ const _: () = {
     assert!(offset_of!(SegmentParams, drift) == 120 && offset_of!(SegmentParams, open) == 160);
     assert!(offset_of!(SegmentParams, walks) == 200 && offset_of!(SegmentParams, from) == 256);
     assert!(offset_of!(SegmentParams, qk_l2norm) == 276);
-    assert!(size_of::<PrepareParams>() == 120 && offset_of!(PrepareParams, p) == 80);
-    assert!(offset_of!(PrepareParams, scale) == 112);
+    assert!(size_of::<PrepareParams>() == 136 && offset_of!(PrepareParams, p) == 80);
+    assert!(offset_of!(PrepareParams, scale) == 128);
     assert!(size_of::<RouteSumsParams>() == 88 && offset_of!(RouteSumsParams, sums) == 56);
     assert!(offset_of!(RouteSumsParams, qk_l2norm) == 80);
     assert!(size_of::<RouteParams>() == 200 && offset_of!(RouteParams, sums) == 88);
@@ -723,6 +743,61 @@ impl Geometry {
             + (self.capacity * pitch).next_multiple_of(16)
             + Self::tile(self.parts, chunk, 16)
             + operands.max(8 * 16 * pitch).max(Self::tile(2, chunk, chunk))
+    }
+
+    /// Bytes of a bank of states and where its slots lie (abi.cuh, BankPlaces).
+    pub fn bank_bytes(&self) -> usize {
+        4 * self.bank_len() + self.rows() * self.slices() * BANK_PLACES_BYTES
+    }
+
+    /// Bytes of the entry banks of `places` chunks.
+    pub fn entries_bytes(&self, places: usize) -> usize {
+        places
+            * self.value_heads
+            * self.slices()
+            * self.capacity
+            * (self.padded_dk() / 16)
+            * self.parts
+            * 32
+            * 16
+    }
+
+    /// Bytes of the scratch of `scan_backward_*`.
+    pub fn scan_backward_scratch_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let held = if self.delta { chunk / 16 * (2 + 2 * self.parts) * 512 } else { 0 };
+        self.rows() * self.slices() * self.capacity * (8 * chunk * 4 + held)
+    }
+
+    /// Shared memory of `scan_states_*`.
+    pub fn scan_states_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let rows = Self::tile(self.parts, chunk, self.padded_dk());
+        self.replay_shared_bytes()
+            + 2 * 64 * 2
+            + 64 * 8
+            + chunk * 8
+            + chunk * 4
+            + 2 * 64
+            + Self::tile(self.parts, chunk, 16)
+            + if self.delta { 2 * rows } else { rows }
+    }
+
+    /// Shared memory of `scan_backward_*`.
+    pub fn scan_backward_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let weights = (self.capacity * (chunk + 2) * 4).next_multiple_of(16);
+        let rows = Self::tile(self.parts, chunk, self.padded_dk());
+        let beside = (chunk * 17 * 4).next_multiple_of(16);
+        self.replay_shared_bytes()
+            + 2 * 64 * 2
+            + chunk * 8
+            + 2 * chunk * 4
+            + 8 * 8
+            + 2 * 64
+            + if self.delta { weights } else { 2 * weights }
+            + 2 * Self::tile(self.parts, chunk, 16)
+            + (rows + if self.delta { beside.max(rows) } else { beside }).max(Self::tile(2, chunk, chunk))
     }
 }
 

@@ -148,6 +148,8 @@ impl<'a> Stages<'a> {
                     qt: self.at(layout.qt),
                     w: self.at(layout.w),
                     kh: self.at(layout.kh),
+                    from: 0,
+                    to: 0,
                     scale: self.plan.scale,
                     qk_l2norm: self.plan.qk_l2norm.into(),
                 };
