@@ -6,6 +6,9 @@
 
 #[doc(hidden)]
 pub mod abi;
+#[doc(hidden)]
+pub mod backward;
+mod checkpoints;
 mod driver;
 mod engine;
 mod forward;
@@ -23,7 +26,7 @@ pub use engine::Engine;
 pub use memory::Memory;
 pub use module::{FATBINS, Fatbin, SOURCE_HASH};
 pub use plan::{Call, Plan};
-pub use raw::{RawCache, RawInputs, RawOutputs};
+pub use raw::{RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream};
 pub use stream::{Clock, Timeline};
 
 use crate::error::{Error, Result};

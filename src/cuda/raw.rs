@@ -75,6 +75,66 @@ pub struct RawOutputs {
     pub cache: Option<RawCache>,
 }
 
+/// Addresses of what the forward left and the backward takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawForward {
+    /// Event log, `[B,T,HV]` u8.
+    pub events: DevicePointer,
+    /// Drift, `[B,T,HV]` f32: read with soft boundaries, or where the final cache has a gradient.
+    pub drift: DevicePointer,
+    /// Routed reads: read weights, `[B,T,HV,M]` f32.
+    pub lambda: DevicePointer,
+}
+
+/// Addresses of the gradients of a cache's arrays, chronological as [`CacheGradients`](crate::CacheGradients).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawCacheGradients {
+    /// Gradient of the states, `[N,HV,M,dk,dv]` f32.
+    pub states: DevicePointer,
+    /// Gradient of the open segment's R, `[N,HV,dk,dv]` f32.
+    pub open: DevicePointer,
+    /// Routed reads: gradient of the key sums, `[N,HV,M,dk]` f32.
+    pub keys: DevicePointer,
+}
+
+/// Addresses of the gradients of a call's results.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawUpstream {
+    /// Gradient of o, `[B,T,HV,dv]`, dtype of q.
+    pub o: DevicePointer,
+    /// Gradient of the final cache, where the plan was made for one.
+    pub cache: Option<RawCacheGradients>,
+}
+
+/// Addresses of the gradients of a call's arguments: written whole, whatever they held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawGradients {
+    /// Gradient of q, `[B,T,H,dk]`, dtype of q.
+    pub q: DevicePointer,
+    /// Gradient of k, `[B,T,H,dk]`, dtype of q.
+    pub k: DevicePointer,
+    /// Gradient of v, `[B,T,HV,dv]`, dtype of q.
+    pub v: DevicePointer,
+    /// Gradient of g, `[B,T,HV]` f32; 0: not wanted.
+    pub g: DevicePointer,
+    /// Gradient of beta, `[B,T,HV]` f32: gated delta rule.
+    pub beta: DevicePointer,
+    /// Given reads: gradient of lambda, `[B,T,HV,lambda_columns]` f32, columns without a slot 0.
+    pub lambda: DevicePointer,
+    /// Routed reads: gradient of the slope, `[HV]` f32.
+    pub slope: DevicePointer,
+    /// Routed reads: gradient of the bias, `[HV]` f32.
+    pub bias: DevicePointer,
+    /// Routed reads: gradient of the logits, `[B,T,HV,logit_columns]` f32, columns without a slot 0; 0: not wanted.
+    pub logits: DevicePointer,
+    /// Soft boundaries: gradient of tau, `[HV]` f32.
+    pub tau: DevicePointer,
+    /// Soft boundaries: gradient of the drift, `[B,T,HV]` f32.
+    pub drift: DevicePointer,
+    /// Gradient of the initial cache; its states 0: not wanted.
+    pub cache: Option<RawCacheGradients>,
+}
+
 /// Alignment of what the kernels read and write 16 bytes at a time.
 const WIDE: u64 = 16;
 
