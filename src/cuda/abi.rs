@@ -799,6 +799,76 @@ impl Geometry {
             + 2 * Self::tile(self.parts, chunk, 16)
             + (rows + if self.delta { beside.max(rows) } else { beside }).max(Self::tile(2, chunk, chunk))
     }
+
+    /// Places of chunks W for the window `from..to` of every sequence; `packed`: there are cu_seqlens.
+    pub fn window_places(&self, time: usize, packed: bool, from: usize, to: usize) -> usize {
+        if packed {
+            self.chunks()
+        } else {
+            self.sequences * to.min(time).saturating_sub(from).div_ceil(self.chunk())
+        }
+    }
+
+    /// Blocks of a kernel with one for every place of a window and value head.
+    pub fn window_blocks(&self, places: usize) -> usize {
+        places.saturating_mul(self.value_heads)
+    }
+
+    /// Elements of each of `d_qt`, `d_kh`, `d_w` and `d_kd` for `places` of chunks.
+    pub fn scan_partials_len(&self, places: usize) -> usize {
+        self.slices() * places * self.value_heads * self.chunk() * self.padded_dk()
+    }
+
+    /// Elements of the partial `d_weights`.
+    pub fn weight_partials_len(&self, places: usize) -> usize {
+        self.slices() * self.slot_gradients_len(places)
+    }
+
+    /// Elements of the partial `d_total`, f64.
+    pub fn total_partials_len(&self, places: usize) -> usize {
+        self.slices() * places * self.value_heads
+    }
+
+    /// Elements of `d_slots`.
+    pub fn slot_gradients_len(&self, places: usize) -> usize {
+        places * self.value_heads * self.chunk() * self.capacity
+    }
+
+    /// Elements of each of `d_q` and `d_k`, of every value head.
+    pub fn head_gradients_len(&self, places: usize) -> usize {
+        places * self.value_heads * self.chunk() * self.dk
+    }
+
+    /// Shared memory of `prepare_backward_*`.
+    pub fn prepare_backward_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let square = Self::tile(2, chunk, chunk);
+        let columns = self.replay_shared_bytes() + 3 * chunk * 8 + 5 * chunk * 4;
+        let slices = Self::tile(self.parts, chunk, 64) + Self::tile(2, chunk, 64);
+        let matrices = chunk * (chunk + 1) * 4;
+        let scratch = matrices + (chunk * 65).next_multiple_of(16);
+        let reused = square + slices.max(scratch);
+        if self.delta {
+            columns + 4 * chunk / 16 * chunk * 4 + 2 * square + reused.max(2 * matrices)
+        } else {
+            columns + square + reused.max(2 * matrices)
+        }
+    }
+
+    /// Blocks of `group_sum_*`.
+    pub fn group_sum_blocks(&self, places: usize) -> usize {
+        places.saturating_mul(self.heads)
+    }
+
+    /// Elements of each head's parts of the gradients of slope, bias and tau, f64.
+    pub fn head_parts_len(&self) -> usize {
+        self.chunks() * self.value_heads
+    }
+
+    /// Shared memory of `head_sums`; its blocks are value heads.
+    pub fn head_sums_shared_bytes(&self) -> usize {
+        THREADS as usize * 8
+    }
 }
 
 /// One of the scans on Hopper: `scan_sm90_{dk}_{slots}_{groups}` (the table at the end of scan_sm90.cu) or, for the

@@ -5,6 +5,8 @@
 #include "../../kernels/scan.cu"
 #include "../../kernels/slots.cu"
 #include "../../kernels/scan_backward.cu"
+#include "../../kernels/prepare_backward.cu"
+#include "../../kernels/group_sum.cu"
 #include "../../kernels/prepare_sm90.cu"
 #include "../../kernels/scan_sm90.cu"
 // Files are compiled one by one for the device; here their names would meet.
@@ -61,6 +63,10 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES(scan_states_delta);
     RUN_DTYPES(scan_backward_gated);
     RUN_DTYPES(scan_backward_delta);
+    RUN_DTYPES(prepare_backward_gated);
+    RUN_DTYPES(prepare_backward_delta);
+    RUN_DTYPES(group_sum);
+    RUN(head_sums);
     RUN(prepare_sm90_bf16);
     RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
     RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 256), RUN(scan_sm90_128_30_2, 384);
