@@ -446,7 +446,7 @@ struct HeadSumsParams {
     const double* sums;  // [B T / C + N, HV], as left by all windows; a sequence's places alone are read
     float* out;          // [HV]
     int32_t chunk;       // C
-    int32_t reserved;
+    int32_t add;         // 1: to what `out` holds
 };
 
 // The open segment's R, before every chunk of a window or at every stride-th. Grid N x HV x (dv to 16) / 16.

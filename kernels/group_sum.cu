@@ -66,7 +66,7 @@ DEVICE void sum_of_head(const HeadSumsParams& p) {
         __syncthreads();
         if (thread < half) parts[thread] += parts[thread + half];
     }
-    if (thread == 0) p.out[head] = static_cast<float>(parts[0]);
+    if (thread == 0) p.out[head] = static_cast<float>(parts[0] + (p.add ? p.out[head] : 0.0f));
 }
 
 }  // namespace

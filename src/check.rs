@@ -461,6 +461,17 @@ impl Bounds {
         Bounds { f32, bf16, f16, drift: 2e-3, decision: 2e-3 }
     }
 
+    /// Gradients of the CUDA engine.
+    pub fn cuda_gradients(dtype: Dtype) -> Bounds {
+        let (bf16, f16) = (5e-3, 1.5e-3);
+        let f32 = match dtype {
+            Dtype::Bf16 => bf16,
+            Dtype::F16 => f16,
+            Dtype::F32 => 1e-4,
+        };
+        Bounds { f32, bf16, f16, ..Bounds::cuda(dtype) }
+    }
+
     /// Bound of a tensor that is returned in `dtype`. An f16 below 2^-14 has fewer digits: half of its
     /// last place, 2^-25, is allowed to every element.
     fn rounded(&self, dtype: Dtype, reference: &[f64]) -> f64 {
@@ -538,7 +549,7 @@ pub fn compare_within(engine: &dyn Engine, case: &Case, bounds: Bounds) -> Resul
 }
 
 /// Compares every gradient with the reference's.
-fn compare_gradients(
+pub fn compare_gradients(
     case: &Case,
     problem: &Problem,
     events: &[u8],

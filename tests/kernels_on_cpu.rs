@@ -16,6 +16,8 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
+#[path = "emulation/whole_backward.rs"]
+mod whole_backward;
 #[path = "emulation/backward.rs"]
 mod backward;
 #[path = "emulation/hopper.rs"]

@@ -18,14 +18,9 @@ DEVICE WindowChunk chunk_of_block(const Extents& e, int64_t block, int64_t from,
     const int head = static_cast<int>(block % e.value_heads);
     const int64_t at = block / e.value_heads;
     WindowChunk c;
-    if (e.cu_seqlens) {
-        c.row = row_of(e, sequence_of_chunk(e, at, chunk), head);
-        c.first = (at - first_chunk(c.row, chunk)) * chunk;
-    } else {
-        const int64_t chunks = chunks_of_window(e, from, to, chunk);
-        c.row = row_of(e, at / chunks, head);
-        c.first = from + at % chunks * chunk;
-    }
+    const int64_t chunks = chunks_of_window(e, from, to, chunk);
+    c.row = row_of(e, at / chunks, head);
+    c.first = from + at % chunks * chunk;
     c.kept = block;
     c.place = (first_chunk(c.row, chunk) + c.first / chunk) * e.value_heads + head;
     const int64_t left = c.row.len - c.first;

@@ -456,7 +456,7 @@ pub struct HeadSumsParams {
     pub sums: DevicePointer,
     pub out: DevicePointer,
     pub chunk: i32,
-    pub reserved: i32,
+    pub add: i32,
 }
 
 /// Parameters of `segment_states_*`.
@@ -800,13 +800,9 @@ impl Geometry {
             + (rows + if self.delta { beside.max(rows) } else { beside }).max(Self::tile(2, chunk, chunk))
     }
 
-    /// Places of chunks W for the window `from..to` of every sequence; `packed`: there are cu_seqlens.
-    pub fn window_places(&self, time: usize, packed: bool, from: usize, to: usize) -> usize {
-        if packed {
-            self.chunks()
-        } else {
-            self.sequences * to.min(time).saturating_sub(from).div_ceil(self.chunk())
-        }
+    /// Places of chunks W of the backward's window `from..to` of every sequence of at most `time` tokens.
+    pub fn window_places(&self, time: usize, from: usize, to: usize) -> usize {
+        self.sequences * to.min(time).saturating_sub(from).div_ceil(self.chunk())
     }
 
     /// Blocks of a kernel with one for every place of a window and value head.

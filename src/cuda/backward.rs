@@ -125,6 +125,9 @@ impl BackwardKernel {
             Prepare => g.prepare_shared_bytes(),
             ScanStates => g.scan_states_shared_bytes(),
             ScanBackward => g.scan_backward_shared_bytes(),
+            PrepareBackward => g.prepare_backward_shared_bytes(),
+            GroupSum => 0,
+            HeadSums => g.head_sums_shared_bytes(),
             _ => 0,
         }
     }
@@ -291,7 +294,7 @@ impl Backward {
     /// Kernels that a run launches.
     pub fn kernels(&self) -> Vec<BackwardKernel> {
         use BackwardKernel::*;
-        let mut kernels = vec![Slots, Prepare, ScanStates, ScanBackward];
+        let mut kernels = vec![Slots, Prepare, ScanStates, ScanBackward, PrepareBackward, GroupSum];
         if self.routed {
             kernels.extend([RouteSums, RouteBases]);
         }
@@ -306,11 +309,6 @@ impl Backward {
     /// Tokens of a window.
     fn window(&self) -> usize {
         self.chunks * self.geometry.chunk()
-    }
-
-    /// Places of chunks of the window `from..to` of `sequences` sequences.
-    fn window_places(&self, sequences: usize, window: &Range<usize>) -> usize {
-        sequences * window.end.min(self.shape.time).saturating_sub(window.start).div_ceil(self.geometry.chunk())
     }
 
     fn lay_out(&self) -> Option<Layout> {
@@ -482,7 +480,6 @@ struct Pass<'a> {
     lambda: DevicePointer,
     lambda_columns: usize,
     workspace: DevicePointer,
-    sequences: usize,
     first: bool,
 }
 
@@ -580,7 +577,6 @@ impl<'a> Pass<'a> {
             lambda,
             lambda_columns,
             workspace,
-            sequences,
             first: first == 0,
         }
     }
@@ -599,9 +595,13 @@ impl<'a> Pass<'a> {
         windows.start * window..windows.end * window
     }
 
+    fn window_places(&self, window: &Range<usize>) -> usize {
+        self.geometry.window_places(self.plan.shape.time, window.start, window.end)
+    }
+
     /// Blocks of a kernel that has one for every place of a window and value head.
     fn window_blocks(&self, window: &Range<usize>) -> usize {
-        self.plan.window_places(self.sequences, window) * self.geometry.value_heads
+        self.geometry.window_blocks(self.window_places(window))
     }
 
     fn scan_blocks(&self) -> usize {
@@ -612,6 +612,10 @@ impl<'a> Pass<'a> {
         self.slots(launcher)?;
         if self.plan.routed {
             self.route_sums(launcher)?;
+        }
+        let Shape { dk, dv, .. } = self.plan.shape;
+        if !self.plan.through_open && self.initial_gradient.open != 0 {
+            launcher.zero(self.initial_gradient.open, self.geometry.rows() * dk * dv * 4)?;
         }
         let (windows, places) = (self.plan.windows, self.plan.places);
         checkpoints::walk(windows, places, &mut |step| match step {
@@ -732,7 +736,9 @@ impl<'a> Pass<'a> {
         let tokens = self.tokens(window..window + 1);
         self.prepare(&tokens, launcher)?;
         self.scan_states(from, from.unwrap_or(0), &tokens, self.at(layout.entries), launcher)?;
-        self.scan_backward(&tokens, launcher)
+        self.scan_backward(&tokens, launcher)?;
+        self.prepare_backward(&tokens, launcher)?;
+        self.group_sum(&tokens, launcher)
     }
 
     fn scan_backward(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
@@ -768,12 +774,68 @@ impl<'a> Pass<'a> {
             dv: if in_f32 { 0 } else { self.gradients.v },
             from: window.start as i64,
             to: window.end as i64,
-            places: self.plan.window_places(self.sequences, window) as i64,
+            places: self.window_places(window) as i64,
             lambda_columns: self.lambda_columns as i32,
             scale: self.plan.scale,
             qk_l2norm: self.plan.qk_l2norm.into(),
             reserved: 0,
         };
         launcher.launch(BackwardKernel::ScanBackward, self.scan_blocks(), &params)
+    }
+
+    fn prepare_backward(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let params = PrepareBackwardParams {
+            extents: self.extents,
+            q: self.inputs.q,
+            k: self.inputs.k,
+            v: self.inputs.v,
+            g: self.inputs.g,
+            beta: self.inputs.beta,
+            d_o: self.upstream.o,
+            events: self.forward.events,
+            lambda: self.lambda,
+            chunk_len: self.at(layout.chunk_len),
+            d_qt: self.at(layout.d_qt),
+            d_kh: self.at(layout.d_kh),
+            d_w: self.at(layout.d_w),
+            d_kd: self.at(layout.d_kd),
+            d_weights: self.at(layout.d_weights),
+            d_total: self.at(layout.d_total),
+            d_q: self.at(layout.d_q),
+            d_k: self.at(layout.d_k),
+            dg: self.gradients.g,
+            dbeta: self.gradients.beta,
+            dlambda: if self.plan.routed { 0 } else { self.gradients.lambda },
+            d_slots: if self.plan.routed { self.at(layout.d_slots) } else { 0 },
+            from: window.start as i64,
+            to: window.end as i64,
+            places: self.window_places(window) as i64,
+            slices: self.geometry.slices() as i32,
+            lambda_columns: self.lambda_columns as i32,
+            scale: self.plan.scale,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+        };
+        launcher.launch(BackwardKernel::PrepareBackward, self.window_blocks(window), &params)
+    }
+
+    /// Gradients of q and k: over a group's value heads, through their norm.
+    fn group_sum(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let params = GroupSumParams {
+            extents: self.extents,
+            q: self.inputs.q,
+            k: self.inputs.k,
+            d_q: self.at(layout.d_q),
+            d_k: self.at(layout.d_k),
+            dq: self.gradients.q,
+            dk: self.gradients.k,
+            from: window.start as i64,
+            to: window.end as i64,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+            reserved: 0,
+        };
+        let blocks = self.geometry.group_sum_blocks(self.window_places(window));
+        launcher.launch(BackwardKernel::GroupSum, blocks, &params)
     }
 }

@@ -274,7 +274,6 @@ impl ModelRow<'_> {
 fn window_chunks(
     problem: &Problem,
     geometry: &Geometry,
-    packed: bool,
     (from, to): (usize, usize),
 ) -> Vec<(usize, usize, (usize, usize))> {
     let (shape, chunk) = (problem.shape(), geometry.chunk());
@@ -283,7 +282,7 @@ fn window_chunks(
     for (n, sequence) in problem.sequences().iter().enumerate() {
         for first in (from..to.min(sequence.len)).step_by(chunk) {
             let place = sequence.start / chunk + n + first / chunk;
-            let kept = if packed { place } else { n * each + (first - from) / chunk };
+            let kept = n * each + (first - from) / chunk;
             out.push((kept, place, (n, first / chunk)));
         }
     }
@@ -335,7 +334,6 @@ fn backward(
 
     let floats = |x: &Option<Vec<f32>>| x.as_ref().map(|x| Array::of(x));
     let cu_seqlens = case.cu_seqlens.as_ref().map(|x| Array::of(x));
-    let packed = cu_seqlens.is_some();
     let extents = extents_of(problem, pointer(&cu_seqlens));
     let (q, k, v) = (Array::of_buffer(&case.q), Array::of_buffer(&case.k), Array::of_buffer(&case.v));
     let (g, beta, d_o) = (floats(&case.g), floats(&case.beta), Array::of_buffer(&case.d_o));
@@ -354,14 +352,14 @@ fn backward(
 
     for window in cuts.windows(2).rev() {
         let (from, to) = (window[0], window[1]);
-        let places = geometry.window_places(shape.time, packed, from, to);
+        let places = geometry.window_places(shape.time, from, to);
         let blocks = geometry.window_blocks(places);
         // The scan's partial sums; what no chunk has is poison.
         let mut partials = vec![vec![f32::NAN; geometry.scan_partials_len(places)]; 4];
         let mut weights = vec![f32::NAN; geometry.weight_partials_len(places)];
         let mut totals = vec![f64::NAN; geometry.total_partials_len(places)];
         let mut d_v = vec![f32::NAN; places * heads * chunk * dv];
-        for (kept, _, (n, index)) in window_chunks(problem, &geometry, packed, (from, to)) {
+        for (kept, _, (n, index)) in window_chunks(problem, &geometry, (from, to)) {
             for head in 0..heads {
                 let of = &adjoints[n * heads + head][index];
                 let len = of.qt.len() / dk;
