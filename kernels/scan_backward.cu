@@ -288,6 +288,16 @@ DEVICE void store_sums(const float (&sums)[C / 16][2][4], float* to, int len, in
     }
 }
 
+// What all threads know of the chunk that a block is at: in shared memory, as registers are few.
+struct Current {
+    Row row;
+    int64_t first;    // token
+    int64_t chunk;    // place in the window, times HV plus the head
+    int64_t partial;  // the same with the slice before it
+    float decay;      // e^{Gamma_C}
+    int len, m, exit_count;  // tokens, entry slots, exit slots
+};
+
 template <typename T, bool DELTA>
 DEVICE void scan_backward(const ScanBackwardParams& p) {
     constexpr int PARTS = T::PARTS, C = T::CHUNK, BLOCKS = C / 16, PITCH = C + 2;
@@ -295,16 +305,19 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
     const int dk = e.dk, dv = e.dv, width = padded(dk), capacity = e.capacity, slices = padded(dv) / 16;
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
     const int g = lane / 4, c2 = lane % 4 * 2;
-    const int64_t block = blockIdx.x, index = block / slices;
-    const int slice = block % slices * 16;
-    const Row row = row_of(e, index / e.value_heads, index % e.value_heads);
-    if (p.from > 0 && p.from >= row.len) return;
+    const int64_t block = blockIdx.x;
+    const int index = static_cast<int>(block / slices), slice = static_cast<int>(block % slices) * 16;
     const T* const q = static_cast<const T*>(p.q);
     const T* const k = static_cast<const T*>(p.k);
     const T* const v = static_cast<const T*>(p.v);
 
     Carve carve{dynamic_shared()};
     Replay<C> replay;
+    Current& now = *carve.take<Current>(1);
+    const Row& row = now.row;
+    if (thread == 0) now.row = row_of(e, index / e.value_heads, index % e.value_heads);
+    __syncthreads();
+    if (p.from > 0 && p.from >= row.len) return;
     replay.take(carve);
     Exits exits;
     exits.take(carve);
@@ -357,14 +370,22 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
         for (int i = thread; i < MOST_SLOTS; i += THREADS) order[i] = kept->order[i];
     }
 
-    const int64_t until = p.to < row.len ? p.to : row.len;
-    int m = p.initial_len ? p.initial_len[index] : 0;  // of a row without tokens
-    for (int64_t first = until > p.from ? p.from + (until - p.from - 1) / C * C : p.from - C; first >= p.from; first -= C) {
-        const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-        const int64_t place = place_in_window(e, row, p.from, p.to, first, C), chunk = place * e.value_heads + row.head;
-        const int64_t partial = (slice / 16 * p.places + place) * e.value_heads + row.head;
-        m = p.chunk_len[(first_chunk(row, C) + first / C) * e.value_heads + row.head];
+    if (thread == 0) now.m = p.initial_len ? p.initial_len[index] : 0;  // of a row without tokens
+    const int chunks = static_cast<int>(((p.to < row.len ? p.to : row.len) - p.from + C - 1) / C);
+    for (int c = chunks - 1; c >= 0; c--) {
         __syncthreads();
+        if (thread == 0) {
+            const int64_t first = p.from + static_cast<int64_t>(c) * C, place = place_in_window(e, row, p.from, p.to, first, C);
+            now.first = first;
+            now.chunk = place * e.value_heads + row.head;
+            now.partial = (slice / 16 * p.places + place) * e.value_heads + row.head;
+            now.len = row.len - first < C ? static_cast<int>(row.len - first) : C;
+            now.m = p.chunk_len[(first_chunk(row, C) + first / C) * e.value_heads + row.head];
+        }
+        __syncthreads();
+        const int64_t &first = now.first, &chunk = now.chunk, &partial = now.partial;
+        const int &len = now.len, &m = now.m, &exit_count = now.exit_count;
+        const float& decay = now.decay;
 
         // The chunk's log, decays, values and dO.
         if (warp == 0) load_gamma(p.g, row, first, len, C, gamma);
@@ -378,9 +399,9 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
         load_columns(d_o, static_cast<const T*>(p.d_o), row, first, len, slice, dv);
         replay.run(p.events, row, first, len, m);
         exits.find(replay, len, m);
-        const int exit_count = replay.len[len - 1];
-        const Gamma total = gamma[C - 1];
-        const float decay = expf(value(total));
+        const Gamma& total = gamma[C - 1];
+        if (thread == 0) now.exit_count = replay.len[len - 1], now.decay = expf(value(total));
+        __syncthreads();
 
         for (int i = thread; i < m * C; i += THREADS) {
             const int j = i / C, t = i % C;
@@ -422,8 +443,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
         __syncthreads();
 
         // dV += rows Kh dS', dKh = rows V dS'^T, exit slots a warp.
-        const int64_t prepared = chunk * PARTS * C * width;
-        if constexpr (DELTA) copy_planes<PARTS, C>(rows, p.kh + prepared, width);
+        if constexpr (DELTA) copy_planes<PARTS, C>(rows, p.kh + chunk * PARTS * C * width, width);
         else
             for (int t = warp; t < C; t += WARPS)
                 load_row(rows, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
@@ -499,7 +519,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
             for (int t = warp; t < C; t += WARPS)
                 load_row(rows, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
                          expf(minus(total, gamma[t])) * k_factor[t]);
-            copy_planes<PARTS, C>(more, p.w + prepared, width);
+            copy_planes<PARTS, C>(more, p.w + chunk * PARTS * C * width, width);
             __syncthreads();
             for (int i = warp; i < exit_count; i += WARPS) {
                 const int from = exits.entries[i].from, to = exits.entries[i].to;
@@ -543,7 +563,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
                 }
             }
             __syncthreads();
-            copy_planes<PARTS, C>(rows, p.qt + prepared, width);
+            copy_planes<PARTS, C>(rows, p.qt + chunk * PARTS * C * width, width);
         } else {
             for (int t = warp; t < C; t += WARPS)
                 load_row(rows, t, t < len ? q + row.key_at(first + t) * dk : nullptr, dk, 1.0f);
@@ -557,15 +577,14 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
             const int tile = pass + column;
             const bool mine = tile < tiles && group < groups;
             float d_qt[BLOCKS][2][4], d_w[DELTA ? BLOCKS : 1][2][4], d_kd[DELTA ? BLOCKS : 1][2][4];
-            uint32_t queries[BLOCKS][PARTS][4], right[BLOCKS][PARTS][4], own[BLOCKS][PARTS][4];
+            // Qt as left operand and as products leave R; the delta rule has no registers to hold them.
+            uint32_t queries[BLOCKS][PARTS][4], own[BLOCKS][PARTS][4];
 #pragma unroll
             for (int n = 0; n < BLOCKS; n++) {
                 clear(d_qt[n]);
                 if constexpr (DELTA) clear(d_w[n]), clear(d_kd[n]);
-                if (!mine) continue;
+                if (DELTA || !mine) continue;
                 load_a_trans(rows, tile * 16, n * 16, queries[n]);
-                if constexpr (DELTA) continue;
-                load_b_trans(d_o, 0, n * 16, right[n]);
                 load_a(rows, n * 16, tile * 16, own[n]);
             }
 #pragma unroll 1
@@ -577,13 +596,20 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
 #pragma unroll
                 for (int n = 0; n < 8; n++) base[n / 4][n % 4] = decay * x[n];
                 if constexpr (DELTA) {
-                    uint32_t d_s[PARTS][4];
+                    uint32_t d_s[PARTS][4], s[PARTS][4];
                     right_operand<PARTS>(x, d_s);
+                    for (int j = from; j < to; j++) {
+                        load_planes(entries + (static_cast<int64_t>(j) * tiles + tile) * PARTS * 32, s);
+                        add_planes(s, sum);
+                    }
+                    right_operand<PARTS>(sum, s);
 #pragma unroll
                     for (int n = 0; n < BLOCKS; n++) {
                         uint32_t a[PARTS][4], b[2][4];
                         load_planes(scratch.left_ws(i, n), a);
                         multiply<PARTS, PARTS>(d_kd[n], a, d_s);
+                        load_planes(scratch.left_h(i, n), a);
+                        multiply<PARTS, PARTS>(d_w[n], a, s);
                         load_a_trans(more, tile * 16, n * 16, a);
                         load_planes(scratch.right_h(i, n), b);
                         multiply<PARTS, 2>(base, a, b);
@@ -593,12 +619,11 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
                 for (int j = from; j < to; j++) {
                     uint32_t s[PARTS][4];
                     load_planes(entries + (static_cast<int64_t>(j) * tiles + tile) * PARTS * 32, s);
-                    add_planes(s, sum);
+                    if constexpr (!DELTA) add_planes(s, sum);
                     const float* const weight = weights + j * PITCH;
                     const float* const read = reads + j * PITCH;
                     // Held as they are: unpacked, they would not fit.
                     if constexpr (!DELTA) keep(own);
-                    if constexpr (!DELTA) keep(right);
 
                     // R: its part of dQt and of dlambda.
                     float share[2 * BLOCKS];
@@ -648,25 +673,27 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
                         *to_share = pass > 0 ? *to_share + share[i] : share[i];
                     }
 
+                    __syncwarp();  // nothing of the above is put off, for want of registers
                     // dS_j = e^{Gamma_C} dS' [- W^T H] + Qt^T (w_j . dO).
                     float c[2][4];
 #pragma unroll
                     for (int n = 0; n < 8; n++) c[n / 4][n % 4] = base[n / 4][n % 4];
 #pragma unroll
                     for (int n = 0; n < BLOCKS; n++) {
-                        uint32_t b[PARTS][4];
-                        if constexpr (DELTA) load_b_trans(d_o, 0, n * 16, right[n]);
+                        uint32_t right[PARTS][4], b[PARTS][4];
+                        load_b_trans(d_o, 0, n * 16, right);
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             const int t = n * 16 + i % 2 * 8 + c2;
                             const float2 w = *reinterpret_cast<const float2*>(read + t);
-                            float low = low_bf16(right[n][0][i]), high = high_bf16(right[n][0][i]);
-                            if constexpr (PARTS == 2) low += low_bf16(right[n][1][i]), high += high_bf16(right[n][1][i]);
+                            float low = low_bf16(right[0][i]), high = high_bf16(right[0][i]);
+                            if constexpr (PARTS == 2) low += low_bf16(right[1][i]), high += high_bf16(right[1][i]);
                             uint32_t planes[PARTS];
                             split<PARTS>(w.x * low, w.y * high, planes);
 #pragma unroll
                             for (int part = 0; part < PARTS; part++) b[part][i] = planes[part];
                         }
+                        if constexpr (DELTA) load_a_trans(rows, tile * 16, n * 16, queries[n]);
                         multiply<PARTS, PARTS>(c, queries[n], b);
                     }
                     float out[8];
@@ -674,18 +701,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
                     for (int n = 0; n < 8; n++) out[n] = c[n / 4][n % 4];
                     d_bank.store(next[j], tile, out);
                 }
-                if constexpr (DELTA) {
-                    uint32_t b[PARTS][4];
-                    right_operand<PARTS>(sum, b);
-#pragma unroll
-                    for (int n = 0; n < BLOCKS; n++) {
-                        uint32_t a[PARTS][4];
-                        load_planes(scratch.left_h(i, n), a);
-                        multiply<PARTS, PARTS>(d_w[n], a, b);
-                    }
-                } else {
-                    sum_of_total += product_of(x, sum);
-                }
+                if constexpr (!DELTA) sum_of_total += product_of(x, sum);
             }
             const int64_t at = partial * C * width;
             store_sums<C>(d_qt, p.d_qt + at, len, width, tile, mine, group, groups);
@@ -732,7 +748,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
         for (int i = warp; i < capacity * tiles; i += WARPS) {
             const int slot = i / tiles;
             float x[8] = {};
-            if (slot < m) d_bank.load(order[slot], i % tiles, x);
+            if (slot < now.m) d_bank.load(order[slot], i % tiles, x);
             each_of_tile(i % tiles, slice, dk, dv, [&](int n, int64_t at) {
                 p.initial_gradient[(index * capacity + slot) * state + at] = x[n];
             });

@@ -25,7 +25,7 @@ pub use cudarc;
 pub use engine::Engine;
 pub use memory::Memory;
 pub use module::{FATBINS, Fatbin, SOURCE_HASH};
-pub use plan::{Call, Plan};
+pub use plan::{BackwardPlan, Call, Plan};
 pub use raw::{RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream};
 pub use stream::{Clock, Timeline};
 
