@@ -496,15 +496,24 @@ impl Bounds {
 /// # Errors
 /// Those of the engine.
 pub fn compare(engine: &dyn Engine, case: &Case) -> Result<Vec<Comparison>> {
-    let bounds = if engine.name() == "cuda" { Bounds::cuda(case.recipe.dtype) } else { Bounds::F32 };
-    compare_within(engine, case, bounds)
+    let dtype = case.recipe.dtype;
+    let (bounds, gradients) = match engine.name() {
+        "cuda" => (Bounds::cuda(dtype), Bounds::cuda_gradients(dtype)),
+        _ => (Bounds::F32, Bounds::F32),
+    };
+    compare_within(engine, case, bounds, gradients)
 }
 
-/// [`compare`] within other bounds.
+/// [`compare`] within other bounds, those of the results and of the gradients.
 ///
 /// # Errors
 /// Those of the engine.
-pub fn compare_within(engine: &dyn Engine, case: &Case, bounds: Bounds) -> Result<Vec<Comparison>> {
+pub fn compare_within(
+    engine: &dyn Engine,
+    case: &Case,
+    bounds: Bounds,
+    of_gradients: Bounds,
+) -> Result<Vec<Comparison>> {
     let problem = case.problem()?;
     let forward = engine.forward(&problem)?;
     let arguments = Arguments::of(&problem);
@@ -543,7 +552,9 @@ pub fn compare_within(engine: &dyn Engine, case: &Case, bounds: Bounds) -> Resul
 
     match engine.backward(&problem, &forward.events, &case.upstream()) {
         Err(Error::NotBuilt { .. }) => {}
-        gradients => rows.extend(compare_gradients(case, &problem, &forward.events, &gradients?, bounds)),
+        gradients => {
+            rows.extend(compare_gradients(case, &problem, &forward.events, &gradients?, of_gradients));
+        }
     }
     Ok(rows)
 }

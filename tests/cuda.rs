@@ -18,6 +18,9 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, OnceLock};
 use std::time::Instant;
 
+#[path = "cuda/backward.rs"]
+mod backward;
+
 /// The first GPU; `None` where there is none.
 fn engine() -> Option<&'static Engine> {
     static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
@@ -812,7 +815,10 @@ fn wrong_arguments() {
     assert_eq!(error, Error::HeadSize { name: "dk", given: 12 });
     assert!(matches!(Engine::new(4096), Err(Error::NoDevice { given: 4096, .. })));
     let mut cache = case.cache.clone().unwrap();
-    assert!(matches!(engine.backward(&problem, &[], &case.upstream()), Err(Error::NotBuilt { .. })));
+    assert!(matches!(
+        engine.backward(&problem, &[], &case.upstream()),
+        Err(Error::Shape { name: "events", .. })
+    ));
     assert!(matches!(engine.step(&problem, &mut cache), Err(Error::NotBuilt { .. })));
 
     // The context is as usable as before.
