@@ -297,6 +297,7 @@ struct Current {
     float decay;      // e^{Gamma_C}
     int len, m, exit_count;  // tokens, entry slots, exit slots
 };
+static_assert(sizeof(Current) <= 96);
 
 template <typename T, bool DELTA>
 DEVICE void scan_backward(const ScanBackwardParams& p) {

@@ -16,12 +16,12 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
-#[path = "emulation/whole_backward.rs"]
-mod whole_backward;
 #[path = "emulation/backward.rs"]
 mod backward;
 #[path = "emulation/hopper.rs"]
 mod hopper;
+#[path = "emulation/whole_backward.rs"]
+mod whole_backward;
 
 unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;

@@ -789,7 +789,8 @@ impl Geometry {
         let weights = (self.capacity * (chunk + 2) * 4).next_multiple_of(16);
         let rows = Self::tile(self.parts, chunk, self.padded_dk());
         let beside = (chunk * 17 * 4).next_multiple_of(16);
-        self.replay_shared_bytes()
+        // What all threads know of the chunk.
+        96 + self.replay_shared_bytes()
             + 2 * 64 * 2
             + chunk * 8
             + 2 * chunk * 4

@@ -530,8 +530,7 @@ impl<'a> Pass<'a> {
             drift: scalar(forward.drift, 4),
             lambda: columns(forward.lambda, capacity),
         };
-        let upstream =
-            RawUpstream { o: value(upstream.o), cache: upstream.cache.map(cache_gradients) };
+        let upstream = RawUpstream { o: value(upstream.o), cache: upstream.cache.map(cache_gradients) };
         let gradients = RawGradients {
             q: key(gradients.q),
             k: key(gradients.k),

@@ -58,11 +58,7 @@ fn cut(windows: usize, places: usize) -> usize {
 }
 
 /// Walks over `windows` windows with `places` places for states, at least one where there are two windows or more.
-pub fn walk<E>(
-    windows: usize,
-    places: usize,
-    step: &mut impl FnMut(Step) -> Result<(), E>,
-) -> Result<(), E> {
+pub fn walk<E>(windows: usize, places: usize, step: &mut impl FnMut(Step) -> Result<(), E>) -> Result<(), E> {
     let mut free: Vec<usize> = (0..places).rev().collect();
     range(0, windows, None, &mut free, step)
 }

@@ -1,9 +1,9 @@
 //! The operator on an NVIDIA GPU.
 
 use super::abi::DevicePointer;
+use super::backward::BackwardCall;
 use super::driver::call;
 use super::forward::{self, Resident};
-use super::backward::BackwardCall;
 use super::launch::{Backwards, Stages};
 use super::memory::Memory;
 use super::module::{self, Device};

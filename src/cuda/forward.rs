@@ -4,9 +4,7 @@ use super::engine::Engine;
 use super::launch::Stages;
 use super::memory::{Memory, bytes_of, bytes_of_mut};
 use super::plan::{Call, Plan};
-use super::raw::{
-    RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream,
-};
+use super::raw::{RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream};
 use super::stream::{SideStream, Timeline};
 use crate::cache::{Cache, CacheGradients};
 use crate::engine::{Forward, Gradients, RouteGradients, SoftGradients, Stage};
@@ -295,10 +293,7 @@ pub(super) fn backward(
         drift: address(ddrift),
         cache: initial_cache.map(|cache| cache.raw(base)),
     };
-    let upstream = RawUpstream {
-        o: base + d_o as u64,
-        cache: final_cache.map(|cache| cache.raw(base)),
-    };
+    let upstream = RawUpstream { o: base + d_o as u64, cache: final_cache.map(|cache| cache.raw(base)) };
     if routed || plan.soft || plan.through_open {
         resident.launch(engine)?;
     }

@@ -1,8 +1,8 @@
 //! Calls on arrays that are on the GPU already: addresses in, addresses out.
 
 use super::abi::DevicePointer;
-use super::driver::call;
 use super::backward::BackwardCall;
+use super::driver::call;
 use super::plan::{BackwardPlan, Plan};
 use crate::error::{Error, Result};
 use crate::options::Read;
@@ -280,10 +280,20 @@ pub(super) fn check_backward(
     if workspace_bytes < needed {
         return Err(Error::Workspace { expected: needed, given: workspace_bytes });
     }
-    let token =
-        |name, address, alignment, required| Address { name, address, alignment, elements: some_tokens, required };
-    let row =
-        |name, address, alignment, required| Address { name, address, alignment, elements: some_rows, required };
+    let token = |name, address, alignment, required| Address {
+        name,
+        address,
+        alignment,
+        elements: some_tokens,
+        required,
+    };
+    let row = |name, address, alignment, required| Address {
+        name,
+        address,
+        alignment,
+        elements: some_rows,
+        required,
+    };
     let when = |wanted: bool, address: DevicePointer| if wanted { address } else { 0 };
     let given = !routed;
     let arguments = [

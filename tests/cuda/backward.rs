@@ -190,8 +190,7 @@ fn recipes() -> Vec<Recipe> {
     let mut recipes = every_kernel_recipes();
     for (at, recipe) in recipes.iter_mut().enumerate() {
         recipe.final_gradient = at % 2 == 1;
-        recipe.options.soft =
-            (at % 3 == 2).then_some(Soft { temperature: 0.2, through_drift: at % 2 == 0 });
+        recipe.options.soft = (at % 3 == 2).then_some(Soft { temperature: 0.2, through_drift: at % 2 == 0 });
     }
     recipes
 }
@@ -413,15 +412,15 @@ fn training_stays_together() {
                 let o = engine.forward(&problem).unwrap().o.to_f64();
                 let off: Vec<f32> = o.iter().zip(&target).map(|(o, t)| (o - t) as f32).collect();
                 losses.push(off.iter().map(|&x| f64::from(x) * f64::from(x)).sum::<f64>() / off.len() as f64);
-                let upstream = OutputGradients {
-                    o: Tensor::new(&off, case.upstream().o.shape()),
-                    cache: None,
-                };
+                let upstream =
+                    OutputGradients { o: Tensor::new(&off, case.upstream().o.shape()), cache: None };
                 let gradients = engine.backward(&problem, &events, &upstream).unwrap();
                 let descend = |x: &mut [f32], by: &[f32]| {
                     x.iter_mut().zip(by).for_each(|(x, by)| *x -= 0.02 * by);
                 };
-                for (x, by) in [(&mut case.q, gradients.q), (&mut case.k, gradients.k), (&mut case.v, gradients.v)] {
+                for (x, by) in
+                    [(&mut case.q, gradients.q), (&mut case.k, gradients.k), (&mut case.v, gradients.v)]
+                {
                     let (Buffer::F32(x), Buffer::F32(by)) = (x, by) else { panic!("drawn in f32") };
                     descend(x, &by);
                 }

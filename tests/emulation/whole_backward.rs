@@ -5,7 +5,7 @@ use super::*;
 use dla::check::{Bounds, compare_gradients};
 use dla::cuda::backward::{BUDGET, Backward, BackwardCall, BackwardKernel, Launcher};
 use dla::cuda::{Call, RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawUpstream};
-use dla::{Buffer, CacheGradients, Gradients, RouteGradients, SoftGradients, Soft};
+use dla::{Buffer, CacheGradients, Gradients, RouteGradients, Soft, SoftGradients};
 
 struct Emulator {
     emulate: Emulate,
@@ -200,7 +200,10 @@ fn check(emulate: Emulate, case: &Case, cut: Cut, worst: &mut Worst) {
     for row in compare_gradients(case, &problem, &events, &gradients, Bounds::cuda_gradients(dtype)) {
         worst.take(dtype, row.tensor, row.error);
         if !row.passed() {
-            wrong.push(format!("{} off by {:.2e} (at most {:.2e}), most at element {}", row.tensor, row.error, row.bound, row.worst));
+            wrong.push(format!(
+                "{} off by {:.2e} (at most {:.2e}), most at element {}",
+                row.tensor, row.error, row.bound, row.worst
+            ));
         }
     }
     assert!(wrong.is_empty(), "{}, {cut:?}: {wrong:#?}", case.describe());

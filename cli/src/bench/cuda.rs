@@ -269,9 +269,7 @@ fn measure(
         let inputs = &sets[set % SETS].inputs;
         let workspace = (backward_workspace.address(), backward_workspace.bytes());
         // SAFETY: as `launch`; the forward before it was of the same inputs.
-        unsafe {
-            engine.launch_backward(&plan, inputs, &forward, &upstream, &gradients.gradients, workspace)
-        }
+        unsafe { engine.launch_backward(&plan, inputs, &forward, &upstream, &gradients.gradients, workspace) }
     };
     let (mut alone, mut both) = (Vec::new(), Vec::new());
     for repeat in 0..=usize::from(args.repeats) {
@@ -293,7 +291,8 @@ fn measure(
         }
     }
     let peak_mb = workspace.bytes().max(backward_workspace.bytes()) as f64 * 1e-6;
-    let both_row = |stage, ms, floor_ms| Row { pass: "forward_backward", peak_mb, ..row(stage, ms, floor_ms) };
+    let both_row =
+        |stage, ms, floor_ms| Row { pass: "forward_backward", peak_mb, ..row(stage, ms, floor_ms) };
     rows.push(both_row("backward", median(alone), floors.backward_ms));
     rows.push(both_row("all", median(both), floors.all_ms + floors.backward_ms));
     Ok(rows)
