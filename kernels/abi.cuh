@@ -407,7 +407,7 @@ struct DriftBackwardParams {
     int32_t reserved;
 };
 
-// The adjoint of route, route_backward (grid W x HV), then route_backward_keys (grid N x HV x dk / 8).
+// The adjoint of route, route_backward (grid W x HV), then route_backward_keys (grid N x HV x (dk to 32) / 32).
 struct RouteBackwardParams {
     Extents extents;
     const void* q;                  // [B,T,H,dk]

@@ -413,7 +413,7 @@ pub struct DriftBackwardParams {
     pub reserved: i32,
 }
 
-/// Parameters of `route_backward_*` and `route_backward_keys`.
+/// Parameters of `route_backward_*` and `route_backward_keys_*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct RouteBackwardParams {
@@ -855,6 +855,43 @@ impl Geometry {
     /// Blocks of `group_sum_*`.
     pub fn group_sum_blocks(&self, places: usize) -> usize {
         places.saturating_mul(self.heads)
+    }
+
+    /// Shared memory of `route_backward_*`.
+    pub fn route_backward_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let slots = self.capacity.next_multiple_of(16);
+        let items = self.replay_shared_bytes()
+            + (65usize * 4).next_multiple_of(16)
+            + ((64 + chunk + 1) * 8).next_multiple_of(16)
+            + 2 * chunk * 4
+            + 2 * 8 * 8
+            + Self::tile(2, chunk, slots + chunk);
+        let keys = Self::tile(self.parts, chunk, 64).max((self.capacity + 1) * 64 * 4);
+        let operands = Self::tile(self.parts, chunk, 64) + Self::tile(2, slots, 64) + keys;
+        let scores =
+            chunk * (slots + chunk + 1) * 4 + chunk * (slots + 1) * 4 + (chunk * 65).next_multiple_of(16);
+        items + operands.max(scores)
+    }
+
+    /// Blocks of `route_backward_keys_*`.
+    pub fn route_backward_keys_blocks(&self) -> usize {
+        self.rows().saturating_mul(self.dk.div_ceil(32))
+    }
+
+    /// Shared memory of `route_backward_keys_*`.
+    pub fn route_backward_keys_shared_bytes(&self) -> usize {
+        2 * self.capacity * 32 * 4 + 64 + self.chunk()
+    }
+
+    /// Elements of route's `d_bank`.
+    pub fn key_bank_gradients_len(&self, places: usize) -> usize {
+        places * self.value_heads * self.capacity * self.dk
+    }
+
+    /// Bytes of route's `exits`.
+    pub fn exits_len(&self, places: usize) -> usize {
+        places * self.value_heads * (64 + self.chunk())
     }
 
     /// Elements of each head's parts of the gradients of slope, bias and tau, f64.

@@ -3,7 +3,7 @@
 
 use super::*;
 use dla::check::error_of_sums;
-use dla::cuda::abi::{GroupSumParams, HeadSumsParams, PrepareBackwardParams};
+use dla::cuda::abi::{GroupSumParams, HeadSumsParams, PrepareBackwardParams, RouteBackwardParams};
 use dla::events::MERGE;
 use dla::reference::Upstream;
 use std::collections::BTreeMap;
@@ -347,6 +347,38 @@ fn backward(
     let dlambda = tokens(case.lambda.is_some(), lambda_columns * 4);
     let rows = shape.tokens() * shape.heads * dk * dtype.bytes();
     let (dq, d_k) = (Array::poisoned(rows), Array::poisoned(rows));
+    let (initial_len, initial_tokens) =
+        (case.cache.as_ref().map(|c| Array::of(&c.len)), case.cache.as_ref().map(|c| Array::of(&c.tokens)));
+    let keys_of = |keys: Option<&Vec<f32>>| keys.map(|keys| Array::of(keys));
+    let initial_keys = keys_of(case.cache.as_ref().and_then(|cache| cache.keys.as_ref()));
+    let final_keys = keys_of(case.d_cache.as_ref().and_then(|cache| cache.keys.as_ref()));
+    let chunk_starts = Array::of(&segmented.chunk_starts);
+    let routed = case.route.as_ref().map(|route| {
+        let sums = Array::poisoned(geometry.route_sums_len() * 4);
+        let bases = Array::poisoned(geometry.route_bases_len() * 8);
+        let key_factors = options.qk_l2norm.then(|| Array::poisoned(shape.tokens() * shape.heads * 4));
+        let params = RouteSumsParams {
+            extents,
+            k: k.pointer(),
+            sums: sums.pointer(),
+            bases: bases.pointer(),
+            key_factors: pointer(&key_factors),
+            qk_l2norm: options.qk_l2norm.into(),
+            reserved: 0,
+        };
+        let (blocks, shared_bytes) = (geometry.route_sums_blocks(), geometry.route_sums_shared_bytes());
+        launch(emulate, &kernel("route_sums"), blocks, shared_bytes, &params);
+        let (blocks, shared_bytes) = (geometry.route_bases_blocks(), geometry.route_bases_shared_bytes());
+        launch(emulate, &kernel("route_bases"), blocks, shared_bytes, &params);
+        let (slope, bias) = (Array::of(&route.slope), Array::of(&route.bias));
+        (sums, bases, key_factors, slope, bias, floats(&route.logits))
+    });
+    let logit_columns = problem.logit_columns();
+    let has_logits = case.route.as_ref().is_some_and(|route| route.logits.is_some());
+    let dlogits = tokens(has_logits, logit_columns * 4);
+    let parts = || Array::poisoned(geometry.head_parts_len() * 8);
+    let (slope_sums, bias_sums) = (parts(), parts());
+    let d_keys = Array::poisoned(shape.sequences * heads * capacity * dk * 4);
     let mut out = Tensors::new();
     let mut dv_model = vec![0.0; per_token * dv];
 
@@ -427,6 +459,54 @@ fn backward(
         let name = kernel(if delta { "prepare_backward_delta" } else { "prepare_backward_gated" });
         launch(emulate, &name, blocks, geometry.prepare_backward_shared_bytes(), &prepare);
 
+        if let (Some((sums, bases, key_factors, slope, bias, logits)), Some(d_slots)) = (&routed, &d_slots) {
+            let d_bank = Array::poisoned(geometry.key_bank_gradients_len(places) * 4);
+            let exits = Array::poisoned(geometry.exits_len(places));
+            let params = RouteBackwardParams {
+                extents,
+                q: q.pointer(),
+                k: k.pointer(),
+                events: events.pointer(),
+                chunk_len: chunk_len.pointer(),
+                chunk_starts: chunk_starts.pointer(),
+                sums: sums.pointer(),
+                bases: bases.pointer(),
+                key_factors: pointer(key_factors),
+                initial_len: pointer(&initial_len),
+                initial_tokens: pointer(&initial_tokens),
+                initial_keys: pointer(&initial_keys),
+                slope: slope.pointer(),
+                bias: bias.pointer(),
+                logits: pointer(logits),
+                d_slots: d_slots.pointer(),
+                final_keys: pointer(&final_keys),
+                d_q: of_q.pointer(),
+                d_k: of_k.pointer(),
+                dlogits: pointer(&dlogits),
+                slope_sums: slope_sums.pointer(),
+                bias_sums: bias_sums.pointer(),
+                d_bank: d_bank.pointer(),
+                exits: exits.pointer(),
+                d_keys: d_keys.pointer(),
+                from: from as i64,
+                to: to as i64,
+                logit_columns: logit_columns as i32,
+                qk_l2norm: options.qk_l2norm.into(),
+            };
+            launch(
+                emulate,
+                &kernel("route_backward"),
+                blocks,
+                geometry.route_backward_shared_bytes(),
+                &params,
+            );
+            let blocks = geometry.route_backward_keys_blocks();
+            let shared_bytes = geometry.route_backward_keys_shared_bytes();
+            launch(emulate, &kernel("route_backward_keys"), blocks, shared_bytes, &params);
+            d_bank.get::<f32>();
+            exits.get::<u8>();
+        }
+
         let group_sum = GroupSumParams {
             extents,
             q: q.pointer(),
@@ -445,10 +525,29 @@ fn backward(
             array.get::<f32>();
         }
     }
+    let sum_of_heads = |sums: &Array| {
+        let out = Array::poisoned(heads * 4);
+        let params = HeadSumsParams {
+            extents,
+            sums: sums.pointer(),
+            out: out.pointer(),
+            chunk: chunk as i32,
+            reserved: 0,
+        };
+        launch(emulate, "head_sums", heads, geometry.head_sums_shared_bytes(), &params);
+        buffer(&out, Dtype::F32)
+    };
+    if routed.is_some() {
+        out.insert("dslope", sum_of_heads(&slope_sums));
+        out.insert("dbias", sum_of_heads(&bias_sums));
+        if case.cache.is_some() {
+            out.insert("dcache_keys", buffer(&d_keys, Dtype::F32));
+        }
+    }
     out.insert("dq", buffer(&dq, dtype));
     out.insert("dk", buffer(&d_k, dtype));
     out.insert("dv", dv_model);
-    for (name, array) in [("dg", &dg), ("dbeta", &dbeta), ("dlambda", &dlambda)] {
+    for (name, array) in [("dg", &dg), ("dbeta", &dbeta), ("dlambda", &dlambda), ("dlogits", &dlogits)] {
         if let Some(array) = array {
             out.insert(name, buffer(array, Dtype::F32));
         }
@@ -471,7 +570,7 @@ fn check_backward(emulate: Emulate, case: &Case, cuts: &[usize], worst: &mut Wor
     let segmented = run(emulate, case, &problem, &[0, i64::MAX / 64 * 64], true).0;
     let out = backward(emulate, case, &problem, &segmented, cuts);
     let upstream = Upstream::of(&problem, &case.upstream());
-    let reference::ArgumentGradients { arguments: expected, .. } =
+    let reference::ArgumentGradients { arguments: expected, terms, .. } =
         reference::backward(&problem, &Arguments::of(&problem), &segmented.events, &upstream);
     for (&tensor, x) in &out {
         let reference = match tensor {
@@ -481,9 +580,17 @@ fn check_backward(emulate: Emulate, case: &Case, cuts: &[usize], worst: &mut Wor
             "dg" => &expected.g,
             "dbeta" => &expected.beta,
             "dlambda" => expected.lambda.as_ref().unwrap(),
+            "dlogits" => expected.logits.as_ref().unwrap(),
+            "dcache_keys" => &expected.cache.as_ref().unwrap().keys,
+            "dslope" => &expected.slope,
+            "dbias" => &expected.bias,
             _ => panic!("{tensor}"),
         };
-        let (error, at) = relative_error(x, reference);
+        let (error, at) = match tensor {
+            "dslope" => error_of_sums(x, reference, &terms.slope),
+            "dbias" => error_of_sums(x, reference, &terms.bias),
+            _ => relative_error(x, reference),
+        };
         worst.take(dtype, tensor, error);
         let (bound, name) = (gradient_bound(dtype), case.describe());
         assert!(error <= bound, "{name}: {tensor} off by {error:.2e}, most at element {at}");
@@ -535,6 +642,54 @@ fn prepare_backward() {
                 check_backward(emulate, &case, &[0, 64, 192], &mut worst);
                 at += 1;
             }
+        }
+    }
+    println!("{:?}", worst.0);
+}
+
+/// The adjoint of route: every dtype with both recurrences, as above, and many chunks of few slots.
+#[test]
+fn route_backward() {
+    let Some(emulate) = emulator() else { return };
+    let seed = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    println!("seeds from {seed}");
+    let mut worst = Worst::default();
+    let sizes = [(8, 24), (72, 8), (64, 16), (136, 16), (16, 8), (40, 40)];
+    let mut at = 0;
+    for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+        for packed in [false, true, false, false] {
+            let (dk, dv) = sizes[at % sizes.len()];
+            let options = Options {
+                recurrence: [Recurrence::Gated, Recurrence::GatedDelta][at % 2],
+                capacity: [30, 3, 2, 64, 1][at % 5],
+                slot_order: if at % 4 < 2 { SlotOrder::OldestFirst } else { SlotOrder::NewestFirst },
+                read: Read::Routed,
+                qk_l2norm: at % 3 == 2,
+                ..Options::default()
+            };
+            let recipe = Recipe {
+                options,
+                time: if packed { 134 } else { [131, 64, 70, 331][at % 4] },
+                heads: 1 + at % 2,
+                value_heads: 2,
+                dk,
+                dv,
+                dtype,
+                boundary_rate: [1.0, 0.25, 0.01][at / 2 % 3],
+                decay: [Some(0.1), None, Some(1.0)][at / 3 % 3],
+                logits: at % 3 != 0,
+                extra_columns: at % 3,
+                packed: packed.then(|| vec![0, 1, 66, 0, 33, 34, 0]),
+                resumed: at % 3 != 1,
+                final_gradient: at % 2 == 1,
+                ..Recipe::default()
+            };
+            let mut case = recipe.draw(seed + at as u64);
+            if let Some(cache) = &mut case.d_cache {
+                cache.open.fill(0.0);
+            }
+            check_backward(emulate, &case, &[0, 64, 192, 384], &mut worst);
+            at += 1;
         }
     }
     println!("{:?}", worst.0);

@@ -7,6 +7,7 @@
 #include "../../kernels/scan_backward.cu"
 #include "../../kernels/prepare_backward.cu"
 #include "../../kernels/group_sum.cu"
+#include "../../kernels/route_backward.cu"
 #include "../../kernels/prepare_sm90.cu"
 #include "../../kernels/scan_sm90.cu"
 // Files are compiled one by one for the device; here their names would meet.
@@ -66,6 +67,8 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES(prepare_backward_gated);
     RUN_DTYPES(prepare_backward_delta);
     RUN_DTYPES(group_sum);
+    RUN_DTYPES(route_backward);
+    RUN_DTYPES(route_backward_keys);
     RUN(head_sums);
     RUN(prepare_sm90_bf16);
     RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
