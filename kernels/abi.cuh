@@ -67,7 +67,8 @@ struct SegmentParams {
 };
 
 // q, k, g, beta -> P and, for the delta rule, Qt, W, Kh. Grid (B T / C + N) x HV: chunk c of sequence n
-// stands at start / C + n + c, so that no one has to count the chunks of packed sequences.
+// stands at start / C + n + c, so that no one has to count the chunks of packed sequences. Of the backward, grid W x HV:
+// chunks from..to of every sequence, each at its place among W.
 struct PrepareParams {
     Extents extents;
     const void* q;      // [B,T,H,dk]
@@ -78,6 +79,7 @@ struct PrepareParams {
     uint16_t* qt;       // [B T / C + N, HV, parts, C, dk to 16] bf16 out, delta rule
     uint16_t* w;        // as qt
     uint16_t* kh;       // as qt
+    int64_t from, to;   // a window of the backward; to = 0: every chunk, at its place among all
     float scale;        // factor of q in the read
     int32_t qk_l2norm;  // 1: queries and keys of unit norm
 };
@@ -260,6 +262,264 @@ struct ScanDeltaSm90Params {
     int64_t from, to;               // window of every sequence, multiples of C
 };
 
+// ---- The backward. Its kernels take tokens from..to of every sequence, windows from the last to the first. What they leave
+// for each other of a chunk stands at its place among W = N x chunks of the window (of T tokens, packed or not), sequence
+// by sequence; rows past the chunk's tokens are neither written nor read. Of a slot, "by slot" is by its rank at the
+// token, oldest first.
+
+// Where the slots of a bank lie, behind the states of all banks: [N,HV,(dv to 16) / 16]. A bank of N HV rows is
+// [N,HV,(dv to 16) / 16,M,(dk to 16) / 16,32,8] f32 and then these.
+struct BankPlaces {
+    double logs[64];    // by place, gated: decay since the state was written
+    uint8_t order[64];  // place of every slot, oldest first
+};
+
+// events -> the slots at every chunk's entry, as segment leaves them. Grid N x HV, 32 threads.
+struct SlotsParams {
+    Extents extents;
+    const uint8_t* events;        // [B,T,HV]
+    const uint32_t* initial_len;  // [N,HV], or null: no initial cache
+    uint32_t* chunk_len;          // [B T / C + N, HV] out
+    int32_t* chunk_starts;        // [B T / C + N, HV, M] out
+    int32_t chunk;                // C
+    int32_t reserved;
+};
+
+// A scan that only writes: the bank at `from` -> the bank at `to` and, where wanted, at every chunk's entry. Grid
+// N x HV x (dv to 16) / 16.
+struct ScanStatesParams {
+    Extents extents;
+    const void* k;               // [B,T,H,dk]
+    const void* v;               // [B,T,HV,dv]
+    const float* g;              // [B,T,HV], or null: 0
+    const uint8_t* events;       // [B,T,HV]
+    const uint32_t* chunk_len;   // as slots leaves them
+    const uint16_t* w;           // [W, HV, parts, C, dk to 16] bf16, delta rule
+    const uint16_t* kh;          // as w
+    const uint32_t* initial_len; // [N,HV], or null: no initial cache
+    const float* initial_states; // [N,HV,M,dk,dv]
+    const float* source;         // bank at `from`, may be `bank`; or null: the initial cache, from = 0
+    float* bank;                 // bank at `to`; of no use where `entries` is wanted
+    void* entries;               // [W, HV, slices, M, (dk to 16) / 16, parts, 32] 16 bytes out: the bank at every chunk's entry, by
+                                 //   slot, as right operands S^T; or null
+    int64_t from, to;
+    int32_t qk_l2norm;
+    int32_t reserved;
+};
+
+// The adjoint of the scan for one window. Grid N x HV x (dv to 16) / 16 = slices.
+struct ScanBackwardParams {
+    Extents extents;
+    const void* q;               // [B,T,H,dk]
+    const void* k;               // [B,T,H,dk]
+    const void* v;               // [B,T,HV,dv]
+    const float* g;              // [B,T,HV], or null: 0
+    const void* d_o;             // [B,T,HV,dv]
+    const uint8_t* events;       // [B,T,HV]
+    const float* lambda;         // [B,T,HV,lambda_columns]
+    const uint32_t* chunk_len;   // as slots leaves them
+    const uint16_t* p;           // [W, HV, parts, C, C] bf16
+    const uint16_t* qt;          // [W, HV, parts, C, dk to 16] bf16, delta rule
+    const uint16_t* w;           // as qt
+    const uint16_t* kh;          // as qt
+    const uint32_t* initial_len; // [N,HV], or null: no initial cache
+    const void* entries;         // as scan_states leaves them
+    void* scratch;               // [N,HV,slices] of scan_backward_scratch bytes
+    float* d_bank;               // a bank, in and out: adjoint of the states at `to` and at `from`; in only where the row goes on
+                                 //   past `to`
+    const float* final_states;   // [N,HV,M,dk,dv] gradient of the final states, or null: 0
+    float* initial_gradient;     // [N,HV,M,dk,dv] out where from = 0, unused slots 0; or null
+    float* d_qt;                 // [slices, W, HV, C, dk to 16] out
+    float* d_kh;                 // as d_qt
+    float* d_w;                  // as d_qt, delta rule
+    float* d_kd;                 // as d_qt, delta rule
+    float* d_weights;            // [slices, W, HV, C, M] out, by slot: by way of the states, 0 for slots held that have none
+    double* d_total;             // [slices, W, HV] out: of Gamma_C by way of the transition
+    float* d_v;                  // [W, HV, C, dv] out, or null
+    void* dv;                    // [B,T,HV,dv] out of the dtype, or null
+    int64_t from, to;
+    int64_t places;              // W
+    int32_t lambda_columns;
+    float scale;
+    int32_t qk_l2norm;
+    int32_t reserved;
+};
+
+// The adjoint of prepare, and of what of the scan lies within a chunk. Grid W x HV.
+struct PrepareBackwardParams {
+    Extents extents;
+    const void* q;               // [B,T,H,dk]
+    const void* k;               // [B,T,H,dk]
+    const void* v;               // [B,T,HV,dv]
+    const float* g;              // [B,T,HV], or null: 0
+    const float* beta;           // [B,T,HV], delta rule
+    const void* d_o;             // [B,T,HV,dv]
+    const uint8_t* events;       // [B,T,HV]
+    const float* lambda;         // [B,T,HV,lambda_columns]
+    const uint32_t* chunk_len;   // as segment leaves them
+    const float* d_qt;           // the scan's partial sums (ScanBackwardParams)
+    const float* d_kh;
+    const float* d_w;            // delta rule
+    const float* d_kd;           // delta rule
+    const float* d_weights;
+    const double* d_total;
+    float* d_q;                  // [W, HV, C, dk] out: of queries and keys as the recurrence uses them, of this value head
+    float* d_k;                  // [W, HV, C, dk] out
+    float* dg;                   // [B,T,HV] out, or null
+    float* dbeta;                // [B,T,HV] out, delta rule
+    float* dlambda;              // [B,T,HV,lambda_columns] out, columns without a slot 0; or null
+    float* d_slots;              // [W, HV, C, M] out: the same by slot, for route_backward, slots not held 0; or null
+    int64_t from, to;
+    int64_t places;              // W
+    int32_t slices;              // of the partial sums
+    int32_t lambda_columns;      // M or more
+    float scale;
+    int32_t qk_l2norm;
+};
+
+// Gradients of q and k of every value head -> of q and k: summed over the group, through the norm, rounded. Grid W x H.
+struct GroupSumParams {
+    Extents extents;
+    const void* q;     // [B,T,H,dk], read under qk_l2norm
+    const void* k;
+    const float* d_q;  // [W, HV, C, dk]
+    const float* d_k;
+    void* dq;          // [B,T,H,dk] out
+    void* dk;          // [B,T,H,dk] out
+    int64_t from, to;
+    int32_t qk_l2norm;
+    int32_t reserved;
+};
+
+// Soft boundaries: dV -> the drift's gradient. Without the adjoint of segment it also leaves dV. Grid W x HV.
+struct DriftBackwardParams {
+    Extents extents;
+    const void* v;              // [B,T,HV,dv]
+    const float* d_v;           // [W, HV, C, dv], complete but for the adjoint of segment
+    const uint8_t* events;      // [B,T,HV]
+    const float* drift;         // [B,T,HV], the forward's
+    const uint32_t* chunk_len;  // as segment leaves them
+    const float* tau;           // [HV]
+    float* ddrift;              // [B,T,HV] out
+    double* tau_sums;           // [B T / C + N, HV] out: of dtau
+    void* dv;                   // [B,T,HV,dv] out of the dtype, or null: segment_backward leaves it
+    int64_t from, to;
+    float temperature;
+    int32_t reserved;
+};
+
+// The adjoint of route, route_backward (grid W x HV), then route_backward_keys (grid N x HV x (dk to 32) / 32).
+struct RouteBackwardParams {
+    Extents extents;
+    const void* q;                  // [B,T,H,dk]
+    const void* k;                  // [B,T,H,dk]
+    const uint8_t* events;          // [B,T,HV]
+    const uint32_t* chunk_len;      // as segment leaves them
+    const int32_t* chunk_starts;
+    const float* sums;              // as route_sums and route_bases leave them
+    const double* bases;
+    const float* key_factors;       // or null without qk_l2norm
+    const uint32_t* initial_len;    // [N,HV], or null: no initial cache
+    const uint32_t* initial_tokens; // [N,HV,M]
+    const float* initial_keys;      // [N,HV,M,dk]
+    const float* slope;             // [HV]
+    const float* bias;              // [HV]
+    const float* logits;            // [B,T,HV,logit_columns], or null: 0
+    const float* d_slots;           // [W, HV, C, M] as prepare_backward leaves them
+    const float* final_keys;        // [N,HV,M,dk] gradient of the final cache's key sums, or null: 0
+    float* d_q;                     // [W, HV, C, dk] in and out
+    float* d_k;                     // [W, HV, C, dk] in and out
+    float* dlogits;                 // [B,T,HV,logit_columns] out, columns without a slot 0; or null
+    double* slope_sums;             // [B T / C + N, HV] out: of dslope
+    double* bias_sums;              // [B T / C + N, HV] out: of dbias
+    float* d_bank;                  // [W, HV, M, dk] workspace: E_j^T Q
+    uint8_t* exits;                 // [W, HV, 64 + C] workspace: exit slot of every entry slot and token
+    float* d_keys;                  // [N,HV,M,dk] in and out: adjoint of the key sums at to and at from, by slot; in only where the
+                                    //   row goes on past to. From window to window; after the last the initial cache's, unused slots 0
+    int64_t from, to;
+    int32_t logit_columns;          // M or more
+    int32_t qk_l2norm;
+};
+
+// Sums of all chunks' shares, in their order: of dslope, dbias, dtau. Grid HV.
+struct HeadSumsParams {
+    Extents extents;
+    const double* sums;  // [B T / C + N, HV], as left by all windows; a sequence's places alone are read
+    float* out;          // [HV]
+    int32_t chunk;       // C
+    int32_t add;         // 1: to what `out` holds
+};
+
+// The open segment's R, before every chunk of a window or at every stride-th. Grid N x HV x (dv to 16) / 16.
+struct SegmentStatesParams {
+    Extents extents;
+    const void* k;              // [B,T,H,dk]
+    const void* v;              // [B,T,HV,dv]
+    const float* g;             // [B,T,HV], or null: 0
+    const uint8_t* events;      // [B,T,HV]
+    const float* initial_open;  // [N,HV,dk,dv], or null: no initial cache
+    const float* entry;         // [N,HV,dk,dv] R before from, read where from > 0; sequences entry_stride apart
+    const double* entry_log;    // [N,HV] log decay since R's newest token that is not zero, up to `from`
+    float* open;                // [N,HV,saves,dk,dv] out: R before chunks 0, stride, 2 stride.. of the window, as it was at its
+                                //   newest token that is not zero; stride = 1: [W,HV,dk,dv]
+    double* open_log;           // [N,HV,saves] out, or [W,HV]: the log decay since then
+    int64_t from, to;
+    int64_t stride;             // chunks
+    int64_t saves;              // room for, of a row
+    int64_t entry_step;         // entries of `entry` and `entry_log` from row to row
+    int32_t qk_l2norm;
+    int32_t reserved;
+};
+
+// The adjoint of segment: segment_scalars (grid W x HV), segment_open_backward (N x HV x (dv to 16) / 16), segment_backward
+// (W x HV), segment_log_backward (N x HV).
+struct SegmentBackwardParams {
+    Extents extents;
+    const void* k;                // [B,T,H,dk]
+    const void* v;                // [B,T,HV,dv]
+    const float* g;               // [B,T,HV], or null: 0
+    const uint8_t* events;        // [B,T,HV]
+    const float* drift;           // [B,T,HV], the forward's
+    const float* ddrift;          // [B,T,HV], or null: 0, the gradient of the final R alone
+    const float* open;            // [W,HV,dk,dv] as segment_states leaves them
+    const double* open_log;       // [W,HV]
+    const uint32_t* initial_len;  // [N,HV], or null: no initial cache
+    const float* initial_open;    // [N,HV,dk,dv]
+    const float* final_open;      // [N,HV,dk,dv] gradient of the final R, or null: 0
+    const float* d_v;             // [W,HV,C,dv]
+    void* dv;                     // [B,T,HV,dv] out of the dtype: d_v and what is found here
+    float* d_k;                   // [W,HV,C,dk] in and out
+    float* dg;                    // [B,T,HV] in and out, or null
+    double* scalars;              // [W,HV,8 C + 8] workspace
+    float* d_open;                // [W,HV,dk,dv] workspace: adjoint of R after every chunk
+    float* d_carried;             // [N,HV,dk,dv] in and out: adjoint of R at to and at from; in only where the row goes on past
+                                  //   to. From window to window; after the last the gradient of the initial R
+    double* d_carried_scalars;    // [N,HV,4] from window to window
+    int64_t from, to;
+    int32_t qk_l2norm;
+    int32_t reserved;
+};
+
+static_assert(sizeof(BankPlaces) == 576 && offsetof(BankPlaces, order) == 512);
+static_assert(sizeof(SlotsParams) == 88 && offsetof(SlotsParams, chunk_len) == 64 && offsetof(SlotsParams, chunk) == 80);
+static_assert(sizeof(ScanStatesParams) == 168 && offsetof(ScanStatesParams, initial_len) == 104 &&
+              offsetof(ScanStatesParams, entries) == 136 && offsetof(ScanStatesParams, qk_l2norm) == 160);
+static_assert(sizeof(ScanBackwardParams) == 296 && offsetof(ScanBackwardParams, final_states) == 176 &&
+              offsetof(ScanBackwardParams, qk_l2norm) == 288);
+static_assert(sizeof(PrepareBackwardParams) == 256 && offsetof(PrepareBackwardParams, d_weights) == 152 &&
+              offsetof(PrepareBackwardParams, qk_l2norm) == 252);
+static_assert(sizeof(GroupSumParams) == 120 && offsetof(GroupSumParams, dq) == 80 &&
+              offsetof(GroupSumParams, qk_l2norm) == 112);
+static_assert(sizeof(DriftBackwardParams) == 144 && offsetof(DriftBackwardParams, ddrift) == 96 &&
+              offsetof(DriftBackwardParams, temperature) == 136);
+static_assert(sizeof(RouteBackwardParams) == 264 && offsetof(RouteBackwardParams, logits) == 152 &&
+              offsetof(RouteBackwardParams, qk_l2norm) == 260);
+static_assert(sizeof(HeadSumsParams) == 72 && offsetof(HeadSumsParams, out) == 56 &&
+              offsetof(HeadSumsParams, chunk) == 64);
+static_assert(sizeof(SegmentStatesParams) == 168 && offsetof(SegmentStatesParams, open) == 104 &&
+              offsetof(SegmentStatesParams, qk_l2norm) == 160);
+static_assert(sizeof(SegmentBackwardParams) == 224 && offsetof(SegmentBackwardParams, d_v) == 136 &&
+              offsetof(SegmentBackwardParams, qk_l2norm) == 216);
 static_assert(sizeof(DeltaPlan) == 208 && offsetof(DeltaPlan, steps) == 160 && offsetof(DeltaPlan, exit_place) == 176);
 static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90Params, pairs) == 112 &&
               offsetof(PrepareDeltaSm90Params, from) == 160 && offsetof(PrepareDeltaSm90Params, qk_l2norm) == 192);
@@ -274,7 +534,7 @@ static_assert(sizeof(Extents) == 48 && offsetof(Extents, heads) == 24 && offseto
 static_assert(sizeof(SegmentParams) == 280 && offsetof(SegmentParams, k) == 48 && offsetof(SegmentParams, drift) == 120 &&
               offsetof(SegmentParams, open) == 160 && offsetof(SegmentParams, walks) == 200 &&
               offsetof(SegmentParams, from) == 256 && offsetof(SegmentParams, qk_l2norm) == 276);
-static_assert(sizeof(PrepareParams) == 120 && offsetof(PrepareParams, p) == 80 && offsetof(PrepareParams, scale) == 112);
+static_assert(sizeof(PrepareParams) == 136 && offsetof(PrepareParams, p) == 80 && offsetof(PrepareParams, scale) == 128);
 static_assert(sizeof(RouteSumsParams) == 88 && offsetof(RouteSumsParams, sums) == 56 &&
               offsetof(RouteSumsParams, qk_l2norm) == 80);
 static_assert(sizeof(RouteParams) == 200 && offsetof(RouteParams, sums) == 88 && offsetof(RouteParams, slope) == 136 &&

@@ -40,8 +40,10 @@ DEVICE void prepare(const PrepareParams& p) {
     const int dk = e.dk, width = padded(dk);
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
     const int64_t place = blockIdx.x / e.value_heads;
-    const Row row = row_of(e, sequence_of_chunk(e, place, C), blockIdx.x % e.value_heads);
-    const int64_t first = (place - first_chunk(row, C)) * C;
+    const int64_t in_window = chunks_of_window(e, p.from, p.to, C);
+    const int64_t sequence = p.to > 0 ? place / in_window : sequence_of_chunk(e, place, C);
+    const Row row = row_of(e, sequence, blockIdx.x % e.value_heads);
+    const int64_t first = p.to > 0 ? p.from + place % in_window * C : (place - first_chunk(row, C)) * C;
     if (first >= row.len) return;
     const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
     const T* const q = static_cast<const T*>(p.q);

@@ -28,61 +28,10 @@
 // measured, at S3, M = 32: the bank's 17 GB through L2 at about 4 TB/s, 4 ms gated; twice that and the transition's
 // products, in two planes, under the delta rule: more than 10 ms.
 
-#include "common/replay.cuh"
+#include "common/bank.cuh"
 
 namespace dla {
 namespace {
-
-// Where the states of one row and slice lie. A tile is 16 keys x 16 columns: lane l holds, of the columns l / 4
-// and l / 4 + 8, keys 2 (l % 4), + 1, and those + 8: x[0..1] (column, key), x[2..3] (column + 8, key), x[4..7] the
-// same of key + 8.
-struct Bank {
-    float* states;  // [M][tiles][32][8]
-    int tiles;      // dk / 16
-
-    METHOD float* tile(int place, int tile) const {
-        return states + ((static_cast<int64_t>(place) * tiles + tile) * 32 + lane_index()) * 8;
-    }
-    METHOD void load(int place, int tile, float (&x)[8]) const {
-        load8(reinterpret_cast<const F32*>(this->tile(place, tile)), x);
-    }
-    METHOD void store(int place, int tile, const float (&x)[8]) const {
-        store8(reinterpret_cast<F32*>(this->tile(place, tile)), x);
-    }
-};
-
-// A tile as the left operand S^T.
-template <int PARTS>
-DEVICE void operand(const float (&x)[8], uint32_t (&a)[PARTS][4]) {
-#pragma unroll
-    for (int i = 0; i < 4; i++) {
-        uint32_t planes[PARTS];
-        split<PARTS>(x[2 * i], x[2 * i + 1], planes);
-#pragma unroll
-        for (int part = 0; part < PARTS; part++) a[part][i] = planes[part];
-    }
-}
-
-// Accumulators of a [16, C] product.
-template <int C>
-struct Wide {
-    float c[C / 16][2][4];
-    METHOD void clear() {
-#pragma unroll
-        for (int n = 0; n < C / 16; n++) dla::clear(c[n]);
-    }
-};
-
-// Prepared rows [C][width] of planes into shared memory, 16-byte loads.
-template <int PARTS, int C>
-DEVICE void copy_planes(const Tile<PARTS>& tile, const uint16_t* from, int width) {
-    const int groups = width / 8;
-    for (int i = threadIdx.x; i < PARTS * C * groups; i += THREADS) {
-        const int row = i / groups, column = i % groups * 8;
-        *reinterpret_cast<uint4*>(tile.data + row / C * tile.plane + row % C * tile.stride + column) =
-            *reinterpret_cast<const uint4*>(from + static_cast<int64_t>(row) * width + column);
-    }
-}
 
 template <typename T, bool DELTA>
 DEVICE void scan(const ScanParams& p) {
@@ -127,18 +76,7 @@ DEVICE void scan(const ScanParams& p) {
     const Bank bank = {p.bank + (index * slices + slice / 16) * capacity * width * 16, width / 16};
     const int64_t state = static_cast<int64_t>(dk) * dv;
     int m = p.initial_len ? p.initial_len[index] : 0;
-    // The initial states.
-    for (int i = warp; i < m * bank.tiles; i += WARPS) {
-        const int slot = i / bank.tiles, tile = i % bank.tiles;
-        const float* from = p.initial_states + (index * capacity + slot) * state;
-        float x[8];
-#pragma unroll
-        for (int n = 0; n < 8; n++) {
-            const int key = tile * 16 + n / 4 * 8 + c2 + n % 2, column = slice + g + n / 2 % 2 * 8;
-            x[n] = key < dk && column < dv ? from[static_cast<int64_t>(key) * dv + column] : 0.0f;
-        }
-        bank.store(slot, tile, x);
-    }
+    if (m > 0) load_initial(bank, p.initial_states + index * capacity * state, m, dk, dv, slice);
     for (int i = thread; i < MOST_SLOTS; i += THREADS) order[i] = i, logs[i] = 0;
 
     for (int64_t first = 0; first < row.len; first += C) {
@@ -154,12 +92,7 @@ DEVICE void scan(const ScanParams& p) {
             const float kf = norm_factor(live ? k + row.key_at(first + t) * dk : nullptr, dk, p.qk_l2norm);
             if (lane == 0) q_factor[t] = qf, k_factor[t] = kf;
         }
-        for (int i = thread; i < C * 2; i += THREADS) {
-            const int t = i / 2, column = i % 2 * 8;
-            float x[8] = {};
-            if (t < len && slice + column < dv) load8(v + row.at(first + t) * dv + slice + column, x);
-            put8(values, t, column, x);
-        }
+        load_columns(values, v, row, first, len, slice, dv);
         replay.run(p.events, row, first, len, m);
         exits.find(replay, len, m);
         const int exit_count = replay.len[len - 1];
@@ -180,21 +113,7 @@ DEVICE void scan(const ScanParams& p) {
             }
             weights[j * PITCH + t] = weight;
         }
-        const uint16_t* const p_in = p.p + chunk * PARTS * C * C;
-        for (int i = thread; i < C * C / 2; i += THREADS) {
-            const int t = i / (C / 2), s = i % (C / 2) * 2;
-            float x[2] = {0, 0};
-#pragma unroll
-            for (int n = 0; n < 2; n++) {
-                if (t >= len || s + n > t) continue;
-#pragma unroll
-                for (int part = 0; part < PARTS; part++)
-                    x[n] += __uint_as_float(static_cast<uint32_t>(p_in[(part * C + t) * C + s + n]) << 16);
-                const int column = column_of(e, replay.of_token(t, s + n), replay.len[t]);
-                x[n] *= lambda[row.at(first + t) * p.lambda_columns + column];
-            }
-            put2(pairs, t, s, x[0], x[1]);
-        }
+        weigh_pairs<PARTS>(pairs, p.p + chunk * PARTS * C * C, replay, e, row, lambda, p.lambda_columns, first, len);
         __syncthreads();
 
         // O^T = V^T (P . Lambda)^T: warp w takes tokens 16 w.. of the sum.
@@ -270,45 +189,7 @@ DEVICE void scan(const ScanParams& p) {
                 load_row(more, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
                          expf(minus(total, gamma[t])) * k_factor[t]);
             __syncthreads();
-            const float decay = expf(value(total));
-            for (int j = warp; j < m; j += WARPS) {
-                Wide<C> held;  // (W S)^T
-                held.clear();
-                for (int tile = 0; tile < bank.tiles; tile++) {
-                    float x[8];
-                    uint32_t a[2][4], b[PARTS][4];
-                    bank.load(order[j], tile, x);
-                    operand<2>(x, a);
-#pragma unroll
-                    for (int n = 0; n < BLOCKS; n++) {
-                        load_b(rows, n * 16, tile * 16, b);
-                        multiply<2, PARTS>(held.c[n], a, b);
-                    }
-                }
-                uint32_t a[BLOCKS][2][4];
-#pragma unroll
-                for (int n = 0; n < BLOCKS; n++) {
-                    float x[8];
-#pragma unroll
-                    for (int i = 0; i < 8; i++) x[i] = -held.c[n][i / 4][i % 4];
-                    operand<2>(x, a[n]);
-                }
-                for (int tile = 0; tile < bank.tiles; tile++) {
-                    float x[8], c[2][4];
-                    bank.load(order[j], tile, x);
-#pragma unroll
-                    for (int i = 0; i < 8; i++) c[i / 4][i % 4] = decay * x[i];
-#pragma unroll
-                    for (int n = 0; n < BLOCKS; n++) {
-                        uint32_t b[PARTS][4];
-                        load_b_trans(more, tile * 16, n * 16, b);
-                        multiply<2, PARTS>(c, a[n], b);
-                    }
-#pragma unroll
-                    for (int i = 0; i < 8; i++) x[i] = c[i / 4][i % 4];
-                    bank.store(order[j], tile, x);
-                }
-            }
+            transition<PARTS, C>(bank, order, m, rows, more, expf(value(total)));
             __syncthreads();
         }
 
@@ -319,70 +200,8 @@ DEVICE void scan(const ScanParams& p) {
             for (int t = warp; t < C; t += WARPS)
                 load_row(rows, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
                          expf(minus(total, gamma[t])) * k_factor[t]);
-        if (thread == 0) {
-            uint64_t taken = 0;
-            for (int i = 0; i < exit_count; i++) {
-                const Exits::Range from = exits.entries[i];
-                if (from.from < from.to) next[i] = order[from.from], taken |= uint64_t{1} << next[i];
-            }
-            for (int i = 0; i < exit_count; i++) {
-                const Exits::Range from = exits.entries[i];
-                if (from.from < from.to) continue;
-                next[i] = __ffsll(~taken) - 1;
-                taken |= uint64_t{1} << next[i];
-            }
-        }
-        __syncthreads();
-        const double total_log = static_cast<double>(total.high) + total.low;
-#pragma unroll 1
-        for (int opened = 0; opened < 2; opened++) {
-            for (int i = warp; i < exit_count; i += WARPS) {
-                const Exits::Range entries = exits.entries[i], tokens = exits.tokens[i];
-                const int kept = entries.to - entries.from, added = tokens.to - tokens.from;
-                if ((kept == 0) != (opened == 1) || (kept == 1 && added == 0)) continue;
-                for (int tile = 0; tile < bank.tiles; tile++) {
-                    float c[2][4];
-                    clear(c);
-                    for (int j = entries.from; j < entries.to; j++) {
-                        const float factor = DELTA ? 1.0f : expf(static_cast<float>(logs[order[j]] + total_log));
-                        float x[8];
-                        bank.load(order[j], tile, x);
-#pragma unroll
-                        for (int n = 0; n < 8; n++) c[n / 4][n % 4] += factor * x[n];
-                    }
-                    for (int s = tokens.from / 16 * 16; s < tokens.to; s += 16) {
-                        uint32_t a[PARTS][4], b[PARTS][4];
-                        load_a_trans(values, 0, s, a);
-                        load_b_trans(rows, tile * 16, s, b);
-                        // Tokens of other slots have no part in this one.
-#pragma unroll
-                        for (int n = 0; n < 4; n++) {
-                            const int t = s + n / 2 * 8 + c2;
-                            uint32_t mask = 0;
-                            if (t >= tokens.from && t < tokens.to) mask |= 0x0000ffffu;
-                            if (t + 1 >= tokens.from && t + 1 < tokens.to) mask |= 0xffff0000u;
-#pragma unroll
-                            for (int part = 0; part < PARTS; part++) a[part][n] &= mask;
-                        }
-                        multiply<PARTS, PARTS>(c, a, b);
-                    }
-                    float x[8];
-#pragma unroll
-                    for (int n = 0; n < 8; n++) x[n] = c[n / 4][n % 4];
-                    bank.store(next[i], tile, x);
-                }
-            }
-            __syncthreads();
-        }
-        if (!DELTA) {
-            for (int i = thread; i < exit_count; i += THREADS) {
-                const Exits::Range entries = exits.entries[i], tokens = exits.tokens[i];
-                const bool touched = entries.to - entries.from != 1 || tokens.to > tokens.from;
-                // Places of exit slots are distinct: each is written by one thread.
-                logs[next[i]] = touched ? 0.0 : logs[next[i]] + total_log;
-            }
-        }
-        for (int i = thread; i < exit_count; i += THREADS) order[i] = next[i];
+        write_exits<PARTS, C, DELTA>(bank, exits, exit_count, order, next, logs,
+                                     static_cast<double>(total.high) + total.low, values, rows);
         m = exit_count;
     }
 

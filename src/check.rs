@@ -461,6 +461,17 @@ impl Bounds {
         Bounds { f32, bf16, f16, drift: 2e-3, decision: 2e-3 }
     }
 
+    /// Gradients of the CUDA engine.
+    pub fn cuda_gradients(dtype: Dtype) -> Bounds {
+        let (bf16, f16) = (5e-3, 1.5e-3);
+        let f32 = match dtype {
+            Dtype::Bf16 => bf16,
+            Dtype::F16 => f16,
+            Dtype::F32 => 1e-4,
+        };
+        Bounds { f32, bf16, f16, ..Bounds::cuda(dtype) }
+    }
+
     /// Bound of a tensor that is returned in `dtype`. An f16 below 2^-14 has fewer digits: half of its
     /// last place, 2^-25, is allowed to every element.
     fn rounded(&self, dtype: Dtype, reference: &[f64]) -> f64 {
@@ -485,15 +496,24 @@ impl Bounds {
 /// # Errors
 /// Those of the engine.
 pub fn compare(engine: &dyn Engine, case: &Case) -> Result<Vec<Comparison>> {
-    let bounds = if engine.name() == "cuda" { Bounds::cuda(case.recipe.dtype) } else { Bounds::F32 };
-    compare_within(engine, case, bounds)
+    let dtype = case.recipe.dtype;
+    let (bounds, gradients) = match engine.name() {
+        "cuda" => (Bounds::cuda(dtype), Bounds::cuda_gradients(dtype)),
+        _ => (Bounds::F32, Bounds::F32),
+    };
+    compare_within(engine, case, bounds, gradients)
 }
 
-/// [`compare`] within other bounds.
+/// [`compare`] within other bounds, those of the results and of the gradients.
 ///
 /// # Errors
 /// Those of the engine.
-pub fn compare_within(engine: &dyn Engine, case: &Case, bounds: Bounds) -> Result<Vec<Comparison>> {
+pub fn compare_within(
+    engine: &dyn Engine,
+    case: &Case,
+    bounds: Bounds,
+    of_gradients: Bounds,
+) -> Result<Vec<Comparison>> {
     let problem = case.problem()?;
     let forward = engine.forward(&problem)?;
     let arguments = Arguments::of(&problem);
@@ -532,13 +552,15 @@ pub fn compare_within(engine: &dyn Engine, case: &Case, bounds: Bounds) -> Resul
 
     match engine.backward(&problem, &forward.events, &case.upstream()) {
         Err(Error::NotBuilt { .. }) => {}
-        gradients => rows.extend(compare_gradients(case, &problem, &forward.events, &gradients?, bounds)),
+        gradients => {
+            rows.extend(compare_gradients(case, &problem, &forward.events, &gradients?, of_gradients));
+        }
     }
     Ok(rows)
 }
 
 /// Compares every gradient with the reference's.
-fn compare_gradients(
+pub fn compare_gradients(
     case: &Case,
     problem: &Problem,
     events: &[u8],

@@ -18,6 +18,9 @@ use std::collections::BTreeMap;
 use std::sync::{Mutex, OnceLock};
 use std::time::Instant;
 
+#[path = "cuda/backward.rs"]
+mod backward;
+
 /// The first GPU; `None` where there is none.
 fn engine() -> Option<&'static Engine> {
     static ENGINE: OnceLock<Option<Engine>> = OnceLock::new();
@@ -811,7 +814,10 @@ fn wrong_arguments() {
     let error = engine.forward(&odd.problem().unwrap()).unwrap_err();
     assert_eq!(error, Error::HeadSize { name: "dk", given: 12 });
     assert!(matches!(Engine::new(4096), Err(Error::NoDevice { given: 4096, .. })));
-    assert!(matches!(engine.backward(&problem, &[], &case.upstream()), Err(Error::NotBuilt { .. })));
+    assert!(matches!(
+        engine.backward(&problem, &[], &case.upstream()),
+        Err(Error::Shape { name: "events", .. })
+    ));
 
     // The context is as usable as before.
     arrays.launch(engine);

@@ -16,10 +16,14 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::sync::OnceLock;
 
+#[path = "emulation/backward.rs"]
+mod backward;
 #[path = "emulation/hopper.rs"]
 mod hopper;
 #[path = "emulation/step.rs"]
 mod step;
+#[path = "emulation/whole_backward.rs"]
+mod whole_backward;
 
 unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
@@ -214,6 +218,36 @@ struct Segmented {
     chunk_log: Vec<f32>,
 }
 
+fn geometry_of(problem: &Problem) -> Geometry {
+    let shape = problem.shape();
+    Geometry {
+        parts: if problem.dtype() == Dtype::Bf16 { 1 } else { 2 },
+        sequences: shape.sequences,
+        tokens: shape.tokens(),
+        heads: shape.heads,
+        value_heads: shape.value_heads,
+        dk: shape.dk,
+        dv: shape.dv,
+        capacity: shape.capacity,
+        delta: problem.options().recurrence == Recurrence::GatedDelta,
+    }
+}
+
+fn extents_of(problem: &Problem, cu_seqlens: DevicePointer) -> Extents {
+    let shape = problem.shape();
+    Extents {
+        cu_seqlens,
+        sequences: shape.sequences as i64,
+        time: shape.time as i64,
+        heads: shape.heads as i32,
+        value_heads: shape.value_heads as i32,
+        dk: shape.dk as i32,
+        dv: shape.dv as i32,
+        capacity: shape.capacity as i32,
+        newest_first: (problem.options().slot_order == SlotOrder::NewestFirst).into(),
+    }
+}
+
 fn run(
     emulate: Emulate,
     case: &Case,
@@ -227,30 +261,10 @@ fn run(
     let dtype = problem.dtype();
     let per_token = shape.tokens() * shape.value_heads;
     let delta = options.recurrence == Recurrence::GatedDelta;
-    let geometry = Geometry {
-        parts: if dtype == Dtype::Bf16 { 1 } else { 2 },
-        sequences: shape.sequences,
-        tokens: shape.tokens(),
-        heads: shape.heads,
-        value_heads: shape.value_heads,
-        dk: shape.dk,
-        dv: shape.dv,
-        capacity: shape.capacity,
-        delta,
-    };
+    let geometry = geometry_of(problem);
     let floats = |x: &Option<Vec<f32>>| x.as_ref().map(|x| Array::of(x));
     let cu_seqlens = case.cu_seqlens.as_ref().map(|x| Array::of(x));
-    let extents = Extents {
-        cu_seqlens: pointer(&cu_seqlens),
-        sequences: shape.sequences as i64,
-        time: shape.time as i64,
-        heads: shape.heads as i32,
-        value_heads: shape.value_heads as i32,
-        dk: shape.dk as i32,
-        dv: shape.dv as i32,
-        capacity: shape.capacity as i32,
-        newest_first: (options.slot_order == SlotOrder::NewestFirst).into(),
-    };
+    let extents = extents_of(problem, pointer(&cu_seqlens));
     let (q, k, v) = (Array::of_buffer(&case.q), Array::of_buffer(&case.k), Array::of_buffer(&case.v));
     let (g, beta) = (floats(&case.g), floats(&case.beta));
     let tau: Vec<f32> = (0..shape.value_heads).map(|head| options.tau.of(head)).collect();
@@ -357,6 +371,8 @@ fn run(
         qt: qt.pointer(),
         w: w.pointer(),
         kh: kh.pointer(),
+        from: 0,
+        to: 0,
         scale: problem.scale(),
         qk_l2norm: options.qk_l2norm.into(),
     };

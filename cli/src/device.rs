@@ -52,7 +52,9 @@ impl Engine for Auto {
         upstream: &OutputGradients,
     ) -> dla::Result<Gradients> {
         match self.0.backward(problem, events, upstream) {
-            Err(Error::NotBuilt { .. }) => dla::cpu::Engine.backward(problem, events, upstream),
+            Err(Error::HeadSize { .. } | Error::Limit { .. } | Error::OutOfMemory { .. }) => {
+                dla::cpu::Engine.backward(problem, events, upstream)
+            }
             result => result,
         }
     }

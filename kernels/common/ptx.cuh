@@ -50,6 +50,7 @@ DEVICE void decrement_if(bool live, uint32_t& x) { x -= live; }
 using emulation::shared_uint;
 using emulation::shared_uint2;
 using emulation::shared_uint2_if;
+using emulation::transpose_8x8;
 using emulation::trap;
 
 #else
@@ -194,6 +195,13 @@ DEVICE void ldmatrix_x4_trans(uint32_t (&r)[4], const uint16_t* row) {
                  : "=r"(r[0]), "=r"(r[1]), "=r"(r[2]), "=r"(r[3])
                  : "r"(address)
                  : "memory");
+}
+
+// An 8 x 8 matrix of 16-bit elements transposed: lane l gives and receives elements (l / 4, 2 (l % 4)) and the one to its right.
+DEVICE uint32_t transpose_8x8(uint32_t x) {
+    uint32_t out;
+    asm("movmatrix.sync.aligned.m8n8.trans.b16 %0, %1;" : "=r"(out) : "r"(x));
+    return out;
 }
 
 // C [16, 8] += A [16, 16] B [16, 8], f32 accumulation. With g = lane / 4, c = lane % 4: a[0] holds

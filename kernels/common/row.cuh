@@ -57,6 +57,11 @@ DEVICE int64_t first_of_window(const Extents& e, const Row& row, int64_t from, i
     return e.cu_seqlens ? first_chunk(row, chunk) + from / chunk : row.sequence * chunks_of_window(e, from, to, chunk);
 }
 
+// The backward's windows, packed or not: a chunk's place among W = N x chunks of the window, sequence by sequence.
+DEVICE int64_t place_in_window(const Extents& e, const Row& row, int64_t from, int64_t to, int64_t first, int chunk) {
+    return row.sequence * chunks_of_window(e, from, to, chunk) + (first - from) / chunk;
+}
+
 // Column of lambda that weighs slot `slot` while `len` are held.
 DEVICE int column_of(const Extents& e, int slot, int len) { return e.newest_first ? len - 1 - slot : slot; }
 

@@ -92,6 +92,8 @@ pub struct PrepareParams {
     pub qt: DevicePointer,
     pub w: DevicePointer,
     pub kh: DevicePointer,
+    pub from: i64,
+    pub to: i64,
     pub scale: f32,
     pub qk_l2norm: i32,
 }
@@ -263,7 +265,277 @@ pub struct ScanDeltaSm90Params {
     pub to: i64,
 }
 
+/// Bytes of a `BankPlaces`.
+pub const BANK_PLACES_BYTES: usize = 576;
+
+/// Parameters of `slots`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SlotsParams {
+    pub extents: Extents,
+    pub events: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_starts: DevicePointer,
+    pub chunk: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `scan_states_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ScanStatesParams {
+    pub extents: Extents,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub events: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub w: DevicePointer,
+    pub kh: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub initial_states: DevicePointer,
+    pub source: DevicePointer,
+    pub bank: DevicePointer,
+    pub entries: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `scan_backward_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ScanBackwardParams {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub d_o: DevicePointer,
+    pub events: DevicePointer,
+    pub lambda: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub p: DevicePointer,
+    pub qt: DevicePointer,
+    pub w: DevicePointer,
+    pub kh: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub entries: DevicePointer,
+    pub scratch: DevicePointer,
+    pub d_bank: DevicePointer,
+    pub final_states: DevicePointer,
+    pub initial_gradient: DevicePointer,
+    pub d_qt: DevicePointer,
+    pub d_kh: DevicePointer,
+    pub d_w: DevicePointer,
+    pub d_kd: DevicePointer,
+    pub d_weights: DevicePointer,
+    pub d_total: DevicePointer,
+    pub d_v: DevicePointer,
+    pub dv: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub places: i64,
+    pub lambda_columns: i32,
+    pub scale: f32,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `prepare_backward_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PrepareBackwardParams {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub beta: DevicePointer,
+    pub d_o: DevicePointer,
+    pub events: DevicePointer,
+    pub lambda: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub d_qt: DevicePointer,
+    pub d_kh: DevicePointer,
+    pub d_w: DevicePointer,
+    pub d_kd: DevicePointer,
+    pub d_weights: DevicePointer,
+    pub d_total: DevicePointer,
+    pub d_q: DevicePointer,
+    pub d_k: DevicePointer,
+    pub dg: DevicePointer,
+    pub dbeta: DevicePointer,
+    pub dlambda: DevicePointer,
+    pub d_slots: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub places: i64,
+    pub slices: i32,
+    pub lambda_columns: i32,
+    pub scale: f32,
+    pub qk_l2norm: i32,
+}
+
+/// Parameters of `group_sum_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct GroupSumParams {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub d_q: DevicePointer,
+    pub d_k: DevicePointer,
+    pub dq: DevicePointer,
+    pub dk: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `drift_backward_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct DriftBackwardParams {
+    pub extents: Extents,
+    pub v: DevicePointer,
+    pub d_v: DevicePointer,
+    pub events: DevicePointer,
+    pub drift: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub tau: DevicePointer,
+    pub ddrift: DevicePointer,
+    pub tau_sums: DevicePointer,
+    pub dv: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub temperature: f32,
+    pub reserved: i32,
+}
+
+/// Parameters of `route_backward_*` and `route_backward_keys_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct RouteBackwardParams {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub events: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_starts: DevicePointer,
+    pub sums: DevicePointer,
+    pub bases: DevicePointer,
+    pub key_factors: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub initial_tokens: DevicePointer,
+    pub initial_keys: DevicePointer,
+    pub slope: DevicePointer,
+    pub bias: DevicePointer,
+    pub logits: DevicePointer,
+    pub d_slots: DevicePointer,
+    pub final_keys: DevicePointer,
+    pub d_q: DevicePointer,
+    pub d_k: DevicePointer,
+    pub dlogits: DevicePointer,
+    pub slope_sums: DevicePointer,
+    pub bias_sums: DevicePointer,
+    pub d_bank: DevicePointer,
+    pub exits: DevicePointer,
+    pub d_keys: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub logit_columns: i32,
+    pub qk_l2norm: i32,
+}
+
+/// Parameters of `head_sums`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct HeadSumsParams {
+    pub extents: Extents,
+    pub sums: DevicePointer,
+    pub out: DevicePointer,
+    pub chunk: i32,
+    pub add: i32,
+}
+
+/// Parameters of `segment_states_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SegmentStatesParams {
+    pub extents: Extents,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub events: DevicePointer,
+    pub initial_open: DevicePointer,
+    pub entry: DevicePointer,
+    pub entry_log: DevicePointer,
+    pub open: DevicePointer,
+    pub open_log: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub stride: i64,
+    pub saves: i64,
+    pub entry_step: i64,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `segment_scalars_*`, `segment_open_backward_*`, `segment_backward_*` and `segment_log_backward`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct SegmentBackwardParams {
+    pub extents: Extents,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub g: DevicePointer,
+    pub events: DevicePointer,
+    pub drift: DevicePointer,
+    pub ddrift: DevicePointer,
+    pub open: DevicePointer,
+    pub open_log: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub initial_open: DevicePointer,
+    pub final_open: DevicePointer,
+    pub d_v: DevicePointer,
+    pub dv: DevicePointer,
+    pub d_k: DevicePointer,
+    pub dg: DevicePointer,
+    pub scalars: DevicePointer,
+    pub d_open: DevicePointer,
+    pub d_carried: DevicePointer,
+    pub d_carried_scalars: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
 const _: () = {
+    assert!(size_of::<ScanStatesParams>() == 168 && offset_of!(ScanStatesParams, initial_len) == 104);
+    assert!(offset_of!(ScanStatesParams, entries) == 136 && offset_of!(ScanStatesParams, qk_l2norm) == 160);
+    assert!(size_of::<SlotsParams>() == 88 && offset_of!(SlotsParams, chunk_len) == 64);
+    assert!(offset_of!(SlotsParams, chunk) == 80);
+    assert!(size_of::<ScanBackwardParams>() == 296 && offset_of!(ScanBackwardParams, final_states) == 176);
+    assert!(offset_of!(ScanBackwardParams, qk_l2norm) == 288);
+    assert!(size_of::<PrepareBackwardParams>() == 256 && offset_of!(PrepareBackwardParams, d_weights) == 152);
+    assert!(offset_of!(PrepareBackwardParams, qk_l2norm) == 252);
+    assert!(size_of::<GroupSumParams>() == 120 && offset_of!(GroupSumParams, dq) == 80);
+    assert!(offset_of!(GroupSumParams, qk_l2norm) == 112);
+    assert!(size_of::<DriftBackwardParams>() == 144 && offset_of!(DriftBackwardParams, ddrift) == 96);
+    assert!(offset_of!(DriftBackwardParams, temperature) == 136);
+    assert!(size_of::<RouteBackwardParams>() == 264 && offset_of!(RouteBackwardParams, logits) == 152);
+    assert!(offset_of!(RouteBackwardParams, qk_l2norm) == 260);
+    assert!(size_of::<HeadSumsParams>() == 72 && offset_of!(HeadSumsParams, out) == 56);
+    assert!(offset_of!(HeadSumsParams, chunk) == 64);
+    assert!(size_of::<SegmentStatesParams>() == 168 && offset_of!(SegmentStatesParams, open) == 104);
+    assert!(offset_of!(SegmentStatesParams, qk_l2norm) == 160);
+    assert!(size_of::<SegmentBackwardParams>() == 224 && offset_of!(SegmentBackwardParams, d_v) == 136);
+    assert!(offset_of!(SegmentBackwardParams, qk_l2norm) == 216);
     assert!(size_of::<PrepareDeltaSm90Params>() == 200);
     assert!(offset_of!(PrepareDeltaSm90Params, pairs) == 112);
     assert!(offset_of!(PrepareDeltaSm90Params, from) == 160);
@@ -281,8 +553,8 @@ const _: () = {
     assert!(offset_of!(SegmentParams, drift) == 120 && offset_of!(SegmentParams, open) == 160);
     assert!(offset_of!(SegmentParams, walks) == 200 && offset_of!(SegmentParams, from) == 256);
     assert!(offset_of!(SegmentParams, qk_l2norm) == 276);
-    assert!(size_of::<PrepareParams>() == 120 && offset_of!(PrepareParams, p) == 80);
-    assert!(offset_of!(PrepareParams, scale) == 112);
+    assert!(size_of::<PrepareParams>() == 136 && offset_of!(PrepareParams, p) == 80);
+    assert!(offset_of!(PrepareParams, scale) == 128);
     assert!(size_of::<RouteSumsParams>() == 88 && offset_of!(RouteSumsParams, sums) == 56);
     assert!(offset_of!(RouteSumsParams, qk_l2norm) == 80);
     assert!(size_of::<RouteParams>() == 200 && offset_of!(RouteParams, sums) == 88);
@@ -645,6 +917,165 @@ impl Geometry {
             + (self.capacity * pitch).next_multiple_of(16)
             + Self::tile(self.parts, chunk, 16)
             + operands.max(8 * 16 * pitch).max(Self::tile(2, chunk, chunk))
+    }
+
+    /// Bytes of a bank of states and where its slots lie (abi.cuh, BankPlaces).
+    pub fn bank_bytes(&self) -> usize {
+        4 * self.bank_len() + self.rows() * self.slices() * BANK_PLACES_BYTES
+    }
+
+    /// Bytes of the entry banks of `places` chunks.
+    pub fn entries_bytes(&self, places: usize) -> usize {
+        places
+            * self.value_heads
+            * self.slices()
+            * self.capacity
+            * (self.padded_dk() / 16)
+            * self.parts
+            * 32
+            * 16
+    }
+
+    /// Bytes of the scratch of `scan_backward_*`.
+    pub fn scan_backward_scratch_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let held = if self.delta { chunk / 16 * (2 + 2 * self.parts) * 512 } else { 0 };
+        self.rows() * self.slices() * self.capacity * (8 * chunk * 4 + held)
+    }
+
+    /// Shared memory of `scan_states_*`.
+    pub fn scan_states_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let rows = Self::tile(self.parts, chunk, self.padded_dk());
+        self.replay_shared_bytes()
+            + 2 * 64 * 2
+            + 64 * 8
+            + chunk * 8
+            + chunk * 4
+            + 2 * 64
+            + Self::tile(self.parts, chunk, 16)
+            + if self.delta { 2 * rows } else { rows }
+    }
+
+    /// Shared memory of `scan_backward_*`.
+    pub fn scan_backward_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let weights = (self.capacity * (chunk + 2) * 4).next_multiple_of(16);
+        let rows = Self::tile(self.parts, chunk, self.padded_dk());
+        let beside = (chunk * 17 * 4).next_multiple_of(16);
+        // What all threads know of the chunk.
+        96 + self.replay_shared_bytes()
+            + 2 * 64 * 2
+            + chunk * 8
+            + 2 * chunk * 4
+            + 8 * 8
+            + 2 * 64
+            + if self.delta { weights } else { 2 * weights }
+            + 2 * Self::tile(self.parts, chunk, 16)
+            + (rows + if self.delta { beside.max(rows) } else { beside }).max(Self::tile(2, chunk, chunk))
+    }
+
+    /// Places of chunks W of the backward's window `from..to` of every sequence of at most `time` tokens.
+    pub fn window_places(&self, time: usize, from: usize, to: usize) -> usize {
+        self.sequences * to.min(time).saturating_sub(from).div_ceil(self.chunk())
+    }
+
+    /// Blocks of a kernel with one for every place of a window and value head.
+    pub fn window_blocks(&self, places: usize) -> usize {
+        places.saturating_mul(self.value_heads)
+    }
+
+    /// Elements of each of `d_qt`, `d_kh`, `d_w` and `d_kd` for `places` of chunks.
+    pub fn scan_partials_len(&self, places: usize) -> usize {
+        self.slices() * places * self.value_heads * self.chunk() * self.padded_dk()
+    }
+
+    /// Elements of the partial `d_weights`.
+    pub fn weight_partials_len(&self, places: usize) -> usize {
+        self.slices() * self.slot_gradients_len(places)
+    }
+
+    /// Elements of the partial `d_total`, f64.
+    pub fn total_partials_len(&self, places: usize) -> usize {
+        self.slices() * places * self.value_heads
+    }
+
+    /// Elements of `d_slots`.
+    pub fn slot_gradients_len(&self, places: usize) -> usize {
+        places * self.value_heads * self.chunk() * self.capacity
+    }
+
+    /// Elements of each of `d_q` and `d_k`, of every value head.
+    pub fn head_gradients_len(&self, places: usize) -> usize {
+        places * self.value_heads * self.chunk() * self.dk
+    }
+
+    /// Shared memory of `prepare_backward_*`.
+    pub fn prepare_backward_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let square = Self::tile(2, chunk, chunk);
+        let columns = self.replay_shared_bytes() + 3 * chunk * 8 + 5 * chunk * 4;
+        let slices = Self::tile(self.parts, chunk, 64) + Self::tile(2, chunk, 64);
+        let matrices = chunk * (chunk + 1) * 4;
+        let scratch = matrices + (chunk * 65).next_multiple_of(16);
+        let reused = square + slices.max(scratch);
+        if self.delta {
+            columns + 4 * chunk / 16 * chunk * 4 + 2 * square + reused.max(2 * matrices)
+        } else {
+            columns + square + reused.max(2 * matrices)
+        }
+    }
+
+    /// Blocks of `group_sum_*`.
+    pub fn group_sum_blocks(&self, places: usize) -> usize {
+        places.saturating_mul(self.heads)
+    }
+
+    /// Shared memory of `route_backward_*`.
+    pub fn route_backward_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let slots = self.capacity.next_multiple_of(16);
+        let items = self.replay_shared_bytes()
+            + (65usize * 4).next_multiple_of(16)
+            + ((64 + chunk + 1) * 8).next_multiple_of(16)
+            + 2 * chunk * 4
+            + 2 * 8 * 8
+            + Self::tile(2, chunk, slots + chunk);
+        let keys = Self::tile(self.parts, chunk, 64).max((self.capacity + 1) * 64 * 4);
+        let operands = Self::tile(self.parts, chunk, 64) + Self::tile(2, slots, 64) + keys;
+        let scores =
+            chunk * (slots + chunk + 1) * 4 + chunk * (slots + 1) * 4 + (chunk * 65).next_multiple_of(16);
+        items + operands.max(scores)
+    }
+
+    /// Blocks of `route_backward_keys_*`.
+    pub fn route_backward_keys_blocks(&self) -> usize {
+        self.rows().saturating_mul(self.dk.div_ceil(32))
+    }
+
+    /// Shared memory of `route_backward_keys_*`.
+    pub fn route_backward_keys_shared_bytes(&self) -> usize {
+        2 * self.capacity * 32 * 4 + 64 + self.chunk()
+    }
+
+    /// Elements of route's `d_bank`.
+    pub fn key_bank_gradients_len(&self, places: usize) -> usize {
+        places * self.value_heads * self.capacity * self.dk
+    }
+
+    /// Bytes of route's `exits`.
+    pub fn exits_len(&self, places: usize) -> usize {
+        places * self.value_heads * (64 + self.chunk())
+    }
+
+    /// Elements of each head's parts of the gradients of slope, bias and tau, f64.
+    pub fn head_parts_len(&self) -> usize {
+        self.chunks() * self.value_heads
+    }
+
+    /// Shared memory of `head_sums`; its blocks are value heads.
+    pub fn head_sums_shared_bytes(&self) -> usize {
+        THREADS as usize * 8
     }
 }
 

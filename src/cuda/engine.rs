@@ -1,13 +1,14 @@
 //! The operator on an NVIDIA GPU.
 
 use super::abi::DevicePointer;
+use super::backward::BackwardCall;
 use super::driver::call;
 use super::forward::{self, Resident};
-use super::launch::Stages;
+use super::launch::{Backwards, Stages};
 use super::memory::Memory;
 use super::module::{self, Device};
-use super::plan::{Call, Plan};
-use super::raw::{self, RawInputs, RawOutputs};
+use super::plan::{BackwardPlan, Call, Plan};
+use super::raw::{self, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream};
 use super::stream::{self, Clock, OwnStream, SideStream, Timeline};
 use crate::cache::Cache;
 use crate::engine::{Forward, Gradients, Step};
@@ -181,6 +182,50 @@ impl Engine {
         }
     }
 
+    /// Chooses a backward's kernels and schedule, loads those that no call has needed before, and lays out the workspace.
+    /// `call.final_cache` says whether the final cache has a gradient.
+    ///
+    /// # Errors
+    /// As [`Engine::plan`].
+    pub fn plan_backward(&self, call: &Call<'_>) -> Result<BackwardPlan> {
+        self.device.bind()?;
+        BackwardPlan::new(&self.device, call)
+    }
+
+    /// Launches a backward on this engine's stream: allocates nothing, waits for nothing, and may be captured into a
+    /// graph. `inputs` are the forward's; of `inputs.events` it takes no notice, the log is `forward.events`. Two runs
+    /// leave the same bits.
+    ///
+    /// `workspace` is an address and its bytes, [`BackwardPlan::workspace_bytes`] or more, whatever it holds; it must not
+    /// be used until the stream has come past the call.
+    ///
+    /// # Errors
+    /// As [`Engine::launch`].
+    ///
+    /// # Safety
+    /// As [`Engine::launch`]; `forward` holds what a forward of the same inputs left.
+    pub unsafe fn launch_backward(
+        &self,
+        plan: &BackwardPlan,
+        inputs: &RawInputs,
+        forward: &RawForward,
+        upstream: &RawUpstream,
+        gradients: &RawGradients,
+        workspace: (DevicePointer, usize),
+    ) -> Result<()> {
+        self.device.bind()?;
+        let call = BackwardCall {
+            inputs: *inputs,
+            forward: *forward,
+            upstream: *upstream,
+            gradients: *gradients,
+            workspace: workspace.0,
+        };
+        raw::check_backward(plan, self.ordinal(), &call, workspace.1)?;
+        let mut launcher = Backwards { kernels: &plan.kernels, stream: self.raw_stream() };
+        plan.backward.run(&call, &mut launcher)
+    }
+
     /// A clock for [`Engine::launch`].
     ///
     /// # Errors
@@ -266,8 +311,16 @@ impl crate::engine::Engine for Engine {
         resident.results(self, problem)
     }
 
-    fn backward(&self, _: &Problem<'_>, _: &[u8], _: &OutputGradients<'_>) -> Result<Gradients> {
-        Err(Error::NotBuilt { engine: "cuda", what: "backward" })
+    /// Copies the arguments to the GPU, computes there, and copies the gradients back. Where the backward takes more of
+    /// the forward than its log (routed reads, soft boundaries, a gradient of the final cache), the forward runs first.
+    fn backward(
+        &self,
+        problem: &Problem<'_>,
+        events: &[u8],
+        upstream: &OutputGradients<'_>,
+    ) -> Result<Gradients> {
+        problem.check_backward(events, upstream)?;
+        forward::backward(self, problem, events, upstream)
     }
 
     /// Copies the cache to the GPU and back: [`Entries`](super::Entries) keep it there.

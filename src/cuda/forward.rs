@@ -1,16 +1,16 @@
-//! The forward: segment -> prepare -> route -> scan.
+//! The forward: segment -> prepare -> route -> scan; and both passes for arguments of the host.
 
 use super::engine::Engine;
 use super::launch::Stages;
 use super::memory::{Memory, bytes_of, bytes_of_mut};
 use super::plan::{Call, Plan};
-use super::raw::{RawCache, RawInputs, RawOutputs};
+use super::raw::{RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream};
 use super::stream::{SideStream, Timeline};
-use crate::cache::Cache;
-use crate::engine::{Forward, Stage};
+use crate::cache::{Cache, CacheGradients};
+use crate::engine::{Forward, Gradients, RouteGradients, SoftGradients, Stage};
 use crate::error::Result;
-use crate::options::Read;
-use crate::problem::Problem;
+use crate::options::{Read, Recurrence};
+use crate::problem::{Inputs, OutputGradients, Problem};
 use crate::tensor::{Buffer, Data, Tensor};
 use cudarc::driver::sys::CUstream;
 
@@ -260,14 +260,7 @@ impl Resident {
         let (mut drift, mut events) = (vec![0f32; per_token], vec![0u8; per_token]);
         let mut lambda = self.lambda.map(|_| vec![0f32; per_token * shape.capacity]);
         let get = |offset, to: &mut [u8]| self.memory.download(offset, to, engine.raw_stream());
-        get(
-            self.o,
-            match &mut o {
-                Buffer::F32(x) => bytes_of_mut(x),
-                Buffer::Bf16(x) => bytes_of_mut(x),
-                Buffer::F16(x) => bytes_of_mut(x),
-            },
-        )?;
+        get(self.o, buffer_bytes(&mut o))?;
         get(self.drift, bytes_of_mut(&mut drift))?;
         get(self.events, &mut events)?;
         if let (Some(offset), Some(lambda)) = (self.lambda, &mut lambda) {
@@ -275,5 +268,148 @@ impl Resident {
         }
         let cache = self.cache.download(engine, &self.memory, shape.cache_dims(), problem.options().read)?;
         Ok(Forward { o, drift, events, lambda, cache })
+    }
+}
+
+/// The backward of a problem of the host.
+pub(super) fn backward(
+    engine: &Engine,
+    problem: &Problem<'_>,
+    events: &[u8],
+    upstream: &OutputGradients<'_>,
+) -> Result<Gradients> {
+    let (options, shape, dtype) = (problem.options(), *problem.shape(), problem.dtype());
+    let along = Problem::new(options, Inputs { events: Some(events), ..*problem.inputs() })?;
+    let resident = Resident::new(engine, &along)?;
+    let call = Call { final_cache: upstream.cache.is_some(), ..Call::of(problem) };
+    let plan = engine.plan_backward(&call)?;
+    let routed = options.read == Read::Routed;
+    let (soft, resumed) = (options.soft.is_some(), resident.inputs.cache.is_some());
+    let (dims, per_token) = (shape.cache_dims(), shape.tokens() * shape.value_heads);
+    let (keys, values) = (shape.tokens() * shape.heads * shape.dk, per_token * shape.dv);
+
+    let mut arena = Arena::default();
+    let d_o = arena.tensor(&upstream.o);
+    let final_cache = upstream.cache.map(|cache| GradientOffsets {
+        states: arena.array(bytes_of(&cache.states)),
+        open: arena.array(bytes_of(&cache.open)),
+        keys: cache.keys.as_ref().map(|keys| arena.array(bytes_of(keys))),
+    });
+    let [dq, dk] = [0; 2].map(|_| arena.room(keys * dtype.bytes()));
+    let dv = arena.room(values * dtype.bytes());
+    let mut room = |wanted: bool, count: usize| wanted.then(|| arena.room(count * 4));
+    let dg = room(resident.inputs.g != 0, per_token);
+    let dbeta = room(options.recurrence == Recurrence::GatedDelta, per_token);
+    let dlambda = room(!routed, per_token * problem.lambda_columns());
+    let [dslope, dbias] = [0; 2].map(|_| room(routed, shape.value_heads));
+    let dlogits = room(routed && resident.inputs.logits != 0, per_token * problem.logit_columns());
+    let dtau = room(soft, shape.value_heads);
+    let ddrift = room(soft, per_token);
+    let initial_cache = resumed.then(|| GradientOffsets {
+        states: arena.room(dims.rows() * dims.bank() * 4),
+        open: arena.room(dims.rows() * dims.state() * 4),
+        keys: routed.then(|| arena.room(dims.rows() * dims.key_bank() * 4)),
+    });
+    let workspace = arena.room(plan.workspace_bytes());
+    let memory = engine.allocate(arena.bytes)?;
+    for &(at, bytes) in &arena.uploads {
+        memory.upload(at, bytes, engine.raw_stream())?;
+    }
+    let base = memory.address();
+    let address = |offset: Option<Offset>| offset.map_or(0, |offset| base + offset as u64);
+    let gradients = RawGradients {
+        q: base + dq as u64,
+        k: base + dk as u64,
+        v: base + dv as u64,
+        g: address(dg),
+        beta: address(dbeta),
+        lambda: address(dlambda),
+        slope: address(dslope),
+        bias: address(dbias),
+        logits: address(dlogits),
+        tau: address(dtau),
+        drift: address(ddrift),
+        cache: initial_cache.map(|cache| cache.raw(base)),
+    };
+    let upstream = RawUpstream { o: base + d_o as u64, cache: final_cache.map(|cache| cache.raw(base)) };
+    if routed || plan.soft || plan.through_open {
+        resident.launch(engine)?;
+    }
+    let forward = RawForward {
+        // The caller's log, which the forward, where it ran, has copied.
+        events: resident.inputs.events,
+        drift: resident.outputs.drift,
+        lambda: resident.outputs.lambda,
+    };
+    let workspace = (base + workspace as u64, plan.workspace_bytes());
+    // SAFETY: every address is of the two arenas, of the sizes that a validated problem has; log, offsets and caches have
+    // been validated on the host.
+    unsafe { engine.launch_backward(&plan, &resident.inputs, &forward, &upstream, &gradients, workspace) }?;
+
+    let floats = |offset: Option<Offset>, count: usize| -> Result<Option<Vec<f32>>> {
+        let Some(offset) = offset else { return Ok(None) };
+        let mut out = vec![0f32; count];
+        memory.download(offset, bytes_of_mut(&mut out), engine.raw_stream())?;
+        Ok(Some(out))
+    };
+    let buffer = |offset, count| -> Result<Buffer> {
+        let mut out = Buffer::zeros(dtype, count);
+        memory.download(offset, buffer_bytes(&mut out), engine.raw_stream())?;
+        Ok(out)
+    };
+    let heads = |offset| Ok(floats(offset, shape.value_heads)?.unwrap_or_default());
+    Ok(Gradients {
+        q: buffer(dq, keys)?,
+        k: buffer(dk, keys)?,
+        v: buffer(dv, values)?,
+        g: floats(dg, per_token)?,
+        beta: floats(dbeta, per_token)?,
+        lambda: floats(dlambda, per_token * problem.lambda_columns())?,
+        route: match routed {
+            true => Some(RouteGradients {
+                slope: heads(dslope)?,
+                bias: heads(dbias)?,
+                logits: floats(dlogits, per_token * problem.logit_columns())?,
+            }),
+            false => None,
+        },
+        soft: match floats(ddrift, per_token)? {
+            Some(drift) => Some(SoftGradients { tau: heads(dtau)?, drift }),
+            None => None,
+        },
+        cache: match initial_cache {
+            Some(cache) => Some(CacheGradients {
+                states: floats(Some(cache.states), dims.rows() * dims.bank())?.unwrap_or_default(),
+                open: floats(Some(cache.open), dims.rows() * dims.state())?.unwrap_or_default(),
+                keys: floats(cache.keys, dims.rows() * dims.key_bank())?,
+            }),
+            None => None,
+        },
+    })
+}
+
+/// Where the gradients of a cache stand.
+#[derive(Clone, Copy)]
+struct GradientOffsets {
+    states: Offset,
+    open: Offset,
+    keys: Option<Offset>,
+}
+
+impl GradientOffsets {
+    fn raw(&self, base: u64) -> RawCacheGradients {
+        RawCacheGradients {
+            states: base + self.states as u64,
+            open: base + self.open as u64,
+            keys: self.keys.map_or(0, |keys| base + keys as u64),
+        }
+    }
+}
+
+fn buffer_bytes(x: &mut Buffer) -> &mut [u8] {
+    match x {
+        Buffer::F32(x) => bytes_of_mut(x),
+        Buffer::Bf16(x) => bytes_of_mut(x),
+        Buffer::F16(x) => bytes_of_mut(x),
     }
 }

@@ -4,11 +4,12 @@ use super::abi::{
     DevicePointer, Extents, PrepareDeltaSm90Params, PrepareParams, PrepareSm90Params, RouteParams,
     RouteSumsParams, ScanDeltaSm90Params, ScanParams, ScanSm90, ScanSm90Params, SegmentParams,
 };
+use super::backward::{BackwardKernel, Launcher};
 use super::driver::call;
-use super::module::Kernel;
+use super::module::{Kernel, blocks_of};
 use super::plan::{Plan, Scan};
 use super::raw::{RawCache, RawInputs, RawOutputs};
-use crate::error::Result;
+use crate::error::{Error, Result};
 use crate::options::Read;
 use cudarc::driver::sys::CUstream;
 use std::ops::Range;
@@ -149,6 +150,8 @@ impl<'a> Stages<'a> {
                     qt: self.at(layout.qt),
                     w: self.at(layout.w),
                     kh: self.at(layout.kh),
+                    from: 0,
+                    to: 0,
                     scale: self.plan.scale,
                     qk_l2norm: self.plan.qk_l2norm.into(),
                 };
@@ -335,6 +338,29 @@ impl<'a> Stages<'a> {
                 launch(scan, &params, stream)
             }
         }
+    }
+}
+
+/// Launches a backward's kernels on a stream.
+pub(super) struct Backwards<'a> {
+    pub(super) kernels: &'a [(BackwardKernel, Kernel)],
+    pub(super) stream: CUstream,
+}
+
+impl Launcher for Backwards<'_> {
+    fn launch<P>(&mut self, kernel: BackwardKernel, blocks: usize, params: &P) -> Result<()> {
+        let found = self.kernels.iter().find(|(name, _)| *name == kernel);
+        // The plan has resolved every kernel that its schedule names, and counted their blocks.
+        let Some((_, kernel)) = found else { return Err(Error::NoKernels) };
+        launch(&Kernel { blocks: blocks_of(blocks)?, ..*kernel }, params, self.stream)
+    }
+
+    fn zero(&mut self, at: DevicePointer, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        // SAFETY: the caller answers for the array, which is as long as the schedule says.
+        unsafe { call!(cuMemsetD8Async(at, 0, bytes, self.stream)) }
     }
 }
 

@@ -7,6 +7,9 @@
 
 #[doc(hidden)]
 pub mod abi;
+#[doc(hidden)]
+pub mod backward;
+mod checkpoints;
 mod driver;
 mod engine;
 mod entries;
@@ -28,8 +31,8 @@ pub use entries::{Entries, PrefillPlan, Rows};
 pub use graph::Graph;
 pub use memory::Memory;
 pub use module::{FATBINS, Fatbin, SOURCE_HASH};
-pub use plan::{Call, Plan};
-pub use raw::{RawCache, RawInputs, RawOutputs};
+pub use plan::{BackwardPlan, Call, Plan};
+pub use raw::{RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream};
 pub use step::StepPlan;
 pub use stream::{Clock, Timeline};
 

@@ -241,16 +241,19 @@ impl Choice {
 
     /// Finds it on the device.
     pub(super) fn resolve(&self, device: &Device) -> Result<Kernel> {
-        let limit = i32::MAX as u64;
-        let blocks = u32::try_from(self.blocks).ok().filter(|&blocks| u64::from(blocks) <= limit).ok_or(
-            Error::Limit {
-                name: "blocks of a launch (sequences, heads and chunks)",
-                limit,
-                given: self.blocks as u64,
-            },
-        )?;
+        let blocks = blocks_of(self.blocks)?;
         let shared_bytes = u32::try_from(self.shared_bytes).unwrap_or(u32::MAX);
         let function = device.function(self.stage, &self.name, shared_bytes)?;
         Ok(Kernel { function, blocks, threads: self.threads, shared_bytes })
     }
+}
+
+/// As many blocks as a launch can have.
+pub(super) fn blocks_of(blocks: usize) -> Result<u32> {
+    let limit = i32::MAX as u64;
+    u32::try_from(blocks).ok().filter(|&blocks| u64::from(blocks) <= limit).ok_or(Error::Limit {
+        name: "blocks of a launch (sequences, heads and chunks)",
+        limit,
+        given: blocks as u64,
+    })
 }

@@ -1,6 +1,7 @@
 //! What a call will launch: the one place that chooses kernels by card, dtype and shape.
 
 use super::abi::{Extents, Geometry, SEGMENT_THREADS, SEGMENT_WINDOW, ScanSm90};
+use super::backward::{BUDGET, Backward, BackwardKernel};
 use super::module::{Choice, Device, Kernel};
 use super::workspace::{Layout, Windowed};
 use crate::error::{Error, Result};
@@ -17,7 +18,7 @@ pub struct Call<'a> {
     pub shape: Shape,
     /// Dtype of q, k, v and o.
     pub dtype: Dtype,
-    /// Whether the call gives room for the final cache.
+    /// Whether the call gives room for the final cache; of a backward, whether the final cache has a gradient.
     pub final_cache: bool,
 }
 
@@ -230,6 +231,52 @@ impl Plan {
     /// Bytes of workspace that a launch needs: all that it holds on the GPU beside inputs and outputs.
     pub fn workspace_bytes(&self) -> usize {
         self.layout.bytes
+    }
+}
+
+/// A backward's kernels, schedule and workspace, chosen once: a plan may be launched as often as its shape comes.
+#[derive(Debug, Clone)]
+pub struct BackwardPlan {
+    pub(super) backward: Backward,
+    pub(super) kernels: Vec<(BackwardKernel, Kernel)>,
+    pub(super) shape: Shape,
+    pub(super) read: Read,
+    pub(super) delta: bool,
+    pub(super) soft: bool,
+    /// Whether R has an adjoint, and so the drift is read.
+    pub(super) through_open: bool,
+    pub(super) final_gradient: bool,
+}
+
+impl BackwardPlan {
+    pub(super) fn new(device: &Device, call: &Call<'_>) -> Result<BackwardPlan> {
+        let Call { options, shape, dtype, final_cache } = *call;
+        check_shape(&shape)?;
+        let processors = device.multiprocessors().max(0) as usize;
+        let backward = Backward::new(call, processors, BUDGET)
+            .ok_or(Error::OutOfMemory { bytes: usize::MAX, free: 0 })?;
+        let (g, delta) = (*backward.geometry(), options.recurrence == Recurrence::GatedDelta);
+        let kernels = backward.kernels().into_iter().map(|kernel| {
+            let choice =
+                Choice::portable(kernel.stage(), kernel.name(delta, dtype), 0, kernel.shared_bytes(&g));
+            Ok((kernel, choice.of_threads(kernel.threads()).resolve(device)?))
+        });
+        Ok(BackwardPlan {
+            kernels: kernels.collect::<Result<_>>()?,
+            backward,
+            shape,
+            read: options.read,
+            delta,
+            soft: options.soft.is_some(),
+            through_open: final_cache || options.soft.is_some_and(|soft| soft.through_drift),
+            final_gradient: final_cache,
+        })
+    }
+
+    /// Bytes of workspace that a launch needs: all that it holds on the GPU beside inputs, gradients and what the forward
+    /// left.
+    pub fn workspace_bytes(&self) -> usize {
+        self.backward.workspace_bytes()
     }
 }
 

@@ -1,8 +1,9 @@
 //! Calls on arrays that are on the GPU already: addresses in, addresses out.
 
 use super::abi::DevicePointer;
+use super::backward::BackwardCall;
 use super::driver::call;
-use super::plan::Plan;
+use super::plan::{BackwardPlan, Plan};
 use super::step::StepPlan;
 use crate::error::{Error, Result};
 use crate::options::Read;
@@ -76,6 +77,66 @@ pub struct RawOutputs {
     pub cache: Option<RawCache>,
 }
 
+/// Addresses of what the forward left and the backward takes.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawForward {
+    /// Event log, `[B,T,HV]` u8.
+    pub events: DevicePointer,
+    /// Drift, `[B,T,HV]` f32: read with soft boundaries, or where the final cache has a gradient.
+    pub drift: DevicePointer,
+    /// Routed reads: read weights, `[B,T,HV,M]` f32.
+    pub lambda: DevicePointer,
+}
+
+/// Addresses of the gradients of a cache's arrays, chronological as [`CacheGradients`](crate::CacheGradients).
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawCacheGradients {
+    /// Gradient of the states, `[N,HV,M,dk,dv]` f32.
+    pub states: DevicePointer,
+    /// Gradient of the open segment's R, `[N,HV,dk,dv]` f32.
+    pub open: DevicePointer,
+    /// Routed reads: gradient of the key sums, `[N,HV,M,dk]` f32.
+    pub keys: DevicePointer,
+}
+
+/// Addresses of the gradients of a call's results.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawUpstream {
+    /// Gradient of o, `[B,T,HV,dv]`, dtype of q.
+    pub o: DevicePointer,
+    /// Gradient of the final cache, where the plan was made for one.
+    pub cache: Option<RawCacheGradients>,
+}
+
+/// Addresses of the gradients of a call's arguments: written whole, whatever they held.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct RawGradients {
+    /// Gradient of q, `[B,T,H,dk]`, dtype of q.
+    pub q: DevicePointer,
+    /// Gradient of k, `[B,T,H,dk]`, dtype of q.
+    pub k: DevicePointer,
+    /// Gradient of v, `[B,T,HV,dv]`, dtype of q.
+    pub v: DevicePointer,
+    /// Gradient of g, `[B,T,HV]` f32; 0: not wanted.
+    pub g: DevicePointer,
+    /// Gradient of beta, `[B,T,HV]` f32: gated delta rule.
+    pub beta: DevicePointer,
+    /// Given reads: gradient of lambda, `[B,T,HV,lambda_columns]` f32, columns without a slot 0.
+    pub lambda: DevicePointer,
+    /// Routed reads: gradient of the slope, `[HV]` f32.
+    pub slope: DevicePointer,
+    /// Routed reads: gradient of the bias, `[HV]` f32.
+    pub bias: DevicePointer,
+    /// Routed reads: gradient of the logits, `[B,T,HV,logit_columns]` f32, columns without a slot 0; 0: not wanted.
+    pub logits: DevicePointer,
+    /// Soft boundaries: gradient of tau, `[HV]` f32.
+    pub tau: DevicePointer,
+    /// Soft boundaries: gradient of the drift, `[B,T,HV]` f32.
+    pub drift: DevicePointer,
+    /// Gradient of the initial cache, if there was one and it is wanted.
+    pub cache: Option<RawCacheGradients>,
+}
+
 /// Alignment of what the kernels read and write 16 bytes at a time.
 const WIDE: u64 = 16;
 
@@ -100,15 +161,7 @@ pub(super) fn check(
     let Shape { capacity, sequences, .. } = plan.shape;
     let (some_tokens, some_rows) = (plan.shape.tokens() > 0, sequences > 0);
     let routed = plan.read == Read::Routed;
-    for (name, wanted, given) in [
-        ("lambda", !routed, inputs.lambda_columns),
-        ("route_logits", routed && inputs.logits != 0, inputs.logit_columns),
-    ] {
-        if wanted && (given < capacity || given > i32::MAX as usize) {
-            let expected = format!("[B,T,HV,M] with M = {capacity} columns or more");
-            return Err(Error::Shape { name, expected, given: format!("{given} columns") });
-        }
-    }
+    check_columns(inputs, routed, capacity)?;
     if inputs.cu_seqlens == 0 && sequences != plan.shape.batch {
         return Err(Error::Missing {
             name: "cu_seqlens",
@@ -202,15 +255,7 @@ pub(super) fn check_step(
 ) -> Result<()> {
     let routed = plan.read == Read::Routed;
     let capacity = plan.shape.capacity;
-    for (name, wanted, given) in [
-        ("lambda", !routed, inputs.lambda_columns),
-        ("route_logits", routed && inputs.logits != 0, inputs.logit_columns),
-    ] {
-        if wanted && (given < capacity || given > i32::MAX as usize) {
-            let expected = format!("[B,T,HV,M] with M = {capacity} columns or more");
-            return Err(Error::Shape { name, expected, given: format!("{given} columns") });
-        }
-    }
+    check_columns(inputs, routed, capacity)?;
     if inputs.cu_seqlens != 0 {
         return Err(Error::Unexpected {
             name: "cu_seqlens",
@@ -243,6 +288,129 @@ pub(super) fn check_step(
         argument("lambda", when(routed, outputs.lambda), 4, routed),
     ] {
         check_address(&address, ordinal)?;
+    }
+    Ok(())
+}
+
+/// Checks every address of a backward.
+pub(super) fn check_backward(
+    plan: &BackwardPlan,
+    ordinal: usize,
+    call: &BackwardCall,
+    workspace_bytes: usize,
+) -> Result<()> {
+    let BackwardCall { inputs, forward, upstream, gradients, workspace } = call;
+    let Shape { capacity, sequences, .. } = plan.shape;
+    let (some_tokens, some_rows) = (plan.shape.tokens() > 0, sequences > 0);
+    let routed = plan.read == Read::Routed;
+    check_columns(inputs, routed, capacity)?;
+    if inputs.cu_seqlens == 0 && sequences != plan.shape.batch {
+        return Err(Error::Missing {
+            name: "cu_seqlens",
+            why: "there are not as many sequences as batch entries",
+        });
+    }
+    if upstream.cache.is_some() != plan.final_gradient {
+        let why = if plan.final_gradient {
+            "absent, and the plan was made for a call that gives it"
+        } else {
+            "not expected: the plan was made for a call without it"
+        };
+        return Err(Error::Plan { name: "gradient of the final cache", why });
+    }
+    if gradients.cache.is_some() && inputs.cache.is_none() {
+        return Err(Error::Plan {
+            name: "gradient of the initial cache",
+            why: "not expected: there is no initial cache",
+        });
+    }
+    let needed = plan.workspace_bytes();
+    if workspace_bytes < needed {
+        return Err(Error::Workspace { expected: needed, given: workspace_bytes });
+    }
+    let token = |name, address, alignment, required| Address {
+        name,
+        address,
+        alignment,
+        elements: some_tokens,
+        required,
+    };
+    let row = |name, address, alignment, required| Address {
+        name,
+        address,
+        alignment,
+        elements: some_rows,
+        required,
+    };
+    let when = |wanted: bool, address: DevicePointer| if wanted { address } else { 0 };
+    let given = !routed;
+    let arguments = [
+        token("q", inputs.q, WIDE, true),
+        token("k", inputs.k, WIDE, true),
+        token("v", inputs.v, WIDE, true),
+        token("g", inputs.g, 4, false),
+        token("beta", inputs.beta, 4, plan.delta),
+        token("lambda", when(given, inputs.lambda), 4, given),
+        row("route_slope", when(routed, inputs.slope), 4, routed),
+        row("route_bias", when(routed, inputs.bias), 4, routed),
+        token("route_logits", when(routed, inputs.logits), 4, false),
+        row("tau", when(plan.soft, inputs.tau), 4, plan.soft),
+        row("cu_seqlens", inputs.cu_seqlens, 8, false),
+        token("events", forward.events, 1, true),
+        token("drift", forward.drift, 4, plan.soft || plan.through_open),
+        token("lambda", when(routed, forward.lambda), 4, routed),
+        token("do", upstream.o, WIDE, true),
+        token("dq", gradients.q, WIDE, true),
+        token("dk", gradients.k, WIDE, true),
+        token("dv", gradients.v, WIDE, true),
+        token("dg", gradients.g, 4, false),
+        token("dbeta", gradients.beta, 4, plan.delta),
+        token("dlambda", when(given, gradients.lambda), 4, given),
+        row("droute_slope", when(routed, gradients.slope), 4, routed),
+        row("droute_bias", when(routed, gradients.bias), 4, routed),
+        token("droute_logits", when(routed, gradients.logits), 4, false),
+        row("dtau", when(plan.soft, gradients.tau), 4, plan.soft),
+        token("ddrift", when(plan.soft, gradients.drift), 4, plan.soft),
+        Address {
+            name: "workspace",
+            address: *workspace,
+            alignment: WIDE,
+            elements: needed > 0,
+            required: true,
+        },
+    ];
+    let caches = inputs.cache.into_iter().flat_map(|cache| {
+        [
+            row("cache_states", cache.states, WIDE, true),
+            row("cache_len", cache.len, 4, true),
+            row("cache_tokens", when(routed, cache.tokens), 4, routed),
+            row("cache_open", when(plan.through_open, cache.open), WIDE, plan.through_open),
+            row("cache_keys", when(routed, cache.keys), 4, routed),
+        ]
+    });
+    let cache_gradients = [upstream.cache, gradients.cache].into_iter().flatten().flat_map(|cache| {
+        [
+            row("dcache_states", cache.states, WIDE, true),
+            row("dcache_open", cache.open, WIDE, true),
+            row("dcache_keys", when(routed, cache.keys), 4, routed),
+        ]
+    });
+    for address in arguments.into_iter().chain(caches).chain(cache_gradients) {
+        check_address(&address, ordinal)?;
+    }
+    Ok(())
+}
+
+/// Checks that weights and logits have enough columns.
+fn check_columns(inputs: &RawInputs, routed: bool, capacity: usize) -> Result<()> {
+    for (name, wanted, given) in [
+        ("lambda", !routed, inputs.lambda_columns),
+        ("route_logits", routed && inputs.logits != 0, inputs.logit_columns),
+    ] {
+        if wanted && (given < capacity || given > i32::MAX as usize) {
+            let expected = format!("[B,T,HV,M] with M = {capacity} columns or more");
+            return Err(Error::Shape { name, expected, given: format!("{given} columns") });
+        }
     }
     Ok(())
 }

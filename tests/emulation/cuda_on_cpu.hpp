@@ -456,6 +456,23 @@ inline void mma_bf16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_
 inline void ldmatrix_x4(uint32_t (&r)[4], const uint16_t* row) { ldmatrix_at(-2, r, row, false); }
 inline void ldmatrix_x4_trans(uint32_t (&r)[4], const uint16_t* row) { ldmatrix_at(-3, r, row, true); }
 
+inline uint32_t transpose_8x8(uint32_t x) {
+    const unsigned self = machine.current->thread % WARP;
+    Exchange& mine = machine.warps[machine.current->thread / WARP];
+    collective(
+        -8, [&](Exchange& warp, unsigned lane) { warp.in[lane] = x; },
+        [](Exchange& warp) {
+            const auto at = [&](unsigned row, unsigned column) {
+                return uint32_t(warp.in[row * 4 + column / 2] >> 16 * (column % 2) & 0xffff);
+            };
+            for (unsigned lane = 0; lane < WARP; lane++) {
+                const unsigned row = lane / 4, column = lane % 4 * 2;
+                warp.out[lane] = at(column, row) | at(column + 1, row) << 16;
+            }
+        });
+    return uint32_t(mine.out[self]);
+}
+
 // An mbarrier: arrivals left and expected, and phases that have ended.
 struct Phases {
     uint16_t left, expected;

@@ -4,6 +4,11 @@
 #include "../../kernels/route.cu"
 #include "../../kernels/scan.cu"
 #include "../../kernels/step.cu"
+#include "../../kernels/slots.cu"
+#include "../../kernels/scan_backward.cu"
+#include "../../kernels/prepare_backward.cu"
+#include "../../kernels/group_sum.cu"
+#include "../../kernels/route_backward.cu"
 #include "../../kernels/prepare_sm90.cu"
 #include "../../kernels/scan_sm90.cu"
 // Files are compiled one by one for the device; here their names would meet.
@@ -67,6 +72,17 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN(step_delta_bf16_1_staged), RUN(step_delta_f32_1_staged);
     RUN(step_gather_gated_bf16), RUN(step_gather_gated_f32), RUN(step_gather_delta_bf16), RUN(step_gather_delta_f32);
     RUN(step_scatter_bf16), RUN(step_scatter_f32);
+    RUN(slots, 32);
+    RUN_DTYPES(scan_states_gated);
+    RUN_DTYPES(scan_states_delta);
+    RUN_DTYPES(scan_backward_gated);
+    RUN_DTYPES(scan_backward_delta);
+    RUN_DTYPES(prepare_backward_gated);
+    RUN_DTYPES(prepare_backward_delta);
+    RUN_DTYPES(group_sum);
+    RUN_DTYPES(route_backward);
+    RUN_DTYPES(route_backward_keys);
+    RUN(head_sums);
     RUN(prepare_sm90_bf16);
     RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
     RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 256), RUN(scan_sm90_128_30_2, 384);

@@ -6,7 +6,9 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use dla::check::Recipe;
-use dla::cuda::{self, Call, Engine, Memory, Plan, RawCache, RawInputs, RawOutputs};
+use dla::cuda::{
+    self, Call, Engine, Memory, Plan, RawCache, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream,
+};
 use dla::events::EXTEND;
 use dla::{Buffer, Dtype, Read, Recurrence, Shape, Stage};
 use half::{bf16, f16};
@@ -16,7 +18,7 @@ use rand_distr::StandardNormal;
 use rayon::prelude::*;
 use serde::Serialize;
 
-use super::{Args, DtypeArg, name};
+use super::{Args, DtypeArg, Pass, name};
 use crate::common::Common;
 use crate::output::Output;
 
@@ -245,7 +247,92 @@ fn measure(
         }
     }
     rows.push(row("all", median(whole), floors.all_ms));
+    if args.pass == Pass::Forward {
+        return Ok(rows);
+    }
+
+    // The final cache has no gradient; the initial one, there is none.
+    let plan = engine.plan_backward(&Call { final_cache: false, ..call })?;
+    let backward_workspace = engine.allocate(plan.workspace_bytes())?;
+    let d_o = upload(engine, shape.tokens(), value_heads * dv, dtype, &|token, out| {
+        let mut rng = StdRng::seed_from_u64(args.seed ^ (9 << 48) ^ token as u64);
+        out.iter_mut().for_each(|x| *x = rng.sample(StandardNormal));
+    })?;
+    let gradients = GradientArrays::new(engine, &shape, dtype, recipe)?;
+    let forward = RawForward {
+        events: results.outputs.events,
+        drift: results.outputs.drift,
+        lambda: results.outputs.lambda,
+    };
+    let upstream = RawUpstream { o: d_o.address(), cache: None };
+    let backward = |set: usize| {
+        let inputs = &sets[set % SETS].inputs;
+        let workspace = (backward_workspace.address(), backward_workspace.bytes());
+        // SAFETY: as `launch`; the forward before it was of the same inputs.
+        unsafe { engine.launch_backward(&plan, inputs, &forward, &upstream, &gradients.gradients, workspace) }
+    };
+    let (mut alone, mut both) = (Vec::new(), Vec::new());
+    for repeat in 0..=usize::from(args.repeats) {
+        launch(repeat, None)?;
+        engine.fill(&flush, repeat as u8)?;
+        clock.start(engine)?;
+        backward(repeat)?;
+        clock.stop(engine)?;
+        let ms = clock.ms()?;
+        engine.fill(&flush, repeat as u8)?;
+        clock.start(engine)?;
+        launch(repeat + 1, None)?;
+        backward(repeat + 1)?;
+        clock.stop(engine)?;
+        // The first call is not counted.
+        if repeat > 0 {
+            alone.push(ms);
+            both.push(clock.ms()?);
+        }
+    }
+    let peak_mb = workspace.bytes().max(backward_workspace.bytes()) as f64 * 1e-6;
+    let both_row =
+        |stage, ms, floor_ms| Row { pass: "forward_backward", peak_mb, ..row(stage, ms, floor_ms) };
+    rows.push(both_row("backward", median(alone), floors.backward_ms));
+    rows.push(both_row("all", median(both), floors.all_ms + floors.backward_ms));
     Ok(rows)
+}
+
+/// Gradients of a call's arguments on the GPU.
+struct GradientArrays {
+    /// Held for its memory.
+    _arrays: Vec<Memory>,
+    gradients: RawGradients,
+}
+
+impl GradientArrays {
+    fn new(engine: &Engine, shape: &Shape, dtype: Dtype, recipe: &Recipe) -> anyhow::Result<Self> {
+        let per_token = shape.tokens() * shape.value_heads;
+        let keys = shape.tokens() * shape.heads * shape.dk * dtype.bytes();
+        let mut arrays = Vec::new();
+        let mut room = |wanted: bool, bytes: usize| {
+            if !wanted {
+                return anyhow::Ok(0);
+            }
+            let memory = engine.allocate(bytes)?;
+            let address = memory.address();
+            arrays.push(memory);
+            anyhow::Ok(address)
+        };
+        let routed = recipe.options.read == Read::Routed;
+        let gradients = RawGradients {
+            q: room(true, keys)?,
+            k: room(true, keys)?,
+            v: room(true, per_token * shape.dv * dtype.bytes())?,
+            g: room(true, 4 * per_token)?,
+            beta: room(recipe.options.recurrence == Recurrence::GatedDelta, 4 * per_token)?,
+            lambda: room(!routed, 4 * per_token * shape.capacity)?,
+            slope: room(routed, 4 * shape.value_heads)?,
+            bias: room(routed, 4 * shape.value_heads)?,
+            ..RawGradients::default()
+        };
+        Ok(GradientArrays { _arrays: arrays, gradients })
+    }
 }
 
 /// Read and written GB/s of a copy on the GPU.
@@ -271,6 +358,8 @@ pub fn copy_gb_s(engine: &Engine) -> anyhow::Result<f64> {
 struct Floors {
     stages_ms: [f64; 4],
     all_ms: f64,
+    /// Of the backward: every product of the forward has two adjoints.
+    backward_ms: f64,
     peak_mb: f64,
 }
 
@@ -303,6 +392,10 @@ impl Floors {
             all_ms: ms(
                 rows * (read + intra + write),
                 2.0 * q + 2.0 * v + 2.0 * per_token + beta + lambda + rows,
+            ),
+            backward_ms: ms(
+                2.0 * rows * (read + intra + write),
+                4.0 * q + 3.0 * v + 2.0 * (per_token + beta + lambda) + rows,
             ),
             peak_mb: plan.workspace_bytes() as f64 * 1e-6,
         }
@@ -493,19 +586,20 @@ fn text(report: &Report) -> String {
     );
     let _ = writeln!(
         text,
-        "{:<22} {:<6} {:>3} {:>5} {:<8} {:<7} {:<8} {:>9} {:>9} {:>6} {:>8}",
-        "size", "rec.", "M", "rate", "merge", "read", "stage", "ms", "floor ms", "share", "peak MB"
+        "{:<22} {:<6} {:>3} {:>5} {:<8} {:<7} {:<16} {:<8} {:>9} {:>9} {:>6} {:>8}",
+        "size", "rec.", "M", "rate", "merge", "read", "pass", "stage", "ms", "floor ms", "share", "peak MB"
     );
     for row in &report.bench {
         let _ = writeln!(
             text,
-            "{:<22} {:<6} {:>3} {:>5.2} {:<8} {:<7} {:<8} {:>9.4} {:>9.4} {:>5.0}% {:>8.0}",
+            "{:<22} {:<6} {:>3} {:>5.2} {:<8} {:<7} {:<16} {:<8} {:>9.4} {:>9.4} {:>5.0}% {:>8.0}",
             row.size,
             row.recurrence,
             row.capacity,
             row.boundary_rate,
             row.merge,
             row.read,
+            row.pass,
             row.stage,
             row.ms,
             row.floor_ms,

@@ -29,13 +29,14 @@ use crate::output::Output;
 /// matrix-product rate of the same machine in the same run. A stage's milliseconds are its share of the
 /// threads' time, of the median call's wall time: the stages add up to the call.
 ///
-/// On a GPU the forward alone, by the GPU's own clock: medians of calls whose inputs alternate between two sets, L2
-/// flushed before each; every stage by itself, and the call as it is made, stages side by side.
+/// On a GPU by the GPU's own clock: medians of calls whose inputs alternate between two sets, L2 flushed before each;
+/// every stage of the forward by itself, and the call as it is made, stages side by side; with `--pass
+/// forward_backward` also the backward, and the two one after the other.
 #[derive(Debug, clap::Args)]
 #[command(args_conflicts_with_subcommands = true)]
 pub struct Args {
     #[command(subcommand)]
-    pass: Option<Pass>,
+    other: Option<Other>,
     /// What computes
     #[arg(long, value_enum, default_value_t)]
     device: Device,
@@ -69,6 +70,9 @@ pub struct Args {
     /// On a GPU: dense bf16 matrix product that floors are taken from, in TFLOP/s; it is not measured here
     #[arg(long, value_name = "X", default_value_t = 790.0)]
     matmul_tflop_s: f64,
+    /// On a GPU: what is timed
+    #[arg(long, value_enum, default_value_t)]
+    pass: Pass,
     /// Share of tokens that open a slot: 1 draws every token by itself, less repeats tokens with noise
     #[arg(long, value_name = "R", default_value_t = 1.0)]
     boundary_rate: f64,
@@ -88,7 +92,7 @@ pub struct Args {
 
 /// What else there is to time.
 #[derive(Debug, clap::Subcommand)]
-enum Pass {
+enum Other {
     Decode(decode::Args),
 }
 
@@ -109,6 +113,15 @@ impl From<DtypeArg> for Dtype {
             DtypeArg::F16 => Dtype::F16,
         }
     }
+}
+
+/// `--pass`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, clap::ValueEnum)]
+#[value(rename_all = "snake_case")]
+enum Pass {
+    #[default]
+    Forward,
+    ForwardBackward,
 }
 
 /// `--size`: the sizes at which kernels are compared.
@@ -349,7 +362,7 @@ struct WallTimes {
 
 /// Runs the subcommand.
 pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
-    if let Some(Pass::Decode(args)) = &args.pass {
+    if let Some(Other::Decode(args)) = &args.other {
         return decode::run(args, common);
     }
     let gpu = match args.device {

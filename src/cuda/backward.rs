@@ -1,0 +1,840 @@
+//! The backward: the adjoints of scan -> prepare -> route -> segment, a group of sequences at a time and of that a window
+//! of chunks at a time, from the last to the first. Memory is bounded by a budget, not by T: states before the windows
+//! are kept sparsely and computed again (checkpoints.rs).
+//!
+//! Knows no device: [`Backward::run`] hands every launch to a [`Launcher`], the driver's (launch.rs) or the emulator's
+//! (tests/kernels_on_cpu.rs).
+
+use super::abi::{
+    BANK_PLACES_BYTES, DevicePointer, DriftBackwardParams, Extents, Geometry, GroupSumParams, HeadSumsParams,
+    PrepareBackwardParams, PrepareParams, RouteBackwardParams, RouteSumsParams, ScanBackwardParams,
+    ScanStatesParams, SegmentBackwardParams, SegmentStatesParams, SlotsParams, THREADS,
+};
+use super::checkpoints::{self, Step};
+use super::plan::Call;
+use super::raw::{RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawUpstream};
+use super::workspace::ALIGNMENT;
+use crate::error::Result;
+use crate::options::{Read, Recurrence, SlotOrder, Soft};
+use crate::problem::Shape;
+use crate::tensor::Dtype;
+use std::ops::Range;
+
+/// Bytes of workspace that a backward keeps within, where the least that it needs allows.
+pub const BUDGET: usize = 480_000_000;
+
+/// Most chunks of a window.
+const MOST_CHUNKS: usize = 16;
+
+/// Places for states that a backward has at least, where it has as many windows.
+const FEWEST_PLACES: usize = 4;
+
+/// The kernels of the backward.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum BackwardKernel {
+    /// events -> slots at every chunk's entry.
+    Slots,
+    /// k -> sums of keys within chunks.
+    RouteSums,
+    /// k -> sums of keys before chunks.
+    RouteBases,
+    /// P and, delta rule, Qt, W, Kh.
+    Prepare,
+    /// The bank, carried forward.
+    ScanStates,
+    /// The adjoint of scan.
+    ScanBackward,
+    /// The adjoint of prepare.
+    PrepareBackward,
+    /// Gradients of q and k of the value heads, summed.
+    GroupSum,
+    /// dV -> the drift's gradient.
+    DriftBackward,
+    /// The adjoint of route, but for what passes from chunk to chunk.
+    RouteBackward,
+    /// What passes from chunk to chunk.
+    RouteBackwardKeys,
+    /// Sums over all chunks.
+    HeadSums,
+    /// R before chunks.
+    SegmentStates,
+    /// The adjoint of segment, in four.
+    SegmentScalars,
+    /// Of R from chunk to chunk.
+    SegmentOpenBackward,
+    /// Of k, v and g.
+    SegmentBackward,
+    /// Of the decay since R's newest token.
+    SegmentLogBackward,
+}
+
+impl BackwardKernel {
+    /// File that it is in.
+    pub fn stage(self) -> &'static str {
+        use BackwardKernel::*;
+        match self {
+            Slots => "slots",
+            RouteSums | RouteBases => "route",
+            Prepare => "prepare",
+            ScanStates | ScanBackward => "scan_backward",
+            PrepareBackward => "prepare_backward",
+            GroupSum | HeadSums => "group_sum",
+            DriftBackward | SegmentStates | SegmentScalars | SegmentOpenBackward | SegmentBackward
+            | SegmentLogBackward => "segment_backward",
+            RouteBackward | RouteBackwardKeys => "route_backward",
+        }
+    }
+
+    /// Name.
+    pub fn name(self, delta: bool, dtype: Dtype) -> String {
+        use BackwardKernel::*;
+        let recurrence = if delta { "delta" } else { "gated" };
+        match self {
+            Slots => "slots".to_owned(),
+            HeadSums => "head_sums".to_owned(),
+            RouteBackwardKeys => "route_backward_keys".to_owned(),
+            SegmentLogBackward => "segment_log_backward".to_owned(),
+            Prepare => format!("prepare_{recurrence}_{dtype}"),
+            ScanStates => format!("scan_states_{recurrence}_{dtype}"),
+            ScanBackward => format!("scan_backward_{recurrence}_{dtype}"),
+            PrepareBackward => format!("prepare_backward_{recurrence}_{dtype}"),
+            RouteSums => format!("route_sums_{dtype}"),
+            RouteBases => format!("route_bases_{dtype}"),
+            GroupSum => format!("group_sum_{dtype}"),
+            DriftBackward => format!("drift_backward_{dtype}"),
+            RouteBackward => format!("route_backward_{dtype}"),
+            SegmentStates => format!("segment_states_{dtype}"),
+            SegmentScalars => format!("segment_scalars_{dtype}"),
+            SegmentOpenBackward => format!("segment_open_backward_{dtype}"),
+            SegmentBackward => format!("segment_backward_{dtype}"),
+        }
+    }
+
+    /// Threads of a block.
+    pub fn threads(self) -> u32 {
+        if self == BackwardKernel::Slots { 32 } else { THREADS }
+    }
+
+    /// Shared memory of a block.
+    pub fn shared_bytes(self, g: &Geometry) -> usize {
+        use BackwardKernel::*;
+        match self {
+            Slots => 0,
+            RouteSums => g.route_sums_shared_bytes(),
+            RouteBases => g.route_bases_shared_bytes(),
+            Prepare => g.prepare_shared_bytes(),
+            ScanStates => g.scan_states_shared_bytes(),
+            ScanBackward => g.scan_backward_shared_bytes(),
+            PrepareBackward => g.prepare_backward_shared_bytes(),
+            GroupSum => 0,
+            HeadSums => g.head_sums_shared_bytes(),
+            _ => 0,
+        }
+    }
+}
+
+/// What launches kernels.
+pub trait Launcher {
+    /// Launches a kernel with its one parameter, the struct `params`. A grid without blocks is no launch.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn launch<P>(&mut self, kernel: BackwardKernel, blocks: usize, params: &P) -> Result<()>;
+
+    /// Zeros memory.
+    ///
+    /// # Errors
+    /// What the device says.
+    fn zero(&mut self, at: DevicePointer, bytes: usize) -> Result<()>;
+}
+
+/// Where the arrays of the workspace stand, in bytes from its beginning. An array that the call does not need has no
+/// bytes. Chunks, windows and rows are those of the largest group.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+struct Layout {
+    chunk_len: usize,
+    chunk_starts: usize,
+    key_sums: usize,
+    key_bases: usize,
+    key_factors: usize,
+    slope_sums: usize,
+    bias_sums: usize,
+    tau_sums: usize,
+    /// A window's, as its kernels leave it for each other (abi.cuh).
+    p: usize,
+    qt: usize,
+    w: usize,
+    kh: usize,
+    entries: usize,
+    d_qt: usize,
+    d_kh: usize,
+    d_w: usize,
+    d_kd: usize,
+    d_weights: usize,
+    d_total: usize,
+    d_v: usize,
+    d_q: usize,
+    d_k: usize,
+    d_slots: usize,
+    key_bank: usize,
+    exits: usize,
+    open: usize,
+    open_log: usize,
+    scalars: usize,
+    d_open: usize,
+    scratch: usize,
+    /// From window to window: adjoints of the states, the key sums, and R.
+    d_bank: usize,
+    d_keys: usize,
+    d_carried: usize,
+    d_carried_scalars: usize,
+    /// R before every window.
+    opens: usize,
+    open_logs: usize,
+    /// Banks for states before windows.
+    banks: usize,
+    bytes: usize,
+}
+
+/// A backward's schedule, scalars and workspace.
+#[derive(Debug, Clone)]
+pub struct Backward {
+    /// Of one group at most.
+    geometry: Geometry,
+    shape: Shape,
+    dtype: Dtype,
+    /// Sequences of a group.
+    group: usize,
+    /// Chunks of a window, and windows.
+    chunks: usize,
+    windows: usize,
+    /// Places for states before windows.
+    places: usize,
+    routed: bool,
+    soft: Option<Soft>,
+    /// Whether R has an adjoint.
+    through_open: bool,
+    newest_first: bool,
+    qk_l2norm: bool,
+    scale: f32,
+    layout: Layout,
+}
+
+impl Backward {
+    /// The backward of a call on a card of `processors` multiprocessors, within `budget` bytes of workspace if that is
+    /// possible; `call.final_cache`: whether the final cache has a gradient. `None` where the workspace would be of more
+    /// bytes than there are addresses.
+    pub fn new(call: &Call<'_>, processors: usize, budget: usize) -> Option<Backward> {
+        let Call { options, shape, dtype, final_cache } = *call;
+        let delta = options.recurrence == Recurrence::GatedDelta;
+        let geometry = |sequences: usize| Geometry {
+            parts: if dtype == Dtype::Bf16 { 1 } else { 2 },
+            sequences,
+            tokens: if shape.sequences == shape.batch { sequences * shape.time } else { shape.tokens() },
+            heads: shape.heads,
+            value_heads: shape.value_heads,
+            dk: shape.dk,
+            dv: shape.dv,
+            capacity: shape.capacity,
+            delta,
+        };
+        let group = group(shape.sequences, geometry(1).rows() * geometry(1).slices(), processors);
+        let geometry = geometry(group);
+        let chunk = geometry.chunk();
+        let all_chunks = shape.time.div_ceil(chunk).max(1);
+        let mut backward = Backward {
+            geometry,
+            shape,
+            dtype,
+            group,
+            chunks: 1,
+            windows: all_chunks,
+            places: 1,
+            routed: options.read == Read::Routed,
+            soft: options.soft,
+            through_open: final_cache || options.soft.is_some_and(|soft| soft.through_drift),
+            newest_first: options.slot_order == SlotOrder::NewestFirst,
+            qk_l2norm: options.qk_l2norm,
+            scale: options.scale.unwrap_or_else(|| (1.0 / (shape.dk as f64).sqrt()) as f32),
+            layout: Layout::default(),
+        };
+        // Of all lengths of a window the one that leaves the least to be computed again, within the budget; where none
+        // is within it, the one that takes the least memory.
+        let mut best: Option<(bool, usize, Backward)> = None;
+        for chunks in 1..=MOST_CHUNKS.min(all_chunks) {
+            backward.chunks = chunks;
+            backward.windows = all_chunks.div_ceil(chunks);
+            backward.places = 0;
+            let without = backward.lay_out()?.bytes;
+            let bank = geometry.bank_bytes().max(1);
+            let most = (backward.windows - 1).max(1);
+            backward.places = (budget.saturating_sub(without) / bank).clamp(FEWEST_PLACES.min(most), most);
+            backward.layout = backward.lay_out()?;
+            let over = backward.layout.bytes > budget;
+            let swept = chunks * checkpoints::cost(backward.windows, backward.places);
+            let score = if over { backward.layout.bytes } else { swept };
+            let better = best.as_ref().is_none_or(|(was_over, was, _)| (over, score) < (*was_over, *was));
+            if better {
+                best = Some((over, score, backward.clone()));
+            }
+        }
+        best.map(|(_, _, backward)| backward)
+    }
+
+    /// Bytes of workspace.
+    pub fn workspace_bytes(&self) -> usize {
+        self.layout.bytes
+    }
+
+    /// Extents of a group, for shared memory.
+    pub fn geometry(&self) -> &Geometry {
+        &self.geometry
+    }
+
+    /// Kernels that a run launches.
+    pub fn kernels(&self) -> Vec<BackwardKernel> {
+        use BackwardKernel::*;
+        let mut kernels = vec![Slots, Prepare, ScanStates, ScanBackward, PrepareBackward, GroupSum];
+        if self.routed {
+            kernels.extend([RouteSums, RouteBases]);
+        }
+        kernels
+    }
+
+    /// Whether sequences are packed. One sequence of all tokens is not, whatever says so.
+    fn packed(&self) -> bool {
+        self.shape.sequences != self.shape.batch
+    }
+
+    /// Tokens of a window.
+    fn window(&self) -> usize {
+        self.chunks * self.geometry.chunk()
+    }
+
+    fn lay_out(&self) -> Option<Layout> {
+        let g = &self.geometry;
+        let mut layout = Layout::default();
+        let mut take = |wanted: bool, factors: &[usize]| -> Option<usize> {
+            let at = layout.bytes;
+            let bytes = if wanted {
+                factors.iter().try_fold(1usize, |product, &factor| product.checked_mul(factor))?
+            } else {
+                0
+            };
+            layout.bytes = at.checked_add(bytes)?.checked_next_multiple_of(ALIGNMENT)?;
+            Some(at)
+        };
+        let (all, rows, heads, chunk, parts) = (g.chunks(), g.rows(), g.value_heads, g.chunk(), g.parts);
+        let (width, slices, capacity) = (g.padded_dk(), g.slices(), g.capacity);
+        let places = self.group.checked_mul(self.chunks)?;
+        let (soft, open, routed) = (self.soft.is_some(), self.through_open, self.routed);
+        let always = true;
+        let chunk_len = take(always, &[4, all, heads])?;
+        let chunk_starts = take(always, &[4, all, heads, capacity])?;
+        let key_sums = take(routed, &[4, all, g.heads, chunk / 8, g.dk])?;
+        let key_bases = take(routed, &[8, all, g.heads, g.dk])?;
+        let key_factors = take(routed && self.qk_l2norm, &[4, g.tokens, g.heads])?;
+        let slope_sums = take(routed, &[8, all, heads])?;
+        let bias_sums = take(routed, &[8, all, heads])?;
+        let tau_sums = take(soft, &[8, all, heads])?;
+        let p = take(always, &[2, places, heads, parts, chunk, chunk])?;
+        let prepared = [2, places, heads, parts, chunk, width];
+        let qt = take(g.delta, &prepared)?;
+        let w = take(g.delta, &prepared)?;
+        let kh = take(g.delta, &prepared)?;
+        let entries = take(always, &[16, places, heads, slices, capacity, width / 16, parts, 32])?;
+        let partial = [4, slices, places, heads, chunk, width];
+        let d_qt = take(always, &partial)?;
+        let d_kh = take(always, &partial)?;
+        let d_w = take(g.delta, &partial)?;
+        let d_kd = take(g.delta, &partial)?;
+        let d_weights = take(always, &[4, slices, places, heads, chunk, capacity])?;
+        let d_total = take(always, &[8, slices, places, heads])?;
+        let d_v = take(soft || open, &[4, places, heads, chunk, g.dv])?;
+        let d_q = take(always, &[4, places, heads, chunk, g.dk])?;
+        let d_k = take(always, &[4, places, heads, chunk, g.dk])?;
+        let d_slots = take(routed, &[4, places, heads, chunk, capacity])?;
+        let key_bank = take(routed, &[4, places, heads, capacity, g.dk])?;
+        let exits = take(routed, &[places, heads, 64 + chunk])?;
+        let state = g.dk.checked_mul(g.dv)?;
+        let open_bytes = [4, places, heads, state];
+        let open_at = take(open, &open_bytes)?;
+        let open_log = take(open, &[8, places, heads])?;
+        let scalars = take(open, &[8, places, heads, 8 * chunk + 8])?;
+        let d_open = take(open, &open_bytes)?;
+        let scratch = take(always, &[g.scan_backward_scratch_bytes()])?;
+        let bank = [rows, slices, 64 * capacity * width + BANK_PLACES_BYTES];
+        let d_bank = take(always, &bank)?;
+        let d_keys = take(routed, &[4, rows, capacity, g.dk])?;
+        let d_carried = take(open, &[4, rows, state])?;
+        let d_carried_scalars = take(open, &[8, rows, 4])?;
+        let opens = take(open, &[4, rows, self.windows, state])?;
+        let open_logs = take(open, &[8, rows, self.windows])?;
+        let banks = take(always, &[self.places, bank[0], bank[1], bank[2]])?;
+        let bytes = layout.bytes;
+        Some(Layout {
+            chunk_len,
+            chunk_starts,
+            key_sums,
+            key_bases,
+            key_factors,
+            slope_sums,
+            bias_sums,
+            tau_sums,
+            p,
+            qt,
+            w,
+            kh,
+            entries,
+            d_qt,
+            d_kh,
+            d_w,
+            d_kd,
+            d_weights,
+            d_total,
+            d_v,
+            d_q,
+            d_k,
+            d_slots,
+            key_bank,
+            exits,
+            open: open_at,
+            open_log,
+            scalars,
+            d_open,
+            scratch,
+            d_bank,
+            d_keys,
+            d_carried,
+            d_carried_scalars,
+            opens,
+            open_logs,
+            banks,
+            bytes,
+        })
+    }
+
+    /// Launches everything. All addresses have been checked.
+    ///
+    /// # Errors
+    /// What the launcher says.
+    pub fn run(&self, call: &BackwardCall, launcher: &mut impl Launcher) -> Result<()> {
+        let sequences = self.shape.sequences;
+        let mut first = 0;
+        while first < sequences || first == 0 {
+            let count = self.group.min(sequences - first);
+            Pass::new(self, call, first, count).run(launcher)?;
+            first += count.max(1);
+        }
+        Ok(())
+    }
+}
+
+/// Sequences of a group: as few as leave no more than a seventh of the card's time unused, `blocks` of which it computes
+/// at once for a sequence.
+fn group(sequences: usize, blocks: usize, processors: usize) -> usize {
+    let busy = |group: usize| {
+        let blocks = group * blocks.max(1);
+        blocks as f64 / (blocks.div_ceil(processors.max(1)) * processors.max(1)) as f64
+    };
+    let most = sequences.clamp(1, (4 * processors.max(1)).div_ceil(blocks.max(1)));
+    let mut best = 1;
+    for group in 1..=most {
+        if busy(group) > busy(best) + 1e-9 {
+            best = group;
+        }
+        if busy(best) > 0.86 {
+            break;
+        }
+    }
+    best
+}
+
+/// Addresses of one backward.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct BackwardCall {
+    /// Arguments of the forward.
+    pub inputs: RawInputs,
+    /// What the forward left.
+    pub forward: RawForward,
+    /// Gradients of the results.
+    pub upstream: RawUpstream,
+    /// Gradients of the arguments.
+    pub gradients: RawGradients,
+    /// Workspace.
+    pub workspace: DevicePointer,
+}
+
+/// A group of sequences: its own addresses.
+struct Pass<'a> {
+    plan: &'a Backward,
+    geometry: Geometry,
+    extents: Extents,
+    inputs: RawInputs,
+    forward: RawForward,
+    upstream: RawUpstream,
+    gradients: RawGradients,
+    initial: RawCache,
+    final_gradient: RawCacheGradients,
+    initial_gradient: RawCacheGradients,
+    lambda: DevicePointer,
+    lambda_columns: usize,
+    workspace: DevicePointer,
+    first: bool,
+}
+
+/// `address` moved on by `elements` of `bytes` bytes; null stays null.
+fn on(address: DevicePointer, elements: usize, bytes: usize) -> DevicePointer {
+    if address == 0 { 0 } else { address + (elements * bytes) as u64 }
+}
+
+impl<'a> Pass<'a> {
+    fn new(plan: &'a Backward, call: &BackwardCall, first: usize, sequences: usize) -> Self {
+        let Shape { time, heads, value_heads, dk, dv, capacity, .. } = plan.shape;
+        let bytes = plan.dtype.bytes();
+        // Packed, all tokens are everybody's; else a sequence's tokens are its own.
+        let tokens = if plan.packed() { 0 } else { first * time };
+        let rows = first * value_heads;
+        let key = |x| on(x, tokens * heads * dk, bytes);
+        let value = |x| on(x, tokens * value_heads * dv, bytes);
+        let scalar = |x, size| on(x, tokens * value_heads, size);
+        let columns = |x, columns: usize| on(x, tokens * value_heads * columns, 4);
+        let cache = |x: RawCache| RawCache {
+            states: on(x.states, rows * capacity * dk * dv, 4),
+            len: on(x.len, rows, 4),
+            tokens: on(x.tokens, rows * capacity, 4),
+            drift: on(x.drift, rows * capacity, 4),
+            open: on(x.open, rows * dk * dv, 4),
+            keys: on(x.keys, rows * capacity * dk, 4),
+        };
+        let cache_gradients = |x: RawCacheGradients| RawCacheGradients {
+            states: on(x.states, rows * capacity * dk * dv, 4),
+            open: on(x.open, rows * dk * dv, 4),
+            keys: on(x.keys, rows * capacity * dk, 4),
+        };
+        let BackwardCall { inputs, forward, upstream, gradients, workspace } = *call;
+        let inputs = RawInputs {
+            q: key(inputs.q),
+            k: key(inputs.k),
+            v: value(inputs.v),
+            g: scalar(inputs.g, 4),
+            beta: scalar(inputs.beta, 4),
+            lambda: columns(inputs.lambda, inputs.lambda_columns),
+            logits: columns(inputs.logits, inputs.logit_columns),
+            cu_seqlens: on(inputs.cu_seqlens, first, 8),
+            cache: inputs.cache.map(cache),
+            ..inputs
+        };
+        let forward = RawForward {
+            events: scalar(forward.events, 1),
+            drift: scalar(forward.drift, 4),
+            lambda: columns(forward.lambda, capacity),
+        };
+        let upstream = RawUpstream { o: value(upstream.o), cache: upstream.cache.map(cache_gradients) };
+        let gradients = RawGradients {
+            q: key(gradients.q),
+            k: key(gradients.k),
+            v: value(gradients.v),
+            g: scalar(gradients.g, 4),
+            beta: scalar(gradients.beta, 4),
+            lambda: columns(gradients.lambda, inputs.lambda_columns),
+            logits: columns(gradients.logits, inputs.logit_columns),
+            drift: scalar(gradients.drift, 4),
+            cache: gradients.cache.map(cache_gradients),
+            ..gradients
+        };
+        let (lambda, lambda_columns) =
+            if plan.routed { (forward.lambda, capacity) } else { (inputs.lambda, inputs.lambda_columns) };
+        let packed = plan.packed();
+        let geometry = Geometry {
+            sequences,
+            tokens: if packed { plan.geometry.tokens } else { sequences * time },
+            ..plan.geometry
+        };
+        let extents = Extents {
+            cu_seqlens: if packed { inputs.cu_seqlens } else { 0 },
+            sequences: sequences as i64,
+            time: time as i64,
+            heads: heads as i32,
+            value_heads: value_heads as i32,
+            dk: dk as i32,
+            dv: dv as i32,
+            capacity: capacity as i32,
+            newest_first: plan.newest_first.into(),
+        };
+        Pass {
+            plan,
+            geometry,
+            extents,
+            inputs,
+            forward,
+            upstream,
+            gradients,
+            initial: inputs.cache.unwrap_or_default(),
+            final_gradient: upstream.cache.unwrap_or_default(),
+            initial_gradient: gradients.cache.unwrap_or_default(),
+            lambda,
+            lambda_columns,
+            workspace,
+            first: first == 0,
+        }
+    }
+
+    fn at(&self, offset: usize) -> DevicePointer {
+        self.workspace + offset as u64
+    }
+
+    fn bank(&self, place: usize) -> DevicePointer {
+        self.at(self.plan.layout.banks + place * self.plan.geometry.bank_bytes())
+    }
+
+    /// The tokens of windows `first..last`.
+    fn tokens(&self, windows: Range<usize>) -> Range<usize> {
+        let window = self.plan.window();
+        windows.start * window..windows.end * window
+    }
+
+    fn window_places(&self, window: &Range<usize>) -> usize {
+        self.geometry.window_places(self.plan.shape.time, window.start, window.end)
+    }
+
+    /// Blocks of a kernel that has one for every place of a window and value head.
+    fn window_blocks(&self, window: &Range<usize>) -> usize {
+        self.geometry.window_blocks(self.window_places(window))
+    }
+
+    fn scan_blocks(&self) -> usize {
+        self.geometry.rows() * self.geometry.slices()
+    }
+
+    fn run(&self, launcher: &mut impl Launcher) -> Result<()> {
+        self.slots(launcher)?;
+        if self.plan.routed {
+            self.route_sums(launcher)?;
+        }
+        let Shape { dk, dv, .. } = self.plan.shape;
+        if !self.plan.through_open && self.initial_gradient.open != 0 {
+            launcher.zero(self.initial_gradient.open, self.geometry.rows() * dk * dv * 4)?;
+        }
+        let (windows, places) = (self.plan.windows, self.plan.places);
+        checkpoints::walk(windows, places, &mut |step| match step {
+            Step::Advance { from, to, first, last } => self.advance(from, to, first..last, launcher),
+            Step::Reverse { from, window } => self.reverse(from, window, launcher),
+        })?;
+        Ok(())
+    }
+
+    /// events -> the slots at every chunk's entry.
+    fn slots(&self, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let params = SlotsParams {
+            extents: self.extents,
+            events: self.forward.events,
+            initial_len: self.initial.len,
+            chunk_len: self.at(layout.chunk_len),
+            chunk_starts: self.at(layout.chunk_starts),
+            chunk: self.geometry.chunk() as i32,
+            reserved: 0,
+        };
+        launcher.launch(BackwardKernel::Slots, self.geometry.rows(), &params)
+    }
+
+    /// k -> sums of keys, as route takes them.
+    fn route_sums(&self, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let params = RouteSumsParams {
+            extents: self.extents,
+            k: self.inputs.k,
+            sums: self.at(layout.key_sums),
+            bases: self.at(layout.key_bases),
+            key_factors: if self.plan.qk_l2norm { self.at(layout.key_factors) } else { 0 },
+            qk_l2norm: self.plan.qk_l2norm.into(),
+            reserved: 0,
+        };
+        launcher.launch(BackwardKernel::RouteSums, self.geometry.route_sums_blocks(), &params)?;
+        launcher.launch(BackwardKernel::RouteBases, self.geometry.route_bases_blocks(), &params)
+    }
+
+    /// q, k, g, beta -> P and, delta rule, Qt, W, Kh of a window.
+    fn prepare(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let params = PrepareParams {
+            extents: self.extents,
+            q: self.inputs.q,
+            k: self.inputs.k,
+            g: self.inputs.g,
+            beta: self.inputs.beta,
+            p: self.at(layout.p),
+            qt: self.at(layout.qt),
+            w: self.at(layout.w),
+            kh: self.at(layout.kh),
+            from: window.start as i64,
+            to: window.end as i64,
+            scale: self.plan.scale,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+        };
+        launcher.launch(BackwardKernel::Prepare, self.window_blocks(window), &params)
+    }
+
+    fn scan_states(
+        &self,
+        from: Option<usize>,
+        to: usize,
+        window: &Range<usize>,
+        entries: DevicePointer,
+        launcher: &mut impl Launcher,
+    ) -> Result<()> {
+        let layout = &self.plan.layout;
+        let params = ScanStatesParams {
+            extents: self.extents,
+            k: self.inputs.k,
+            v: self.inputs.v,
+            g: self.inputs.g,
+            events: self.forward.events,
+            chunk_len: self.at(layout.chunk_len),
+            w: self.at(layout.w),
+            kh: self.at(layout.kh),
+            initial_len: self.initial.len,
+            initial_states: self.initial.states,
+            source: from.map_or(0, |place| self.bank(place)),
+            bank: self.bank(to),
+            entries,
+            from: window.start as i64,
+            to: window.end as i64,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+            reserved: 0,
+        };
+        launcher.launch(BackwardKernel::ScanStates, self.scan_blocks(), &params)
+    }
+
+    /// Carries the states over windows.
+    fn advance(
+        &self,
+        from: Option<usize>,
+        to: usize,
+        windows: Range<usize>,
+        launcher: &mut impl Launcher,
+    ) -> Result<()> {
+        if !self.geometry.delta {
+            return self.scan_states(from, to, &self.tokens(windows), 0, launcher);
+        }
+        // W and Kh are there for a window at a time.
+        let mut from = from;
+        for window in windows {
+            let window = self.tokens(window..window + 1);
+            self.prepare(&window, launcher)?;
+            self.scan_states(from, to, &window, 0, launcher)?;
+            from = Some(to);
+        }
+        Ok(())
+    }
+
+    /// The adjoint of a window.
+    fn reverse(&self, from: Option<usize>, window: usize, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let tokens = self.tokens(window..window + 1);
+        self.prepare(&tokens, launcher)?;
+        self.scan_states(from, from.unwrap_or(0), &tokens, self.at(layout.entries), launcher)?;
+        self.scan_backward(&tokens, launcher)?;
+        self.prepare_backward(&tokens, launcher)?;
+        self.group_sum(&tokens, launcher)
+    }
+
+    fn scan_backward(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let in_f32 = self.plan.soft.is_some() || self.plan.through_open;
+        let params = ScanBackwardParams {
+            extents: self.extents,
+            q: self.inputs.q,
+            k: self.inputs.k,
+            v: self.inputs.v,
+            g: self.inputs.g,
+            d_o: self.upstream.o,
+            events: self.forward.events,
+            lambda: self.lambda,
+            chunk_len: self.at(layout.chunk_len),
+            p: self.at(layout.p),
+            qt: self.at(layout.qt),
+            w: self.at(layout.w),
+            kh: self.at(layout.kh),
+            initial_len: self.initial.len,
+            entries: self.at(layout.entries),
+            scratch: self.at(layout.scratch),
+            d_bank: self.at(layout.d_bank),
+            final_states: self.final_gradient.states,
+            initial_gradient: self.initial_gradient.states,
+            d_qt: self.at(layout.d_qt),
+            d_kh: self.at(layout.d_kh),
+            d_w: self.at(layout.d_w),
+            d_kd: self.at(layout.d_kd),
+            d_weights: self.at(layout.d_weights),
+            d_total: self.at(layout.d_total),
+            d_v: if in_f32 { self.at(layout.d_v) } else { 0 },
+            dv: if in_f32 { 0 } else { self.gradients.v },
+            from: window.start as i64,
+            to: window.end as i64,
+            places: self.window_places(window) as i64,
+            lambda_columns: self.lambda_columns as i32,
+            scale: self.plan.scale,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+            reserved: 0,
+        };
+        launcher.launch(BackwardKernel::ScanBackward, self.scan_blocks(), &params)
+    }
+
+    fn prepare_backward(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let params = PrepareBackwardParams {
+            extents: self.extents,
+            q: self.inputs.q,
+            k: self.inputs.k,
+            v: self.inputs.v,
+            g: self.inputs.g,
+            beta: self.inputs.beta,
+            d_o: self.upstream.o,
+            events: self.forward.events,
+            lambda: self.lambda,
+            chunk_len: self.at(layout.chunk_len),
+            d_qt: self.at(layout.d_qt),
+            d_kh: self.at(layout.d_kh),
+            d_w: self.at(layout.d_w),
+            d_kd: self.at(layout.d_kd),
+            d_weights: self.at(layout.d_weights),
+            d_total: self.at(layout.d_total),
+            d_q: self.at(layout.d_q),
+            d_k: self.at(layout.d_k),
+            dg: self.gradients.g,
+            dbeta: self.gradients.beta,
+            dlambda: if self.plan.routed { 0 } else { self.gradients.lambda },
+            d_slots: if self.plan.routed { self.at(layout.d_slots) } else { 0 },
+            from: window.start as i64,
+            to: window.end as i64,
+            places: self.window_places(window) as i64,
+            slices: self.geometry.slices() as i32,
+            lambda_columns: self.lambda_columns as i32,
+            scale: self.plan.scale,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+        };
+        launcher.launch(BackwardKernel::PrepareBackward, self.window_blocks(window), &params)
+    }
+
+    /// Gradients of q and k: over a group's value heads, through their norm.
+    fn group_sum(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let params = GroupSumParams {
+            extents: self.extents,
+            q: self.inputs.q,
+            k: self.inputs.k,
+            d_q: self.at(layout.d_q),
+            d_k: self.at(layout.d_k),
+            dq: self.gradients.q,
+            dk: self.gradients.k,
+            from: window.start as i64,
+            to: window.end as i64,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+            reserved: 0,
+        };
+        let blocks = self.geometry.group_sum_blocks(self.window_places(window));
+        launcher.launch(BackwardKernel::GroupSum, blocks, &params)
+    }
+}

@@ -1,0 +1,263 @@
+//! The backward as the engine runs it (src/cuda/backward.rs): every kernel emulated, in the schedule's own order, groups
+//! and windows, judged against the reference's gradients.
+
+use super::*;
+use dla::check::{Bounds, compare_gradients};
+use dla::cuda::backward::{BUDGET, Backward, BackwardCall, BackwardKernel, Launcher};
+use dla::cuda::{Call, RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawUpstream};
+use dla::{Buffer, CacheGradients, Gradients, RouteGradients, Soft, SoftGradients};
+
+struct Emulator {
+    emulate: Emulate,
+    delta: bool,
+    dtype: Dtype,
+    geometry: Geometry,
+    launches: Vec<BackwardKernel>,
+    allowed: Vec<BackwardKernel>,
+}
+
+impl Launcher for Emulator {
+    fn launch<P>(&mut self, kernel: BackwardKernel, blocks: usize, params: &P) -> dla::Result<()> {
+        assert!(self.allowed.contains(&kernel), "{kernel:?} was not named");
+        self.launches.push(kernel);
+        let shared_bytes = kernel.shared_bytes(&self.geometry);
+        if blocks > 0 {
+            launch(self.emulate, &kernel.name(self.delta, self.dtype), blocks, shared_bytes, params);
+        }
+        Ok(())
+    }
+
+    fn zero(&mut self, at: DevicePointer, bytes: usize) -> dla::Result<()> {
+        // SAFETY: an array of this test's, as long as the schedule says.
+        unsafe { std::ptr::write_bytes(at as *mut u8, 0, bytes) };
+        Ok(())
+    }
+}
+
+fn get_buffer(array: &Array, dtype: Dtype) -> Buffer {
+    match dtype {
+        Dtype::F32 => Buffer::F32(array.get()),
+        Dtype::Bf16 => Buffer::Bf16(array.get::<u16>().into_iter().map(bf16::from_bits).collect()),
+        Dtype::F16 => Buffer::F16(array.get::<u16>().into_iter().map(f16::from_bits).collect()),
+    }
+}
+
+/// How a backward is cut up.
+#[derive(Debug, Clone, Copy)]
+pub struct Cut {
+    pub processors: usize,
+    pub budget: usize,
+}
+
+pub const WHOLE: Cut = Cut { processors: 132, budget: BUDGET };
+/// Groups of one sequence, windows of one chunk, as few places for states as there may be.
+pub const FINE: Cut = Cut { processors: 1, budget: 0 };
+
+/// The gradients of a case, `events` being its log.
+pub fn gradients(emulate: Emulate, case: &Case, problem: &Problem, events: &[u8], cut: Cut) -> Gradients {
+    let shape = *problem.shape();
+    let options = problem.options();
+    let (dims, dtype) = (shape.cache_dims(), problem.dtype());
+    let per_token = shape.tokens() * shape.value_heads;
+    let delta = options.recurrence == Recurrence::GatedDelta;
+    let routed = options.read == Read::Routed;
+    let forward = reference::forward(problem, &Arguments::of(problem), Some(events), None);
+    let f32s = |x: &[f64]| x.iter().map(|&x| x as f32).collect::<Vec<_>>();
+    let mut held = Vec::new();
+    let mut keep = |array: Array| {
+        held.push(array);
+        held[held.len() - 1].pointer()
+    };
+    let mut floats = |x: Option<&Vec<f32>>| x.map_or(0, |x| keep(Array::of(x)));
+    let (g, beta, lambda) =
+        (floats(case.g.as_ref()), floats(case.beta.as_ref()), floats(case.lambda.as_ref()));
+    let route = case.route.as_ref();
+    let slope = floats(route.map(|route| &route.slope));
+    let bias = floats(route.map(|route| &route.bias));
+    let logits = floats(route.and_then(|route| route.logits.as_ref()));
+    let taus: Vec<f32> = (0..shape.value_heads).map(|head| options.tau.of(head)).collect();
+    let tau = floats(Some(&taus));
+    let cache = case.cache.as_ref().map(|cache| RawCache {
+        states: keep(Array::of(&cache.states)),
+        len: keep(Array::of(&cache.len)),
+        tokens: keep(Array::of(&cache.tokens)),
+        drift: keep(Array::of(&cache.drift)),
+        open: keep(Array::of(&cache.open)),
+        keys: cache.keys.as_ref().map_or(0, |keys| keep(Array::of(keys))),
+    });
+    let inputs = RawInputs {
+        q: keep(Array::of_buffer(&case.q)),
+        k: keep(Array::of_buffer(&case.k)),
+        v: keep(Array::of_buffer(&case.v)),
+        g,
+        beta,
+        lambda,
+        lambda_columns: problem.lambda_columns(),
+        slope,
+        bias,
+        logits,
+        logit_columns: problem.logit_columns(),
+        tau,
+        events: 0,
+        cu_seqlens: case.cu_seqlens.as_ref().map_or(0, |x| keep(Array::of(x))),
+        cache,
+    };
+    let raw_forward = RawForward {
+        events: keep(Array::of(events)),
+        drift: keep(Array::of(&f32s(&forward.drift))),
+        lambda: forward.lambda.as_ref().filter(|_| routed).map_or(0, |x| keep(Array::of(&f32s(x)))),
+    };
+    let upstream = RawUpstream {
+        o: keep(Array::of_buffer(&case.d_o)),
+        cache: case.d_cache.as_ref().map(|cache| RawCacheGradients {
+            states: keep(Array::of(&cache.states)),
+            open: keep(Array::of(&cache.open)),
+            keys: cache.keys.as_ref().map_or(0, |keys| keep(Array::of(keys))),
+        }),
+    };
+    let key_bytes = shape.tokens() * shape.heads * shape.dk * dtype.bytes();
+    let (dq, dk) = (Array::poisoned(key_bytes), Array::poisoned(key_bytes));
+    let dv = Array::poisoned(per_token * shape.dv * dtype.bytes());
+    let when = |wanted: bool, count: usize| wanted.then(|| Array::poisoned(count * 4));
+    let dg = when(case.g.is_some(), per_token);
+    let dbeta = when(delta, per_token);
+    let dlambda = when(!routed, per_token * problem.lambda_columns());
+    let dslope = when(routed, shape.value_heads);
+    let dbias = when(routed, shape.value_heads);
+    let dlogits = when(logits != 0, per_token * problem.logit_columns());
+    let soft = options.soft.is_some();
+    let (dtau, ddrift) = (when(soft, shape.value_heads), when(soft, per_token));
+    let resumed = case.cache.is_some();
+    let dstates = when(resumed, dims.rows() * dims.bank());
+    let dopen = when(resumed, dims.rows() * dims.state());
+    let dkeys = when(resumed && routed, dims.rows() * dims.key_bank());
+    let raw_gradients = RawGradients {
+        q: dq.pointer(),
+        k: dk.pointer(),
+        v: dv.pointer(),
+        g: pointer(&dg),
+        beta: pointer(&dbeta),
+        lambda: pointer(&dlambda),
+        slope: pointer(&dslope),
+        bias: pointer(&dbias),
+        logits: pointer(&dlogits),
+        tau: pointer(&dtau),
+        drift: pointer(&ddrift),
+        cache: resumed.then(|| RawCacheGradients {
+            states: pointer(&dstates),
+            open: pointer(&dopen),
+            keys: pointer(&dkeys),
+        }),
+    };
+    let call = Call { options, shape, dtype, final_cache: case.d_cache.is_some() };
+    let plan = Backward::new(&call, cut.processors, cut.budget).unwrap();
+    let workspace = Array::poisoned(plan.workspace_bytes());
+    let call = BackwardCall {
+        inputs,
+        forward: raw_forward,
+        upstream,
+        gradients: raw_gradients,
+        workspace: workspace.pointer(),
+    };
+    let mut emulator = Emulator {
+        emulate,
+        delta,
+        dtype,
+        geometry: *plan.geometry(),
+        launches: Vec::new(),
+        allowed: plan.kernels(),
+    };
+    plan.run(&call, &mut emulator).unwrap();
+    workspace.get::<u8>();
+    let get = |array: &Option<Array>| array.as_ref().map(|array| array.get::<f32>());
+    Gradients {
+        q: get_buffer(&dq, dtype),
+        k: get_buffer(&dk, dtype),
+        v: get_buffer(&dv, dtype),
+        g: get(&dg),
+        beta: get(&dbeta),
+        lambda: get(&dlambda),
+        route: routed.then(|| RouteGradients {
+            slope: get(&dslope).unwrap(),
+            bias: get(&dbias).unwrap(),
+            logits: get(&dlogits),
+        }),
+        soft: soft.then(|| SoftGradients { tau: get(&dtau).unwrap(), drift: get(&ddrift).unwrap() }),
+        cache: resumed.then(|| CacheGradients {
+            states: get(&dstates).unwrap(),
+            open: get(&dopen).unwrap(),
+            keys: get(&dkeys),
+        }),
+    }
+}
+
+fn check(emulate: Emulate, case: &Case, cut: Cut, worst: &mut Worst) {
+    let problem = case.problem().unwrap();
+    let events = reference::forward(&problem, &Arguments::of(&problem), None, None).events;
+    let gradients = gradients(emulate, case, &problem, &events, cut);
+    let dtype = problem.dtype();
+    let mut wrong = Vec::new();
+    for row in compare_gradients(case, &problem, &events, &gradients, Bounds::cuda_gradients(dtype)) {
+        worst.take(dtype, row.tensor, row.error);
+        if !row.passed() {
+            wrong.push(format!(
+                "{} off by {:.2e} (at most {:.2e}), most at element {}",
+                row.tensor, row.error, row.bound, row.worst
+            ));
+        }
+    }
+    assert!(wrong.is_empty(), "{}, {cut:?}: {wrong:#?}", case.describe());
+}
+
+/// Every dtype and recurrence with both reads, over capacities, head sizes, boundary rates, ragged and packed lengths,
+/// resumed caches, gradients of final caches and grouped heads, whole and cut as finely as can be.
+#[test]
+fn every_kernel_backward() {
+    let Some(emulate) = emulator() else { return };
+    let seed = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    println!("seeds from {seed}");
+    let mut worst = Worst::default();
+    let sizes = [(8, 24), (24, 8), (64, 72), (72, 64), (128, 16), (16, 128), (40, 40)];
+    let mut at = 0;
+    for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+        for recurrence in [Recurrence::Gated, Recurrence::GatedDelta] {
+            for read in [Read::Given] {
+                for packed in [false, true] {
+                    let (dk, dv) = sizes[at % sizes.len()];
+                    let options = Options {
+                        recurrence,
+                        capacity: [30, 3, 2, 64, 1][at % 5],
+                        merge: if at % 3 == 0 { Merge::Mass } else { Merge::Density },
+                        read,
+                        slot_order: if at % 4 < 2 { SlotOrder::OldestFirst } else { SlotOrder::NewestFirst },
+                        qk_l2norm: at % 5 == 2,
+                        ..Options::default()
+                    };
+                    let recipe = Recipe {
+                        options,
+                        batch: if packed { 1 } else { 1 + at % 2 },
+                        time: if packed { 134 } else { [131, 64, 70][at % 3] },
+                        heads: 1 + at % 2,
+                        value_heads: 2,
+                        dk,
+                        dv,
+                        dtype,
+                        boundary_rate: [1.0, 0.25, 0.01][at / 2 % 3],
+                        decay: [Some(0.1), None, Some(1.0), Some(50.0)][at / 3 % 4],
+                        logits: at % 2 == 0,
+                        extra_columns: at % 3,
+                        packed: packed.then(|| vec![0, 1, 66, 0, 33, 34, 0]),
+                        resumed: at % 3 != 1,
+                        final_gradient: false,
+                        ..Recipe::default()
+                    };
+                    let case = recipe.draw(seed + at as u64);
+                    check(emulate, &case, WHOLE, &mut worst);
+                    check(emulate, &case, FINE, &mut worst);
+                    at += 1;
+                }
+            }
+        }
+    }
+    println!("{:?}", worst.0);
+}
