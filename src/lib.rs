@@ -37,7 +37,7 @@ mod problem;
 pub mod reference;
 mod tensor;
 
-pub use cache::{Cache, CacheDims, CacheGradients};
+pub use cache::{Cache, CacheDims, CacheGradients, CacheMut};
 pub use engine::{Engine, Forward, Gradients, RouteGradients, SoftGradients, Stage, StageTimes, Step};
 pub use error::{Error, Result};
 pub use options::{L2NORM_EPS, MAX_CAPACITY, Merge, Options, Read, Recurrence, SlotOrder, Soft, Tau};

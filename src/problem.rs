@@ -1,6 +1,6 @@
 //! A call, validated once: the engines trust a [`Problem`].
 
-use crate::cache::{Cache, CacheDims, CacheGradients};
+use crate::cache::{Cache, CacheDims, CacheGradients, CacheRef};
 use crate::error::{Error, Result};
 use crate::events::Ledger;
 use crate::options::{Options, Read, Recurrence};
@@ -306,9 +306,7 @@ impl<'a> Problem<'a> {
 
     /// The slots that `row = sequence x HV + head` begins with.
     pub(crate) fn initial_ledger(&self, cache: Option<&Cache>, row: usize) -> Ledger {
-        let Some(cache) = cache else { return Ledger::default() };
-        let slots = row * self.shape.capacity..(row + 1) * self.shape.capacity;
-        Ledger::resume(cache.len[row] as usize, &cache.tokens[slots.clone()], &cache.drift[slots])
+        cache.map_or_else(Ledger::default, |cache| cache.view().ledger(row))
     }
 
     fn check_events_len(&self, events: &[u8]) -> Result<()> {
@@ -326,11 +324,16 @@ impl<'a> Problem<'a> {
 
     /// Checks that every event of a log can happen, sequences beginning from `cache`.
     pub(crate) fn check_events(&self, events: &[u8], cache: Option<&Cache>) -> Result<()> {
+        self.check_events_from(events, cache.map(Cache::view))
+    }
+
+    fn check_events_from(&self, events: &[u8], cache: Option<CacheRef<'_>>) -> Result<()> {
         self.check_events_len(events)?;
         let Shape { time, value_heads, capacity, .. } = self.shape;
         for (n, sequence) in self.sequences.iter().enumerate() {
             for head in 0..value_heads {
-                let mut ledger = self.initial_ledger(cache, n * value_heads + head);
+                let row = n * value_heads + head;
+                let mut ledger = cache.map_or_else(Ledger::default, |cache| cache.ledger(row));
                 for token in sequence.start..sequence.start + sequence.len {
                     let event = events[token * value_heads + head];
                     if !ledger.allows(event, capacity) {
@@ -368,6 +371,11 @@ impl<'a> Problem<'a> {
 
     /// Checks what a step reads beside the problem.
     pub(crate) fn check_step(&self, cache: &Cache) -> Result<()> {
+        self.check_step_from(cache.view())
+    }
+
+    /// [`Self::check_step`] of a cache whose arrays belong to someone else.
+    pub(crate) fn check_step_from(&self, cache: CacheRef<'_>) -> Result<()> {
         if self.inputs.cu_seqlens.is_some() {
             return Err(Error::Unexpected {
                 name: "cu_seqlens",
@@ -381,7 +389,7 @@ impl<'a> Problem<'a> {
             return shape_error("q", "[B,T,H,dk] with T = 1 for a step".to_owned(), &self.inputs.q);
         }
         cache.validate(&self.shape, self.options.read)?;
-        self.inputs.events.map_or(Ok(()), |events| self.check_events(events, Some(cache)))
+        self.inputs.events.map_or(Ok(()), |events| self.check_events_from(events, Some(cache)))
     }
 }
 
