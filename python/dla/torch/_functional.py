@@ -160,7 +160,7 @@ def dla(
         q, k, v, g, beta, lam, route, tau, events, cu_seqlens, initial_state, merge=merge, slot_order=slot_order,
         capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=soft,
     )
-    o, drift, log, weights, *last = torch.ops.dla.forward(*tensors, codes, numbers, output_final_state)
+    o, drift, log, weights, *last = _op.run(tensors, codes, numbers, output_final_state)
     routed = codes[2] == 1
     state = State(*last[:5], last[5] if routed else None) if output_final_state else None
     return (o, state, Log(log, drift, weights if routed else None)) if return_log else (o, state)

@@ -101,24 +101,35 @@ class _Run:
         call(self.place(workspace))
 
 
+_OUTPUT_DTYPES = (None, torch.float32, torch.uint8, torch.float32, torch.float32, *(torch.int32,) * 3, torch.float32, torch.float32)
+
+
 def _forward_outputs(q, e, options, final_state):
-    """Outputs of a forward, not filled: of real tensors and of fake ones."""
+    """Outputs of a forward, not filled: of real tensors and of fake ones. None where there is none."""
     per_token = e.per_token()
-    none = (0,)
-    f32, i32 = torch.float32, torch.int32
-    shapes = e.state(options.capacity) if final_state else (none,) * 6
-    return (
-        q.new_empty((*per_token, e.dv)),
-        q.new_empty(per_token, dtype=f32),
-        q.new_empty(per_token, dtype=torch.uint8),
-        q.new_empty((*per_token, options.capacity) if options.routed else none, dtype=f32),
-        q.new_empty(shapes[0], dtype=f32),
-        q.new_empty(shapes[1], dtype=i32),
-        q.new_empty(shapes[2], dtype=i32),
-        q.new_empty(shapes[3], dtype=i32),
-        q.new_empty(shapes[4], dtype=f32),
-        q.new_empty(shapes[5] if options.routed else none, dtype=f32),
+    shapes = [(*per_token, e.dv), per_token, per_token, (*per_token, options.capacity) if options.routed else None]
+    if final_state:
+        shapes += e.state(options.capacity)
+        if not options.routed:
+            shapes[9] = None
+    else:
+        shapes += [None] * 6
+    empty, device = torch.empty, q.device
+    return [
+        None if shape is None else empty(shape, dtype=dtype or q.dtype, device=device)
+        for shape, dtype in zip(shapes, _OUTPUT_DTYPES)
+    ]
+
+
+def _whole(q, outputs):
+    """Outputs as the operator returns them: an operator has no absent tensors, but has some without elements."""
+    return tuple(
+        torch.empty(0, dtype=dtype, device=q.device) if x is None else x for x, dtype in zip(outputs, _OUTPUT_DTYPES)
     )
+
+
+def _forward_op(*args):
+    return _whole(args[0], _forward(*args))
 
 
 def _forward(*args):
@@ -128,12 +139,8 @@ def _forward(*args):
     q, v = arguments[0], arguments[2]
     e = _extents(q, v, arguments[5], arguments[8], arguments[11], options.capacity)
     outputs = _forward_outputs(q, e, options, final_state)
-    results = [_pair(x) for x in outputs[:3]]
-    results.append(_pair(outputs[3]) if options.routed else _call.ABSENT)
-    last = None
-    if final_state:
-        last = [_pair(x) for x in outputs[4:9]]
-        last.append(_pair(outputs[9]) if options.routed else _call.ABSENT)
+    results = [_pair(x) for x in outputs[:4]]
+    last = [_pair(x) for x in outputs[4:]] if final_state else None
     first = None if state[0] is None else [_pair(x) for x in state]
     extents = (_DTYPES[q.dtype], list(e))
     pairs = [_pair(x) for x in arguments]
@@ -148,7 +155,7 @@ def _forward_fake(*args):
     *tensors, codes, numbers, final_state = args
     options = _options(codes, numbers)
     e = _extents(tensors[0], tensors[2], tensors[5], tensors[8], tensors[11], options.capacity)
-    return _forward_outputs(tensors[0], e, options, final_state)
+    return _whole(tensors[0], _forward_outputs(tensors[0], e, options, final_state))
 
 
 def _backward_outputs(tensors, wanted):
@@ -232,10 +239,14 @@ def _setup(ctx, inputs, output):
     ctx.save_for_backward(*tensors)
     ctx.settings = (codes, numbers)
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(output[1], output[2], output[3], *output[5:8])
+    ctx.mark_non_differentiable(*(output[i] for i in (1, 2, 3, 5, 6, 7) if output[i] is not None))
 
 
-def _autograd(ctx, d_o, _drift, _events, _lam, d_states, _len, _tokens, _sums, d_open, d_keys):
+def _autograd(ctx, *d):
+    return _gradients(ctx, torch.ops.dla.backward, *d)
+
+
+def _gradients(ctx, backward, d_o, _drift, _events, _lam, d_states, _len, _tokens, _sums, d_open, d_keys):
     tensors = ctx.saved_tensors
     codes, numbers = ctx.settings
     needs = ctx.needs_input_grad
@@ -244,15 +255,48 @@ def _autograd(ctx, d_o, _drift, _events, _lam, d_states, _len, _tokens, _sums, d
     if d_o is None:
         q, v = tensors[0], tensors[2]
         d_o = q.new_zeros((q.shape[0], q.shape[1], v.shape[2], v.shape[3]))
-    if d_keys is not None and d_keys.numel() == 0:
+    if codes[2] == 0:
         d_keys = None
-    d = torch.ops.dla.backward(d_o, d_states, d_open, d_keys, *tensors, codes, numbers, wanted)
+    d = backward(d_o, d_states, d_open, d_keys, *tensors, codes, numbers, wanted)
     d = [x if want else None for x, want in zip(d, wanted)]
     return (*d[:10], None, None, d[10], None, None, None, d[11], d[12], None, None, None)
 
 
+class Direct(torch.autograd.Function):
+    """The operator for plain eager tensors, without the dispatcher: the same functions, sooner."""
+
+    @staticmethod
+    def forward(ctx, *args):
+        outputs = _forward(*args)
+        _setup(ctx, args, outputs)
+        return tuple(outputs)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, *d):
+        return _gradients(ctx, torch.ops.dla.backward if torch.compiler.is_compiling() else _backward, *d)
+
+
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+
+
+def run(tensors, codes, numbers, final_state):
+    """A forward: ten outputs, None or without elements where there is none."""
+    if (
+        torch.compiler.is_compiling()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or not all(x is None or type(x) in _PLAIN for x in tensors)
+        or tensors[0].device.type not in ("cpu", "cuda")
+    ):
+        return torch.ops.dla.forward(*tensors, codes, numbers, final_state)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return Direct.apply(*tensors, codes, numbers, final_state)
+    return _forward(*tensors, codes, numbers, final_state)
+
+
 for _name, _kernel, _fake in (
-    ("forward", _forward, _forward_fake),
+    ("forward", _forward_op, _forward_fake),
     ("backward", _backward, _backward_fake),
     ("step", _step, _step_fake),
 ):
