@@ -163,6 +163,9 @@ pub(crate) struct Frame {
 
 const EXECUTE: i32 = 3;
 
+/// Alignment of a workspace.
+const WORKSPACE_ALIGNMENT: usize = 256;
+
 const S64: i32 = 5;
 const F32: i32 = 11;
 
@@ -412,12 +415,12 @@ unsafe fn place(frame: &Frame, call: &mut Call) -> Outcome<()> {
 /// `frame` is XLA's.
 unsafe fn workspace(frame: &Frame, bytes: usize) -> Outcome<Buffer> {
     let mut request = Allocate {
-        // As far as its last field.
         struct_size: size_of::<Allocate>(),
         extension: null_mut(),
         context: frame.context,
-        size: bytes.max(256),
-        alignment: 256,
+        size: bytes + WORKSPACE_ALIGNMENT,
+        // XLA aligns to no more than this, when it is asked to.
+        alignment: 16,
         data: null_mut(),
     };
     // SAFETY: as the caller says.
@@ -427,7 +430,8 @@ unsafe fn workspace(frame: &Frame, bytes: usize) -> Outcome<Buffer> {
     if !unsafe { allocate(&mut request) }.is_null() {
         return Err((8, format!("workspace: out of memory: {bytes} bytes asked for")));
     }
-    Ok(Buffer { data: request.data, bytes: request.size })
+    let skip = request.data.addr().next_multiple_of(WORKSPACE_ALIGNMENT) - request.data.addr();
+    Ok(Buffer { data: request.data.wrapping_byte_add(skip), bytes })
 }
 
 /// Answers XLA, or runs.

@@ -100,11 +100,11 @@ def test_opcheck(device):
     case = Case(23, delta=True, routed=False, time=20)
     for grad in ([False, True] if device == "cpu" else [False]):
         given = tensors(case, device, grad=grad)
-        options = {**case.options, "qk_l2norm": True}
-        options.pop("use_qk_l2norm_in_kernel")
-        arguments, codes, numbers = _functional._prepare(
-            *(given.get(name) for name in GRADIENTS[:6]), None, options.pop("tau"), None, None, None,
-            scale=None, soft=None, **options,
+        arguments, number = _functional._convert(
+            *(given.get(name) for name in GRADIENTS[:6]), None, 0.6, None, None, None
+        )
+        codes, numbers = _functional._check(
+            arguments, number, merge="mass", slot_order="newest_first", capacity=6, qk_l2norm=True, scale=None, soft=None
         )
         torch.library.opcheck(torch.ops.dla.forward, (*arguments, codes, numbers, True))
     if device == "cpu":
@@ -215,7 +215,7 @@ def test_errors_name_the_argument():
     refused(ValueError, "capacity: expected 1 to 64", capacity=0)
     refused(ValueError, "slot_order: expected one of", slot_order="random")
     refused(TypeError, "cu_seqlens: expected dtype", cu_seqlens=torch.tensor([0.0, 5.0]))
-    refused(TypeError, "events: expected dtype uint8", events=torch.zeros(2, 5, 4))
+    refused(TypeError, "events: expected dtype torch.uint8", events=torch.zeros(2, 5, 4))
     refused(TypeError, "state.len: expected dtype torch.int32",
             initial_state=D.empty_state(2, *case.shape)._replace(len=torch.zeros(2, 4)))
 
@@ -269,13 +269,13 @@ def test_training_through_the_layer(device):
     module = layer("delta", "routed", "mass", device)
     head = torch.nn.Linear(64, 16).to(device)
     parameters = [*embedding.parameters(), *module.parameters(), *head.parameters()]
-    optimiser = torch.optim.AdamW(parameters, lr=1e-2)
+    optimiser = torch.optim.AdamW(parameters, lr=5e-3)
     losses = []
     for _ in range(200):
-        tokens = torch.randint(16, (8, 12), device=device).repeat(1, 2)
+        tokens = torch.randint(16, (16, 6), device=device).repeat(1, 2)
         optimiser.zero_grad()
         o, _, _ = module(embedding(tokens[:, :-1]))
-        loss = torch.nn.functional.cross_entropy(head(o)[:, 11:].flatten(0, 1), tokens[:, 12:].flatten())
+        loss = torch.nn.functional.cross_entropy(head(o)[:, 5:].flatten(0, 1), tokens[:, 6:].flatten())
         try:
             loss.backward()
         except NotImplementedError as reason:
@@ -283,7 +283,7 @@ def test_training_through_the_layer(device):
         optimiser.step()
         losses.append(loss.item())
     print(f"loss {np.mean(losses[:10]):.3f} to {np.mean(losses[-10:]):.3f}")
-    assert np.isfinite(losses).all() and np.mean(losses[-10:]) < 0.6 * np.mean(losses[:10])
+    assert np.isfinite(losses).all() and np.mean(losses[-10:]) < 0.3 * np.mean(losses[:10])
     assert all(x.grad is not None and x.grad.isfinite().all() for x in parameters)
 
 
@@ -329,9 +329,9 @@ def test_the_calls_own_time():
     """What Python adds to a call, beyond what the library takes to launch it."""
     given = {n: torch.randn(1, 64, 1, 64, device="cuda", dtype=torch.bfloat16) for n in ("q", "k", "v")}
     lam = torch.ones(1, 64, 1, 30, device="cuda")
-    arguments, codes, numbers = _functional._prepare(
-        *given.values(), None, None, lam, None, 0.6, None, None, None, merge="density", slot_order="oldest_first",
-        capacity=30, qk_l2norm=False, scale=None, soft=None,
+    arguments, number = _functional._convert(*given.values(), None, None, lam, None, 0.6, None, None, None)
+    codes, numbers = _functional._check(
+        arguments, number, merge="density", slot_order="oldest_first", capacity=30, qk_l2norm=False, scale=None, soft=None
     )
     options, q = _op._options(codes, numbers), given["q"]
     e = _op._extents(q, given["v"], lam, None, None, 30)
@@ -359,7 +359,7 @@ def test_the_calls_own_time():
     q.requires_grad_()
     grad = microseconds(lambda: D.dla(*given.values(), lam=lam))
     print(f"launch {native:.1f} us; through dla.torch.dla {plain:.1f} us, with gradients wanted {grad:.1f} us")
-    assert grad - native <= 40
+    assert plain - native <= 40
 
 
 @cuda

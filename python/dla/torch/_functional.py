@@ -1,6 +1,6 @@
 """`dla` and `step`: arguments checked by name, autocast, then the operator."""
 
-from typing import NamedTuple, Optional, Tuple, Union
+from typing import Dict, NamedTuple, Optional, Tuple, Union
 
 import torch
 
@@ -58,57 +58,60 @@ def empty_state(
 _STATE_DTYPES = (torch.float32, torch.int32, torch.int32, torch.int32, torch.float32, torch.float32)
 
 
-def _prepare(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, state, **options):
-    """The operator's arguments: twelve tensors, the state's six, codes and numbers."""
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if not isinstance(x, torch.Tensor):
-            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
-    device = q.device
-    if torch.is_autocast_enabled(device.type):
-        dtype = torch.get_autocast_dtype(device.type)
+def _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, state):
+    """The eighteen tensors in the dtypes that the operator takes, and the tau of every head."""
+    if not isinstance(q, torch.Tensor):
+        raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
+    if torch.is_autocast_enabled(q.device.type):
+        dtype = torch.get_autocast_dtype(q.device.type)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    if q.dtype not in _op._DTYPES:
-        raise TypeError(f"q: expected dtype float32, bfloat16 or float16, got {q.dtype}")
-    for name, x in (("k", k), ("v", v)):
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name}: expected dtype {q.dtype}, as q, got {x.dtype}")
     slope, bias, logits = (None, None, None) if route is None else (*route, None, None)[:3]
-    if (slope is None) != (bias is None):
-        raise ValueError(f"{_call.ARGUMENTS[6 if slope is None else 7]}: missing; reads are routed")
     number, per_head = 0.0, None
     if isinstance(tau, torch.Tensor):
         per_head = tau.expand(v.shape[2]) if tau.ndim == 0 and v.ndim == 4 else tau
     else:
         number = float(tau)
-    if cu_seqlens is not None and cu_seqlens.dtype != torch.int64:
-        if cu_seqlens.dtype != torch.int32:
-            raise TypeError(f"cu_seqlens: expected dtype int64 or int32, got {cu_seqlens.dtype}")
+    if cu_seqlens is not None and cu_seqlens.dtype == torch.int32:
         cu_seqlens = cu_seqlens.to(torch.int64)
-    if events is not None and events.dtype != torch.uint8:
-        raise TypeError(f"events: expected dtype uint8, got {events.dtype}")
+    f32 = torch.float32
     floats = [
-        x if x is None or x.dtype == torch.float32 else x.to(torch.float32)
-        for x in (g, beta, lam, slope, bias, logits, per_head)
+        x if x is None or x.dtype is f32 else x.to(f32) for x in (g, beta, lam, slope, bias, logits, per_head)
     ]
-    arguments = (q, k, v, *floats, events, cu_seqlens)
-    state = (None,) * 6 if state is None else tuple(state)
-    for name, x in zip(_call.ARGUMENTS, arguments):
-        if x is not None and x.device != device:
-            raise ValueError(f"{name}: expected a tensor of {device}, as q, got one of {x.device}")
-    for name, x, dtype in zip(_call.STATE, state, _STATE_DTYPES):
-        if x is not None and x.device != device:
-            raise ValueError(f"state.{name}: expected a tensor of {device}, as q, got one of {x.device}")
+    state = (None,) * 6 if state is None else state
+    return (q, k, v, *floats, events, cu_seqlens, *state), number
+
+
+def _check(tensors, number, **options):
+    """Checks the tensors by name; codes and numbers of the options."""
+    q, arguments, state = tensors[0], tensors[:12], tensors[12:]
+    names = (*_call.ARGUMENTS, *(f"state.{name}" for name in _call.STATE))
+    dtypes = (q.dtype,) * 3 + (torch.float32,) * 7 + (torch.uint8, torch.int64) + _STATE_DTYPES
+    if q.dtype not in _op._DTYPES:
+        raise TypeError(f"q: expected dtype float32, bfloat16 or float16, got {q.dtype}")
+    for name, x, dtype in zip(names, tensors, dtypes):
+        if x is None and name in ("k", "v") or x is not None and not isinstance(x, torch.Tensor):
+            raise TypeError(f"{name}: expected a tensor, got {type(x).__name__}")
         if x is not None and x.dtype != dtype:
-            raise TypeError(f"state.{name}: expected dtype {dtype}, got {x.dtype}")
+            raise TypeError(f"{name}: expected dtype {dtype}{', as q' if name in ('k', 'v') else ''}, got {x.dtype}")
+        if x is not None and x.device != q.device:
+            raise ValueError(f"{name}: expected a tensor of {q.device}, as q, got one of {x.device}")
+    slope, bias = tensors[6:8]
+    if (slope is None) != (bias is None):
+        raise ValueError(f"{_call.ARGUMENTS[6 if slope is None else 7]}: missing; reads are routed")
     settings = _call.options(
-        q.shape[-1] if q.ndim else 1, delta=beta is not None, routed=slope is not None, tau=number, **options
+        q.shape[-1] if q.ndim else 1, delta=tensors[4] is not None, routed=slope is not None, tau=number, **options
     )
     _call.extents(
         [None if x is None else x.shape for x in arguments],
         None if state[0] is None else [None if x is None else x.shape for x in state],
         settings,
     )
-    return (*arguments, *state), list(settings.codes), list(settings.numbers)
+    return list(settings.codes), list(settings.numbers)
+
+
+# Plans of calls of plain eager tensors. Where shapes are ever new, all are forgotten at once.
+_plans: Dict[tuple, _op.Plan] = {}
+_MOST_PLANS = 4096
 
 
 def dla(
@@ -156,12 +159,31 @@ def dla(
 
     Returns o [B,T,HV,dv], dtype of q, and the final `State`, or None where it is not wanted.
     """
-    tensors, codes, numbers = _prepare(
-        q, k, v, g, beta, lam, route, tau, events, cu_seqlens, initial_state, merge=merge, slot_order=slot_order,
-        capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=soft,
+    soft = None if soft is None else tuple(soft)
+    tensors, number = _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, initial_state)
+    options = dict(
+        merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=soft
     )
-    o, drift, log, weights, *last = _op.run(tensors, codes, numbers, output_final_state)
-    routed = codes[2] == 1
+    if _op.is_plain(tensors):
+        key = (
+            number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, soft, output_final_state, return_log,
+            *(x if x is None else (x.shape, x.dtype, x.device) for x in tensors),
+        )
+        plan = _plans.get(key)
+        if plan is None:
+            codes, numbers = _check(tensors, number, **options)
+            if len(_plans) >= _MOST_PLANS:
+                _plans.clear()
+            plan = _plans[key] = _op.Plan(tensors, codes, numbers, output_final_state, return_log)
+        given = [x for x in tensors if x is not None]
+        if torch.is_grad_enabled() and any([x.requires_grad for x in given]):
+            o, drift, log, weights, *last = _op.Direct.apply(plan, *given)
+        else:
+            o, drift, log, weights, *last = plan.run(given)
+    else:
+        codes, numbers = _check(tensors, number, **options)
+        o, drift, log, weights, *last = torch.ops.dla.forward(*tensors, codes, numbers, output_final_state)
+    routed = route is not None
     state = State(*last[:5], last[5] if routed else None) if output_final_state else None
     return (o, state, Log(log, drift, weights if routed else None)) if return_log else (o, state)
 
@@ -191,9 +213,10 @@ def step(
     """
     if q.ndim == 4 and q.shape[1] != 1:
         raise ValueError(f"q: expected shape [B,T,H,dk] with T = 1 for a step, got {tuple(q.shape)}")
-    tensors, codes, numbers = _prepare(
-        q, k, v, g, beta, lam, route, tau, events, None, state, merge=merge, slot_order=slot_order, capacity=capacity,
-        qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=None,
+    tensors, number = _convert(q, k, v, g, beta, lam, route, tau, events, None, state)
+    codes, numbers = _check(
+        tensors, number, merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel,
+        scale=scale, soft=None,
     )
     o, _, _ = torch.ops.dla.step(*tensors[:11], *tensors[12:], codes, numbers)
     return o, state

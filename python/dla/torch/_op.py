@@ -243,13 +243,16 @@ def _setup(ctx, inputs, output):
 
 
 def _autograd(ctx, *d):
-    return _gradients(ctx, torch.ops.dla.backward, *d)
-
-
-def _gradients(ctx, backward, d_o, _drift, _events, _lam, d_states, _len, _tokens, _sums, d_open, d_keys):
-    tensors = ctx.saved_tensors
     codes, numbers = ctx.settings
-    needs = ctx.needs_input_grad
+    needs = ctx.needs_input_grad[:18]
+    found = _gradients(torch.ops.dla.backward, list(ctx.saved_tensors), codes, numbers, needs, *d)
+    return (*found, None, None, None)
+
+
+def _gradients(
+    backward, tensors, codes, numbers, needs, d_o, _drift, _events, _lam, d_states, _len, _tokens, _sums, d_open, d_keys
+):
+    """Gradients of the eighteen tensors, None where there is none or it is not needed."""
     wanted = [*needs[:10], needs[12], needs[16], needs[17]]
     wanted[9] = wanted[9] and numbers[2] != 0.0
     if d_o is None:
@@ -259,40 +262,117 @@ def _gradients(ctx, backward, d_o, _drift, _events, _lam, d_states, _len, _token
         d_keys = None
     d = backward(d_o, d_states, d_open, d_keys, *tensors, codes, numbers, wanted)
     d = [x if want else None for x, want in zip(d, wanted)]
-    return (*d[:10], None, None, d[10], None, None, None, d[11], d[12], None, None, None)
+    return (*d[:10], None, None, d[10], None, None, None, d[11], d[12])
+
+
+class Plan:
+    """What a call of plain eager tensors needs beside their addresses, kept for calls of the same shapes and options."""
+
+    def __init__(self, tensors, codes, numbers, final_state, want_log):
+        q, v = tensors[0], tensors[2]
+        self.codes, self.numbers = codes, numbers
+        self.options = options = _options(codes, numbers)
+        e = _extents(q, v, tensors[5], tensors[8], tensors[11], options.capacity)
+        self.extents = (_DTYPES[q.dtype], list(e))
+        self.present = tuple(i for i, x in enumerate(tensors) if x is not None)
+        self.arguments = tuple(i for i in self.present if i < 12)
+        self.resumed = tensors[12] is not None
+        self.cuda, self.device = q.is_cuda, q.device
+        per_token = e.per_token()
+        shapes = [(*per_token, e.dv), per_token if want_log else None, per_token]
+        shapes.append((*per_token, options.capacity) if options.routed and want_log else None)
+        shapes += e.state(options.capacity) if final_state else [None] * 6
+        if not options.routed:
+            shapes[9] = None
+        self.shapes = [
+            (i, shape, _OUTPUT_DTYPES[i] or q.dtype) for i, shape in enumerate(shapes) if shape is not None
+        ]
+        self.final_state = final_state
+        self.silent = tuple(i for i in (1, 2, 3, 5, 6, 7) if shapes[i] is not None)
+        self.workspace = None
+
+    def run(self, tensors):
+        """`tensors`: those that are present, in order. Ten outputs, None where there is none, and the tensors read."""
+        ready = [_ready(x) for x in tensors]
+        pairs, first = [_call.ABSENT] * 12, [_call.ABSENT] * 6 if self.resumed else None
+        for i, x in zip(self.present, ready):
+            if i < 12:
+                pairs[i] = (x.data_ptr() or 256, x.nbytes)
+            else:
+                first[i - 12] = (x.data_ptr() or 256, x.nbytes)
+        outputs, results = [None] * 10, [_call.ABSENT] * 10
+        empty, device = torch.empty, self.device
+        for i, shape, dtype in self.shapes:
+            x = outputs[i] = empty(shape, dtype=dtype, device=device)
+            results[i] = (x.data_ptr() or 256, x.nbytes)
+        last = results[4:] if self.final_state else None
+        results = results[:4]
+        if not self.cuda:
+            _call.forward(self.options, _HOST, self.extents, pairs, first, results, last)
+        elif torch._C._cuda_getDevice() == device.index:
+            self._launch(pairs, first, results, last)
+        else:
+            # The library makes the GPU's context current; what was current is so again afterwards.
+            with torch.cuda.device(device):
+                self._launch(pairs, first, results, last)
+        return outputs
+
+    def _launch(self, pairs, first, results, last):
+        index = self.device.index
+        stream = _raw_stream(index) if _raw_stream else torch.cuda.current_stream(self.device).cuda_stream
+        if self.workspace is None:
+            place = (1, index, stream, _call.ABSENT)
+            self.workspace = _call.forward_workspace(self.options, place, self.extents, pairs, results, last)
+        # Free for what comes later on this stream: the allocator keeps to the stream's order.
+        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
+        place = (1, index, stream, (workspace.data_ptr(), self.workspace))
+        _call.forward(self.options, place, self.extents, pairs, first, results, last)
+
+
+_HOST = (0, 0, 0, _call.ABSENT)
 
 
 class Direct(torch.autograd.Function):
-    """The operator for plain eager tensors, without the dispatcher: the same functions, sooner."""
+    """The operator for plain eager tensors, without the dispatcher: the same calls, sooner."""
 
     @staticmethod
-    def forward(ctx, *args):
-        outputs = _forward(*args)
-        _setup(ctx, args, outputs)
+    def forward(ctx, plan, *tensors):
+        outputs = plan.run(tensors)
+        ctx.plan = plan
+        # The backward replays the log; that it was given or computed is all one.
+        ctx.save_for_backward(outputs[2], *tensors)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*(outputs[i] for i in plan.silent))
         return tuple(outputs)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *d):
-        return _gradients(ctx, torch.ops.dla.backward if torch.compiler.is_compiling() else _backward, *d)
+        plan, (log, *saved) = ctx.plan, ctx.saved_tensors
+        tensors, needs = [None] * 18, [False] * 18
+        for i, x, need in zip(plan.present, saved, ctx.needs_input_grad[1:]):
+            tensors[i], needs[i] = x, need
+        tensors[10] = log
+        backward = torch.ops.dla.backward if torch.compiler.is_compiling() else _backward
+        found = _gradients(backward, tensors, plan.codes, plan.numbers, needs, *d)
+        return (None, *(found[i] for i in plan.present))
 
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def run(tensors, codes, numbers, final_state):
-    """A forward: ten outputs, None or without elements where there is none."""
+def is_plain(tensors):
+    """Whether nothing but eager autograd looks at these tensors: no compiler, mode, transform or subclass."""
     if (
         torch.compiler.is_compiling()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or not all(x is None or type(x) in _PLAIN for x in tensors)
-        or tensors[0].device.type not in ("cpu", "cuda")
     ):
-        return torch.ops.dla.forward(*tensors, codes, numbers, final_state)
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
-        return Direct.apply(*tensors, codes, numbers, final_state)
-    return _forward(*tensors, codes, numbers, final_state)
+        return False
+    for x in tensors:
+        if x is not None and type(x) not in _PLAIN:
+            return False
+    return True
 
 
 for _name, _kernel, _fake in (
