@@ -1,6 +1,7 @@
 //! The state cache: what a sequence leaves behind and resumes from (OPERATOR.md, section 5).
 
 use crate::error::{Error, Result};
+use crate::events::Ledger;
 use crate::options::Read;
 use crate::problem::Shape;
 
@@ -73,6 +74,68 @@ impl Cache {
             open: vec![0.0; rows * dims.state()],
             keys: (read == Read::Routed).then(|| vec![0.0; rows * dims.key_bank()]),
         }
+    }
+
+    /// All of it, to be changed in place.
+    pub fn view_mut(&mut self) -> CacheMut<'_> {
+        let Cache { dims, states, len, tokens, drift, open, keys } = self;
+        CacheMut { dims: *dims, states, len, tokens, drift, open, keys: keys.as_deref_mut() }
+    }
+
+    /// Checks the cache against itself and against the call that wants to resume from it.
+    pub(crate) fn validate(&self, shape: &Shape, read: Read) -> Result<()> {
+        self.view().validate(shape, read)
+    }
+
+    pub(crate) fn view(&self) -> CacheRef<'_> {
+        let Cache { dims, states, len, tokens, drift, open, keys } = self;
+        CacheRef { dims: *dims, states, len, tokens, drift, open, keys: keys.as_deref() }
+    }
+}
+
+/// A [`Cache`] whose arrays belong to someone else, to be changed in place.
+#[derive(Debug)]
+pub struct CacheMut<'a> {
+    /// Extents.
+    pub dims: CacheDims,
+    /// Slot states, `[N,HV,M,dk,dv]`.
+    pub states: &'a mut [f32],
+    /// Slots held, `[N,HV]`.
+    pub len: &'a mut [u32],
+    /// Tokens of every slot, `[N,HV,M]`.
+    pub tokens: &'a mut [u32],
+    /// Summed drift of every slot in units of 2^-12, `[N,HV,M]`.
+    pub drift: &'a mut [u32],
+    /// The open segment's plain decayed sum, `[N,HV,dk,dv]`.
+    pub open: &'a mut [f32],
+    /// Key sums of every slot, `[N,HV,M,dk]`: with routed reads.
+    pub keys: Option<&'a mut [f32]>,
+}
+
+impl CacheMut<'_> {
+    pub(crate) fn view(&self) -> CacheRef<'_> {
+        let CacheMut { dims, states, len, tokens, drift, open, keys } = self;
+        CacheRef { dims: *dims, states, len, tokens, drift, open, keys: keys.as_deref() }
+    }
+}
+
+/// The arrays of a [`Cache`], borrowed.
+#[derive(Clone, Copy)]
+pub(crate) struct CacheRef<'a> {
+    dims: CacheDims,
+    states: &'a [f32],
+    len: &'a [u32],
+    tokens: &'a [u32],
+    drift: &'a [u32],
+    open: &'a [f32],
+    keys: Option<&'a [f32]>,
+}
+
+impl CacheRef<'_> {
+    /// The slots that `row = sequence x HV + head` holds.
+    pub(crate) fn ledger(&self, row: usize) -> Ledger {
+        let slots = row * self.dims.capacity..(row + 1) * self.dims.capacity;
+        Ledger::resume(self.len[row] as usize, &self.tokens[slots.clone()], &self.drift[slots])
     }
 
     /// Checks the cache against itself and against the call that wants to resume from it.

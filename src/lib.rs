@@ -39,7 +39,7 @@ mod problem;
 pub mod reference;
 mod tensor;
 
-pub use cache::{Cache, CacheDims, CacheGradients};
+pub use cache::{Cache, CacheDims, CacheGradients, CacheMut};
 pub use engine::{Engine, Forward, Gradients, RouteGradients, SoftGradients, Stage, StageTimes, Step};
 pub use entries::{Entries, EntrySpec, MOST_STEP_TOKENS, StateDtype};
 pub use error::{Error, Result};

@@ -1,6 +1,6 @@
 //! A call, validated once: the engines trust a [`Problem`].
 
-use crate::cache::{Cache, CacheDims, CacheGradients};
+use crate::cache::{Cache, CacheDims, CacheGradients, CacheRef};
 use crate::error::{Error, Result};
 use crate::events::Ledger;
 use crate::options::{Options, Read, Recurrence};
@@ -306,9 +306,7 @@ impl<'a> Problem<'a> {
 
     /// The slots that `row = sequence x HV + head` begins with.
     pub(crate) fn initial_ledger(&self, cache: Option<&Cache>, row: usize) -> Ledger {
-        let Some(cache) = cache else { return Ledger::default() };
-        let slots = row * self.shape.capacity..(row + 1) * self.shape.capacity;
-        Ledger::resume(cache.len[row] as usize, &cache.tokens[slots.clone()], &cache.drift[slots])
+        cache.map_or_else(Ledger::default, |cache| cache.view().ledger(row))
     }
 
     fn check_events_len(&self, events: &[u8]) -> Result<()> {
@@ -373,6 +371,11 @@ impl<'a> Problem<'a> {
 
     /// Checks what a step reads beside the problem.
     pub(crate) fn check_step(&self, cache: &Cache) -> Result<()> {
+        self.check_step_from(cache.view())
+    }
+
+    /// [`Self::check_step`] of a cache whose arrays belong to someone else.
+    pub(crate) fn check_step_from(&self, cache: CacheRef<'_>) -> Result<()> {
         if self.inputs.cu_seqlens.is_some() {
             return Err(Error::Unexpected {
                 name: "cu_seqlens",
@@ -386,7 +389,7 @@ impl<'a> Problem<'a> {
             return shape_error("q", "[B,T,H,dk] with T = 1 for a step".to_owned(), &self.inputs.q);
         }
         cache.validate(&self.shape, self.options.read)?;
-        self.inputs.events.map_or(Ok(()), |events| self.check_events(events, Some(cache)))
+        self.inputs.events.map_or(Ok(()), |events| self.check_events_from(events, |row| cache.ledger(row)))
     }
 }
 

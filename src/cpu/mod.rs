@@ -19,7 +19,7 @@ mod segment;
 mod segment_backward;
 mod step;
 
-use crate::cache::Cache;
+use crate::cache::{Cache, CacheMut};
 use crate::engine::{Forward, Gradients, StageTimes, Step};
 use crate::error::Result;
 use crate::problem::{OutputGradients, Problem};
@@ -57,6 +57,15 @@ impl Engine {
         let gradients = backward::backward(problem, events, upstream, &clock);
         Ok((gradients, clock.times()))
     }
+
+    /// [`step`](crate::Engine::step) on a cache whose arrays belong to someone else.
+    ///
+    /// # Errors
+    /// As the step.
+    pub fn step_in_place(&self, problem: &Problem<'_>, cache: CacheMut<'_>) -> Result<Step> {
+        problem.check_step_from(cache.view())?;
+        Ok(step::step(problem, cache))
+    }
 }
 
 impl crate::engine::Engine for Engine {
@@ -78,7 +87,6 @@ impl crate::engine::Engine for Engine {
     }
 
     fn step(&self, problem: &Problem<'_>, cache: &mut Cache) -> Result<Step> {
-        problem.check_step(cache)?;
-        Ok(step::step(problem, cache))
+        self.step_in_place(problem, cache.view_mut())
     }
 }

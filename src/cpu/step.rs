@@ -5,7 +5,7 @@ use super::matrix::{add_scaled, dot, dot_f64, scale};
 use super::route::Route;
 use super::row::{Chunk, Row};
 use super::segment::drift;
-use crate::cache::Cache;
+use crate::cache::CacheMut;
 use crate::engine::Step;
 use crate::events::{EXTEND, MERGE};
 use crate::options::{Read, Recurrence};
@@ -32,16 +32,16 @@ struct RowStep {
     weights: Vec<f32>,
 }
 
-pub(crate) fn step(problem: &Problem, cache: &mut Cache) -> Step {
+pub(crate) fn step(problem: &Problem, cache: CacheMut<'_>) -> Step {
     let Shape { value_heads, capacity, dv, .. } = *problem.shape();
     let dims = cache.dims;
     let order = problem.options().slot_order;
-    let before: Vec<_> = (0..dims.rows()).map(|row| problem.initial_ledger(Some(&*cache), row)).collect();
+    let before: Vec<_> = (0..dims.rows()).map(|row| cache.view().ledger(row)).collect();
     // Without key sums every row gets an empty slice of them.
-    let mut no_keys = Vec::new();
-    let (keys, key_bank) = match &mut cache.keys {
+    let mut no_keys = [];
+    let (keys, key_bank) = match cache.keys {
         Some(keys) => (keys, dims.key_bank()),
-        None => (&mut no_keys, 0),
+        None => (&mut no_keys[..], 0),
     };
     let mut keys: Vec<&mut [f32]> = match key_bank {
         0 => (0..dims.rows()).map(|_| &mut [][..]).collect(),
@@ -50,7 +50,7 @@ pub(crate) fn step(problem: &Problem, cache: &mut Cache) -> Step {
     let results: Vec<RowStep> = cache
         .states
         .par_chunks_exact_mut(dims.bank())
-        .zip(&mut cache.len)
+        .zip(cache.len)
         .zip(cache.tokens.par_chunks_exact_mut(dims.capacity))
         .zip(cache.drift.par_chunks_exact_mut(dims.capacity))
         .zip(cache.open.par_chunks_exact_mut(dims.state()))

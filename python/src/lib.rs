@@ -1,0 +1,311 @@
+//! The C ABI for Python: addresses and bytes in, exceptions out. What the numbers mean is in `dla/_call.py`, which alone
+//! calls this.
+
+mod xla;
+
+use dla_capi::*;
+use pyo3::exceptions::{PyMemoryError, PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::prelude::*;
+use std::ffi::{CStr, c_void};
+use std::ptr::null;
+
+/// Address and bytes; `(0, 0)` is absent.
+type Pair = (usize, usize);
+
+/// recurrence, merge, read, slot order, capacity, l2 norm, soft through drift; tau, scale, soft temperature.
+type OptionsTuple = ([i32; 7], [f32; 3]);
+
+/// device, ordinal, stream, workspace.
+type PlaceTuple = (i32, i32, usize, Pair);
+
+/// dtype, then B, T, H, HV, dk, dv, N, columns of lambda and of the logits.
+type ExtentsTuple = (i32, [usize; 9]);
+
+fn buffer((address, bytes): Pair) -> Buffer {
+    Buffer { data: std::ptr::with_exposed_provenance_mut::<c_void>(address), bytes }
+}
+
+fn cache([states, len, tokens, drift, open, keys]: [Pair; 6]) -> CacheArrays {
+    CacheArrays {
+        states: buffer(states),
+        len: buffer(len),
+        tokens: buffer(tokens),
+        drift: buffer(drift),
+        open: buffer(open),
+        keys: buffer(keys),
+    }
+}
+
+pub(crate) fn options((codes, numbers): OptionsTuple) -> CallOptions {
+    let [recurrence, merge, read, slot_order, capacity, qk_l2norm, soft_through_drift] = codes;
+    let [tau, scale, soft_temperature] = numbers;
+    CallOptions {
+        size: size_of::<CallOptions>(),
+        recurrence,
+        merge,
+        read,
+        slot_order,
+        capacity,
+        qk_l2norm,
+        tau,
+        scale,
+        soft_temperature,
+        soft_through_drift,
+    }
+}
+
+/// A call without its cache, whose struct must stand still.
+fn call(place: PlaceTuple, extents: ExtentsTuple, arguments: [Pair; 12]) -> Call {
+    let (device, ordinal, stream, workspace) = place;
+    let (dtype, [batch, time, heads, value_heads, dk, dv, sequences, lambda_columns, logit_columns]) =
+        extents;
+    let [q, k, v, g, beta, lambda, route_slope, route_bias, route_logits, tau, events, cu_seqlens] =
+        arguments.map(buffer);
+    Call {
+        device,
+        ordinal,
+        stream: std::ptr::with_exposed_provenance_mut::<c_void>(stream),
+        workspace: buffer(workspace),
+        dtype,
+        batch,
+        time,
+        heads,
+        value_heads,
+        dk,
+        dv,
+        sequences,
+        lambda_columns,
+        logit_columns,
+        q,
+        k,
+        v,
+        g,
+        beta,
+        lambda,
+        route_slope,
+        route_bias,
+        route_logits,
+        tau,
+        events,
+        cu_seqlens,
+        ..Call::default()
+    }
+}
+
+/// The message of this thread's call that failed.
+pub(crate) fn message() -> String {
+    // SAFETY: a string that stays until this thread's next failure.
+    unsafe { CStr::from_ptr(dla_error_message()) }.to_string_lossy().into_owned()
+}
+
+fn told((status, message): (Status, String)) -> PyResult<()> {
+    Err(match status {
+        Status::Ok => return Ok(()),
+        Status::Dtype => PyTypeError::new_err(message),
+        Status::Shape
+        | Status::Missing
+        | Status::Unexpected
+        | Status::Value
+        | Status::Option
+        | Status::Pointer
+        | Status::Workspace => PyValueError::new_err(message),
+        Status::NotBuilt => PyNotImplementedError::new_err(message),
+        Status::Memory => PyMemoryError::new_err(message),
+        Status::Device | Status::Cuda | Status::Internal => PyRuntimeError::new_err(message),
+    })
+}
+
+/// Makes a call without the interpreter's lock. The message is taken on the thread that failed.
+fn unlocked(py: Python<'_>, call: impl FnOnce() -> Status) -> PyResult<()> {
+    /// Addresses, which say nothing of threads.
+    struct Carried<T>(T);
+    // SAFETY: what the addresses name is the caller's, who waits; no Python object is touched.
+    unsafe impl<T> Send for Carried<T> {}
+    impl<T: FnOnce() -> Status> Carried<T> {
+        fn run(self) -> (Status, String) {
+            let status = (self.0)();
+            (status, if status == Status::Ok { String::new() } else { message() })
+        }
+    }
+    let carried = Carried(call);
+    told(py.detach(move || carried.run()))
+}
+
+fn at<T>(x: &Option<T>) -> *const T {
+    x.as_ref().map_or(null(), |x| x)
+}
+
+/// Bytes of workspace of a forward with these results: o, drift, events, lambda.
+#[pyfunction]
+fn forward_workspace(
+    py: Python<'_>,
+    settings: OptionsTuple,
+    place: PlaceTuple,
+    extents: ExtentsTuple,
+    arguments: [Pair; 12],
+    results: [Pair; 4],
+    last: Option<[Pair; 6]>,
+) -> PyResult<usize> {
+    let (options, call, last) = (options(settings), call(place, extents, arguments), last.map(cache));
+    let [o, drift, events, lambda] = results.map(buffer);
+    let results = Results { o, drift, events, lambda, cache: at(&last), ..Results::default() };
+    let mut bytes = 0;
+    // SAFETY: structs are as they say; buffers are not read.
+    unlocked(py, || unsafe { dla_forward_workspace(&options, &call, &results, &mut bytes) })?;
+    Ok(bytes)
+}
+
+/// All tokens: o, drift, events, lambda, and the final cache.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn forward(
+    py: Python<'_>,
+    settings: OptionsTuple,
+    place: PlaceTuple,
+    extents: ExtentsTuple,
+    arguments: [Pair; 12],
+    first: Option<[Pair; 6]>,
+    results: [Pair; 4],
+    last: Option<[Pair; 6]>,
+) -> PyResult<()> {
+    let (first, last) = (first.map(cache), last.map(cache));
+    let options = options(settings);
+    let call = Call { cache: at(&first), ..call(place, extents, arguments) };
+    let [o, drift, events, lambda] = results.map(buffer);
+    let results = Results { o, drift, events, lambda, cache: at(&last), ..Results::default() };
+    // SAFETY: structs are as they say; that the buffers are, dla/_call.py answers for.
+    unlocked(py, || unsafe { dla_forward(&options, &call, &results) })
+}
+
+fn gradients(wanted: [Pair; 10], cache: *const CacheArrays) -> Gradients {
+    let [q, k, v, g, beta, lambda, route_slope, route_bias, route_logits, tau] = wanted.map(buffer);
+    Gradients {
+        q,
+        k,
+        v,
+        g,
+        beta,
+        lambda,
+        route_slope,
+        route_bias,
+        route_logits,
+        tau,
+        cache,
+        ..Gradients::default()
+    }
+}
+
+/// States, open and key sums of a cache's gradient.
+fn cache_gradients([states, open, keys]: [Pair; 3]) -> CacheArrays {
+    CacheArrays { states: buffer(states), open: buffer(open), keys: buffer(keys), ..CacheArrays::ABSENT }
+}
+
+/// Bytes of workspace of a backward that gives these gradients.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn backward_workspace(
+    py: Python<'_>,
+    settings: OptionsTuple,
+    place: PlaceTuple,
+    extents: ExtentsTuple,
+    arguments: [Pair; 12],
+    first: Option<[Pair; 6]>,
+    wanted: [Pair; 10],
+    d_first: Option<[Pair; 3]>,
+) -> PyResult<usize> {
+    let (first, d_first) = (first.map(cache), d_first.map(cache_gradients));
+    let options = options(settings);
+    let call = Call { cache: at(&first), ..call(place, extents, arguments) };
+    let wanted = gradients(wanted, at(&d_first));
+    let mut bytes = 0;
+    // SAFETY: structs are as they say; buffers are not read.
+    unlocked(py, || unsafe { dla_backward_workspace(&options, &call, &wanted, &mut bytes) })?;
+    Ok(bytes)
+}
+
+/// Gradients of the arguments.
+#[pyfunction]
+#[allow(clippy::too_many_arguments)]
+fn backward(
+    py: Python<'_>,
+    settings: OptionsTuple,
+    place: PlaceTuple,
+    extents: ExtentsTuple,
+    arguments: [Pair; 12],
+    first: Option<[Pair; 6]>,
+    d_o: Pair,
+    d_last: Option<[Pair; 3]>,
+    wanted: [Pair; 10],
+    d_first: Option<[Pair; 3]>,
+) -> PyResult<()> {
+    let first = first.map(cache);
+    let (d_last, d_first) = (d_last.map(cache_gradients), d_first.map(cache_gradients));
+    let options = options(settings);
+    let call = Call { cache: at(&first), ..call(place, extents, arguments) };
+    let upstream = Upstream { o: buffer(d_o), cache: at(&d_last), ..Upstream::default() };
+    let wanted = gradients(wanted, at(&d_first));
+    // SAFETY: structs are as they say; that the buffers are, dla/_call.py answers for.
+    unlocked(py, || unsafe { dla_backward(&options, &call, &upstream, &wanted) })
+}
+
+/// Bytes of workspace of a step.
+#[pyfunction]
+fn step_workspace(
+    py: Python<'_>,
+    settings: OptionsTuple,
+    place: PlaceTuple,
+    extents: ExtentsTuple,
+    arguments: [Pair; 12],
+    results: [Pair; 4],
+) -> PyResult<usize> {
+    let (options, call) = (options(settings), call(place, extents, arguments));
+    let [o, drift, events, lambda] = results.map(buffer);
+    let results = Results { o, drift, events, lambda, ..Results::default() };
+    let mut bytes = 0;
+    // SAFETY: structs are as they say; buffers are not read.
+    unlocked(py, || unsafe { dla_step_workspace(&options, &call, &results, &mut bytes) })?;
+    Ok(bytes)
+}
+
+/// One token, in place: o, drift, events, lambda.
+#[pyfunction]
+fn step(
+    py: Python<'_>,
+    settings: OptionsTuple,
+    place: PlaceTuple,
+    extents: ExtentsTuple,
+    arguments: [Pair; 12],
+    states: [Pair; 6],
+    results: [Pair; 4],
+) -> PyResult<()> {
+    let (options, call, states) = (options(settings), call(place, extents, arguments), cache(states));
+    let [o, drift, events, lambda] = results.map(buffer);
+    let results = Results { o, drift, events, lambda, ..Results::default() };
+    // SAFETY: structs are as they say; that the buffers are, dla/_call.py answers for.
+    unlocked(py, || unsafe { dla_step(&options, &call, &states, &results) })
+}
+
+/// Raises where no GPU can be used, and says what is missing.
+#[pyfunction]
+fn check_cuda(py: Python<'_>) -> PyResult<()> {
+    unlocked(py, || dla_cuda_available())
+}
+
+/// Addresses of the handlers that XLA calls, by name.
+#[pyfunction]
+fn xla_handlers() -> Vec<(&'static str, usize)> {
+    xla::handlers()
+}
+
+#[pymodule]
+fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
+    module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_function(wrap_pyfunction!(forward_workspace, module)?)?;
+    module.add_function(wrap_pyfunction!(forward, module)?)?;
+    module.add_function(wrap_pyfunction!(backward_workspace, module)?)?;
+    module.add_function(wrap_pyfunction!(backward, module)?)?;
+    module.add_function(wrap_pyfunction!(step_workspace, module)?)?;
+    module.add_function(wrap_pyfunction!(step, module)?)?;
+    module.add_function(wrap_pyfunction!(check_cuda, module)?)?;
+    module.add_function(wrap_pyfunction!(xla_handlers, module)?)
+}

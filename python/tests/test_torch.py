@@ -1,0 +1,371 @@
+"""PyTorch against the f64 reference on the CPU and, where there is one, on a GPU; compile, graphs, streams, the layer.
+
+Where the GPU has no backward yet, the tests of it say so and are skipped.
+"""
+
+import time
+
+import numpy as np
+import pytest
+from conftest import Case, assert_close, cases, error
+from test_numpy import GRADIENTS, SPELLED
+
+torch = pytest.importorskip("torch", reason="torch is not installed")
+
+import dla.torch as D  # noqa: E402
+from dla import _call  # noqa: E402
+from dla.torch import _functional, _op  # noqa: E402
+
+DEVICES = ["cpu"]
+if torch.cuda.is_available():
+    try:
+        import dla
+
+        dla.check_cuda()
+        DEVICES.append("cuda")
+    except RuntimeError as reason:
+        print(f"no tests on the GPU: {reason}")
+cuda = pytest.mark.skipif("cuda" not in DEVICES, reason="no GPU, or no kernels in this build")
+device = pytest.mark.parametrize("device", DEVICES)
+
+
+def tensors(case, device, dtype=torch.float32, grad=False):
+    """Arguments that have gradients, by name."""
+    found = {}
+    for name in GRADIENTS:
+        x = case.arguments[name]
+        if x is not None:
+            x = torch.tensor(x, device=device, dtype=dtype if name in ("q", "k", "v") else None)
+            found[name] = x.requires_grad_() if grad else x
+    return found
+
+
+def call(case, given, function=D.dla, **named):
+    a = dict.fromkeys(GRADIENTS) | given
+    route = None if a["slope"] is None else (a["slope"], a["bias"], a["logits"])
+    offsets = case.arguments["cu_seqlens"]
+    if offsets is not None:
+        named["cu_seqlens"] = torch.tensor(offsets, device=given["q"].device)
+    return function(*(a[name] for name in GRADIENTS[:6]), route=route, **{**case.options, **named})
+
+
+def gradients(loss, of):
+    """Gradients, or the test is skipped where the GPU has none yet."""
+    try:
+        return torch.autograd.grad(loss, of)
+    except NotImplementedError as reason:
+        pytest.skip(str(reason))
+
+
+@device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", cases())
+def test_forward_and_every_gradient(kind, dtype, device, reference):
+    case = Case(21, **kind)
+    given = tensors(case, device, dtype, grad=True)
+    for name in ("q", "k", "v"):
+        case.arguments[name] = given[name].detach().float().cpu().numpy()
+    o, state, log = call(case, given, output_final_state=True, return_log=True)
+    assert o.dtype == dtype and o.device.type == device
+    do = torch.tensor(case.do, device=device, dtype=dtype)
+    expected = reference(case, log.events.cpu(), do.float().cpu().numpy())
+    # On the CPU half a unit in the last place of bf16; on a GPU what its products of bf16 planes give.
+    bound = 5e-3 if dtype == torch.bfloat16 else (1e-5 if device == "cpu" else 1e-4)
+    assert_close("o", o.detach().float().cpu(), expected["o"], bound)
+    states = 1e-5 if device == "cpu" else bound
+    assert_close("states", state.states.detach().cpu(), expected["cache_states"], states)
+    assert (state.tokens.cpu().numpy() == expected["cache_tokens"]).all()
+    found = gradients((o * do).sum(), list(given.values()))
+    for (name, x), gradient in zip(given.items(), found):
+        assert gradient.shape == x.shape and gradient.dtype == x.dtype
+        assert_close(f"d{name}", gradient.float().cpu(), expected[SPELLED.get(name, f"d{name}")], 2 * bound)
+
+
+@device
+def test_gradients_of_state_and_tau(device):
+    case = Case(22, delta=True, routed=True, time=40)
+    given = tensors(case, device, grad=True)
+    first = D.empty_state(2, *case.shape, routed=True, device=device)
+    first = D.State(first.states.requires_grad_(), *first[1:4], first.open.requires_grad_(), first.keys.requires_grad_())
+    tau = torch.tensor(0.7, device=device, requires_grad=True)
+    o, state = call(case, given, initial_state=first, output_final_state=True, tau=tau, soft=(0.1, True))
+    loss = o.sum() + state.states.square().sum() + state.keys.sum()
+    found = gradients(loss, [tau, first.states, first.open, first.keys, given["k"]])
+    assert found[0].shape == () and found[0].abs() > 0
+    assert all(x.isfinite().all() for x in found)
+
+
+@device
+def test_opcheck(device):
+    case = Case(23, delta=True, routed=False, time=20)
+    for grad in ([False, True] if device == "cpu" else [False]):
+        given = tensors(case, device, grad=grad)
+        arguments, number = _functional._convert(
+            *(given.get(name) for name in GRADIENTS[:6]), None, 0.6, None, None, None
+        )
+        codes, numbers = _functional._check(
+            arguments, number, merge="mass", slot_order="newest_first", capacity=6, qk_l2norm=True, scale=None, soft=None
+        )
+        torch.library.opcheck(torch.ops.dla.forward, (*arguments, codes, numbers, True))
+    if device == "cpu":
+        detached = [x if x is None else x.detach() for x in arguments]
+        o, _, log, *_ = torch.ops.dla.forward(*detached, codes, numbers, False)
+        detached[10] = log
+        wanted = [x is not None for x in detached[:10]] + [False] * 3
+        torch.library.opcheck(torch.ops.dla.backward, (o, None, None, None, *detached, codes, numbers, wanted))
+        state = D.empty_state(2, *case.shape)
+        token = [x if x is None else x[:, :1].contiguous() for x in detached[:6]] + [None] * 5
+        torch.library.opcheck(torch.ops.dla.step, (*token, *state, codes, numbers))
+
+
+@device
+def test_compile_is_eager(device):
+    case = Case(24, delta=True, routed=True)
+    given = tensors(case, device, grad=device == "cpu")
+    backend = "aot_eager" if device == "cpu" else "inductor"
+    torch._dynamo.reset()
+
+    def function(given):
+        o, state = call(case, given, output_final_state=True)
+        return o, state.states
+
+    compiled = torch.compile(function, fullgraph=True, backend=backend)
+    expected, found = function(given), compiled(given)
+    assert all((x == y).all() for x, y in zip(expected, found))
+    if device == "cpu":
+        of = [given[name] for name in ("q", "k", "v", "g", "slope")]
+        for x, y in zip(*(torch.autograd.grad(o.square().sum() + s.sum(), of) for o, s in (expected, found))):
+            assert_close("gradient", y, x, 1e-6)
+
+
+@device
+def test_strides_and_offsets_are_taken(device):
+    case = Case(25, delta=False, routed=False)
+    given = tensors(case, device)
+    o, _ = call(case, given)
+    strided = {name: torch.stack([x, x], -1)[..., 0] for name, x in given.items()}
+    assert not strided["q"].is_contiguous()
+    assert (call(case, strided)[0] == o).all()
+    # Contiguous, and begins between two words.
+    shifted = {name: torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape) for name, x in given.items()}
+    assert (call(case, shifted)[0] == o).all()
+
+
+@device
+def test_autocast(device):
+    case = Case(26, delta=True, routed=True)
+    given = tensors(case, device)
+    with torch.autocast(device, dtype=torch.bfloat16):
+        o, _ = call(case, given)
+    expected, _ = call(case, {n: x.bfloat16() if n in ("q", "k", "v") else x for n, x in given.items()})
+    assert o.dtype == torch.bfloat16 and (o == expected).all()
+
+
+def steps(case, given, device):
+    state = D.empty_state(case.sequences, *case.shape, routed="slope" in given, device=device)
+    outputs = []
+    for t in range(given["q"].shape[1]):
+        token = {n: x if n in ("slope", "bias") else x[:, t : t + 1] for n, x in given.items()}
+        try:
+            o, same = call(case, token, D.step, state=state)
+        except NotImplementedError as reason:
+            pytest.skip(str(reason))
+        assert same is state
+        outputs.append(o)
+    return torch.cat(outputs, 1), state
+
+
+@device
+def test_steps_are_one_call(device):
+    case = Case(27, delta=True, routed=True, time=30)
+    given = tensors(case, device)
+    whole, last = call(case, given, output_final_state=True)
+    o, state = steps(case, given, device)
+    bound = 1e-4 if device == "cpu" else 1e-3
+    assert_close("o", o.cpu(), whole.cpu(), bound)
+    assert_close("states", state.states.cpu(), last.states.cpu(), bound)
+
+
+@device
+def test_a_split_over_heads_is_the_same_bits(device):
+    case = Case(28, delta=False, routed=False, time=200)
+    given = tensors(case, device)
+    whole, _ = call(case, given)
+    for head in range(2):
+        own, group = slice(head, head + 1), slice(2 * head, 2 * head + 2)
+        part = {n: x[:, :, own] if n in ("q", "k") else x[:, :, group] for n, x in given.items()}
+        assert (call(case, part)[0] == whole[:, :, group]).all()
+
+
+def test_errors_name_the_argument():
+    case = Case(29, delta=False, routed=False, time=5)
+    given = tensors(case, "cpu")
+
+    def refused(kind, text, change=None, **named):
+        with pytest.raises(kind, match=text):
+            call(case, {**given, **(change or {})}, **named)
+
+    refused(TypeError, "q: expected a tensor", {"q": [1.0]})
+    refused(TypeError, "q: expected dtype", {"q": given["q"].double()})
+    refused(TypeError, "k: expected dtype torch.float32, as q", {"k": given["k"].half()})
+    refused(ValueError, r"v: expected shape \[B,T,HV,dv\]", {"v": given["v"][:, :3]})
+    refused(ValueError, "g: expected at most 0 everywhere", {"g": -given["g"]})
+    refused(ValueError, "lam: missing", {"lam": None})
+    refused(ValueError, "lam: expected a tensor of cpu, as q", {"lam": given["lam"].to("meta")})
+    refused(ValueError, "capacity: expected 1 to 64", capacity=0)
+    refused(ValueError, "slot_order: expected one of", slot_order="random")
+    refused(TypeError, "cu_seqlens: expected dtype", cu_seqlens=torch.tensor([0.0, 5.0]))
+    refused(TypeError, "events: expected dtype torch.uint8", events=torch.zeros(2, 5, 4))
+    refused(TypeError, "state.len: expected dtype torch.int32",
+            initial_state=D.empty_state(2, *case.shape)._replace(len=torch.zeros(2, 4)))
+
+
+STYLES = [("delta", "routed_logits", "mass"), ("mamba2", "given", "density"), ("delta", "routed", "mass")]
+
+
+def layer(style, read, merge, device, dtype=torch.float32, **named):
+    torch.manual_seed(0)
+    named = {"num_v_heads": 4, "capacity": 6, **named}
+    return D.DynamicLinearAttention(
+        64, expand_v=1.5, head_dim=16, num_heads=2, layer_idx=3, style=style, read=read, merge=merge, **named
+    ).to(device, dtype)
+
+
+@device
+@pytest.mark.parametrize("style, read, merge", STYLES)
+def test_layer_caches_packs_and_pads(style, read, merge, device):
+    module = layer(style, read, merge, device)
+    x = torch.randn(2, 70, 64, device=device)
+    bound = 1e-4 if device == "cpu" else 1e-2
+    with torch.no_grad():
+        whole, _, _ = module(x)
+        assert whole.shape == x.shape
+        # In pieces, then token by token.
+        o, _, past = module(x[:, :50], use_cache=True)
+        outputs = [o]
+        for t in range(50, 70):
+            o, _, past = module(x[:, t : t + 1], past_key_values=past, use_cache=True)
+            outputs.append(o)
+        assert list(past) == [3]
+        assert_close("pieces", torch.cat(outputs, 1).cpu(), whole.cpu(), bound)
+        # Packed: the two sequences one after the other.
+        packed, _, _ = module(x.flatten(0, 1)[None], cu_seqlens=torch.tensor([0, 70, 140], device=device))
+        assert_close("packed", packed.view_as(whole).cpu(), whole.cpu(), bound)
+        # Padded on the left.
+        mask = torch.ones(2, 90, device=device)
+        mask[:, :20] = 0
+        padded, _, _ = module(torch.cat([torch.randn(2, 20, 64, device=device), x], 1), attention_mask=mask)
+        assert_close("padded", padded[:, 20:].cpu(), whole.cpu(), bound)
+        assert (padded[:, :20] == 0).all()
+    with pytest.raises(ValueError, match="hidden_states: expected"):
+        module(x[..., :10])
+
+
+@device
+def test_training_through_the_layer(device):
+    """200 steps: the second half of every sequence repeats the first, and the layer learns to copy."""
+    torch.manual_seed(1)
+    embedding = torch.nn.Embedding(16, 64).to(device)
+    module = layer("delta", "routed", "mass", device)
+    head = torch.nn.Linear(64, 16).to(device)
+    parameters = [*embedding.parameters(), *module.parameters(), *head.parameters()]
+    optimiser = torch.optim.AdamW(parameters, lr=5e-3)
+    losses = []
+    for _ in range(200):
+        tokens = torch.randint(16, (16, 6), device=device).repeat(1, 2)
+        optimiser.zero_grad()
+        o, _, _ = module(embedding(tokens[:, :-1]))
+        loss = torch.nn.functional.cross_entropy(head(o)[:, 5:].flatten(0, 1), tokens[:, 6:].flatten())
+        try:
+            loss.backward()
+        except NotImplementedError as reason:
+            pytest.skip(str(reason))
+        optimiser.step()
+        losses.append(loss.item())
+    print(f"loss {np.mean(losses[:10]):.3f} to {np.mean(losses[-10:]):.3f}")
+    assert np.isfinite(losses).all() and np.mean(losses[-10:]) < 0.3 * np.mean(losses[:10])
+    assert all(x.grad is not None and x.grad.isfinite().all() for x in parameters)
+
+
+@cuda
+def test_graph_replays():
+    case = Case(31, delta=True, routed=True, dk=64, dv=64)
+    given = tensors(case, "cuda", torch.bfloat16)
+    side = torch.cuda.Stream()
+    with torch.cuda.stream(side):
+        call(case, given, output_final_state=True)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        o, state = call(case, given, output_final_state=True)
+    for seed in (32, 33):
+        fresh = tensors(Case(seed, delta=True, routed=True, dk=64, dv=64), "cuda", torch.bfloat16)
+        for name, x in given.items():
+            x.copy_(fresh[name])
+        graph.replay()
+        expected, last = call(case, fresh, output_final_state=True)
+        torch.cuda.synchronize()
+        assert (o == expected).all() and (state.states == last.states).all()
+
+
+@cuda
+def test_two_streams():
+    one, other = (Case(seed, delta=False, routed=False, time=3000, dk=64, dv=64) for seed in (34, 35))
+    given = [tensors(case, "cuda", torch.bfloat16) for case in (one, other)]
+    expected = [call(case, x)[0] for case, x in zip((one, other), given)]
+    torch.cuda.synchronize()
+    streams, found = [torch.cuda.Stream() for _ in given], [[], []]
+    for _ in range(5):
+        for case, x, stream, results in zip((one, other), given, streams, found):
+            with torch.cuda.stream(stream):
+                results.append(call(case, x)[0])
+    torch.cuda.synchronize()
+    for results, o in zip(found, expected):
+        assert all((x == o).all() for x in results)
+
+
+@cuda
+def test_the_calls_own_time():
+    """What Python adds to a call, beyond what the library takes to launch it."""
+    given = {n: torch.randn(1, 64, 1, 64, device="cuda", dtype=torch.bfloat16) for n in ("q", "k", "v")}
+    lam = torch.ones(1, 64, 1, 30, device="cuda")
+    arguments, number = _functional._convert(*given.values(), None, None, lam, None, 0.6, None, None, None)
+    codes, numbers = _functional._check(
+        arguments, number, merge="density", slot_order="oldest_first", capacity=30, qk_l2norm=False, scale=None, soft=None
+    )
+    options, q = _op._options(codes, numbers), given["q"]
+    e = _op._extents(q, given["v"], lam, None, None, 30)
+    outputs = _op._forward_outputs(q, e, options, False)
+    pairs, results = [_op._pair(x) for x in arguments[:12]], [_op._pair(x) for x in outputs[:4]]
+    extents, run = (1, list(e)), _op._Run(q)
+    workspace = torch.empty(
+        _call.forward_workspace(options, run.place(), extents, pairs, results, None), dtype=torch.uint8, device="cuda"
+    )
+    place = run.place(workspace)
+
+    def microseconds(function):
+        """Least mean of a batch of calls, with the GPU never behind: it is waited for before each batch."""
+        best = float("inf")
+        for _ in range(40):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            for _ in range(20):
+                function()
+            best = min(best, (time.perf_counter() - begin) / 20 * 1e6)
+        return best
+
+    native = microseconds(lambda: _call.forward(options, place, extents, pairs, None, results, None))
+    plain = microseconds(lambda: D.dla(*given.values(), lam=lam))
+    q.requires_grad_()
+    grad = microseconds(lambda: D.dla(*given.values(), lam=lam))
+    print(f"launch {native:.1f} us; through dla.torch.dla {plain:.1f} us, with gradients wanted {grad:.1f} us")
+    assert plain - native <= 40
+
+
+@cuda
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="one GPU")
+def test_another_gpu_than_the_current():
+    case = Case(36, delta=False, routed=False, dk=64, dv=64)
+    first, second = (call(case, tensors(case, f"cuda:{i}", torch.bfloat16))[0] for i in (0, 1))
+    assert torch.cuda.current_device() == 0
+    assert error(second.float().cpu(), first.float().cpu()) == 0
