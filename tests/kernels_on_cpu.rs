@@ -18,6 +18,8 @@ use std::sync::OnceLock;
 
 #[path = "emulation/hopper.rs"]
 mod hopper;
+#[path = "emulation/hopper_backward.rs"]
+mod hopper_backward;
 
 unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;

@@ -1,0 +1,302 @@
+// prepare_backward on Hopper, gated, bf16: what the reverse scan takes of a chunk that is the same for all its slices, and the
+// gradients by way of the pairs of tokens that the chunk reads (OPERATOR.md, section 4). As the scan writes tokens a chunk
+// late, these are tokens s of the chunk and of the chunk before:
+//
+//   P_ts = scale D_ts q_t . k_s,  P'_ts = scale D_ts do_t . v_s,  D_ts = e^{Gamma_t - Gamma_s},  Lambda_ts = lambda_t[slot_t(s)]
+//   (P . Lambda)^T for dV, (P' . Lambda)^T for dK
+//   w_t[j] = scale lambda_t[pi_t(j)] e^{Gamma_t}, 0 for slots without a token older than these
+//   dlambda_t[i] = sum over s in slot i at t of (do_t . v_s) P_ts
+//   dg_u = sum over s < u <= t of (do_t . v_s) P_ts Lambda_ts
+//   and which slots merge, which tokens end where (BackwardPlan, abi.cuh).
+//
+// One block of 256 threads per chunk of 64 tokens and value head (grid: abi.cuh; a place without a chunk returns at once).
+// K Q^T and V dO^T by mma, 26 blocks of 16 x 16 of either: tokens s are rows, for then a product's fragments are those of the
+// transposed pairs as left operands.
+//
+// Shared memory: 45,248 bytes + 256 M. Floor: bytes; at dk = dv = 128 it reads 48 KB of q and k and as much of v and do a chunk and
+// head (most from L2: two chunks read each k and v) and writes 37 KB: at S3 0.27 + 0.54 + 0.30 GB, 0.4 ms.
+// Numerics: sums in f32, pairs rounded once to bf16, all else f32. dg by prefix sums over 128 tokens at most, never over a
+// sequence, for it would be what is left of terms far larger than itself.
+
+#include "common/chunk.cuh"
+
+namespace dla {
+namespace {
+
+DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
+    constexpr int C = Bf16::CHUNK, CROSS = 16, BLOCKS = 26, MINE = 4, PITCH = 2 * C + 1;
+    constexpr uint8_t NONE = 255;
+    const Extents& e = p.extents;
+    const Chunk chunk = chunk_of(p);
+    if (chunk.len == 0) return;
+    const Row& row = chunk.row;
+    const int64_t first = chunk.first, entered = chunk.place * e.value_heads + row.head;
+    const int64_t index = chunk.kept * e.value_heads + row.head;
+    const bool follows = first > 0;  // there is a chunk before
+    const int len = chunk.len, dk = e.dk, dv = e.dv, capacity = e.capacity;
+    const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
+    const Bf16* const q = static_cast<const Bf16*>(p.q);
+    const Bf16* const k = static_cast<const Bf16*>(p.k);
+    const Bf16* const v = static_cast<const Bf16*>(p.v);
+    const Bf16* const d_o = static_cast<const Bf16*>(p.d_o);
+
+    Carve carve{dynamic_shared()};
+    Replay<C> replay;
+    replay.take(carve);
+    Exits exits;
+    exits.take(carve);
+    Gamma* const gamma = carve.take<Gamma>(C);
+    Gamma* const gamma_before = carve.take<Gamma>(C);
+    float* const q_factor = carve.take<float>(C);
+    float* const k_factor = carve.take<float>(2 * C);             // of the chunk before, then of its own, as all of 2 C
+    uint8_t* const entry_place = carve.take<uint8_t>(MOST_SLOTS);
+    uint8_t* const exit_place = carve.take<uint8_t>(MOST_SLOTS);
+    uint8_t* const slot_at = carve.take<uint8_t>(MOST_SLOTS);     // entry slot at a place, if it is in the bank
+    uint8_t* const slot_before = carve.take<uint8_t>(C);          // entry slot of a token of the chunk before
+    int* const starts = carve.take<int>(MOST_SLOTS);
+    BackwardPlan* const plan = carve.take<BackwardPlan>(1);
+    float* const lambda = carve.take<float>(C * capacity);
+    // The operands, then the products (do_t . v_s) P_ts.
+    unsigned char* const reused = carve.next;
+    const Tile<1> reads = carve.tile<1>(C, SLICE), written = carve.tile<1>(2 * C, SLICE);
+    carve.next = reused;
+    float* const y = carve.take<float>(C * PITCH);  // [C][PITCH]: token t, then s
+    carve.check();
+
+    const int entry = static_cast<int>(p.chunk_len[entered]);
+    const int bank_end = follows ? static_cast<int>(first - C) : 0;  // tokens before it are in the bank
+    if (thread < MOST_SLOTS) slot_at[thread] = NONE;
+    for (int t = warp; t < C; t += WARPS) {
+        const float factor = norm_factor(t < len ? q + row.key_at(first + t) * dk : nullptr, dk, p.qk_l2norm);
+        if (lane == 0) q_factor[t] = factor;
+    }
+    for (int s = warp; s < 2 * C; s += WARPS) {
+        const bool live = s < C ? follows : s - C < len;
+        const float factor = norm_factor(live ? k + row.key_at(first - C + s) * dk : nullptr, dk, p.qk_l2norm);
+        if (lane == 0) k_factor[s] = factor;
+    }
+    for (int t = warp; t < len; t += WARPS) {
+        const float* const from = p.lambda + row.at(first + t) * p.lambda_columns;
+        for (int i = lane; i < capacity; i += 32) lambda[t * capacity + i] = from[i];
+    }
+    if (warp == 0) load_gamma(p.g, row, first, len, C, gamma);
+    if (warp == 1 && follows) load_gamma(p.g, row, first - C, C, C, gamma_before);
+    if (thread < MOST_SLOTS) starts[thread] = thread < entry ? p.chunk_starts[entered * capacity + thread] : 0;
+    __syncthreads();
+    if (thread < MOST_SLOTS) {
+        const bool held = thread < entry;
+        const int place = held ? p.chunk_place[entered * capacity + thread] : 0;
+        entry_place[thread] = place;
+        if (held && starts[thread] < bank_end) slot_at[place] = thread;
+    } else if (thread < MOST_SLOTS + C) {
+        // The last slot that starts there or before.
+        const int s = thread - MOST_SLOTS, token = static_cast<int>(first) - C + s;
+        int low = 0, high = entry;
+        while (low < high) {
+            const int middle = (low + high) / 2;
+            if (starts[middle] <= token) low = middle + 1;
+            else high = middle;
+        }
+        slot_before[s] = low > 0 ? low - 1 : 0;
+    }
+    replay.run(p.events, row, first, len, entry);
+    exits.find(replay, len, entry);
+    const int exit_len = replay.len[len - 1];
+    const auto weight_of = [&](int t, int slot) { return lambda[t * capacity + column_of(e, slot, replay.len[t])]; };
+    // Slot at t of token s of 2 C.
+    const auto slot_of = [&](int t, int s) {
+        return s < C ? replay.of_slot(t, slot_before[s]) : replay.of_token(t, s - C);
+    };
+
+    // K Q^T and V dO^T, rows s of 2 C: block i of a warp is warp + i WARPS; those with the chunk before row by row, then its own
+    // from the diagonal on.
+    const auto own_row = [](int block) { return block < 4 ? 0 : block < 7 ? 1 : block < 9 ? 2 : 3; };
+    const auto row_of_block = [&](int block) { return block < CROSS ? block / 4 * 16 : C + own_row(block - CROSS) * 16; };
+    const auto column_of_block = [&](int block) {
+        if (block < CROSS) return block % 4 * 16;
+        const int own = own_row(block - CROSS);
+        return (block - CROSS - (own == 0 ? 0 : own == 1 ? 3 : own == 2 ? 5 : 6)) * 16;
+    };
+    float kq[MINE][2][4], vd[MINE][2][4];
+#pragma unroll
+    for (int i = 0; i < MINE; i++) clear(kq[i]), clear(vd[i]);
+    const auto products = [&](float (&c)[MINE][2][4], int width, auto read_at, auto written_at) {
+        for (int column = 0; column < padded(width); column += SLICE) {
+            __syncthreads();
+            for (int i = thread; i < 3 * C * SLICE / 8; i += THREADS) {
+                const int r = i / (SLICE / 8), group = i % (SLICE / 8);
+                if (r < C) load_slice(reads, r, group, r < len ? read_at(first + r) : nullptr, column, width, 1.0f);
+                else {
+                    const int s = r - C;
+                    const bool live = s < C ? follows : s - C < len;
+                    load_slice(written, s, group, live ? written_at(first - C + s) : nullptr, column, width, 1.0f);
+                }
+            }
+            __syncthreads();
+#pragma unroll
+            for (int i = 0; i < MINE; i++) {
+                const int block = warp + i * WARPS;
+                if (block >= BLOCKS) continue;
+                const int s0 = row_of_block(block), t0 = column_of_block(block);
+#pragma unroll
+                for (int from = 0; from < SLICE; from += 16) {
+                    uint32_t a[1][4], b[1][4];
+                    load_a(written, s0, from, a);
+                    load_b(reads, t0, from, b);
+                    multiply<1, 1>(c[i], a, b);
+                }
+            }
+        }
+    };
+    products(kq, dk, [&](int64_t t) { return q + row.key_at(t) * dk; }, [&](int64_t s) { return k + row.key_at(s) * dk; });
+    products(vd, dv, [&](int64_t t) { return d_o + row.at(t) * dv; }, [&](int64_t s) { return v + row.at(s) * dv; });
+    __syncthreads();
+
+    const Gamma total_before = gamma_before[C - 1], total = gamma[C - 1];
+#pragma unroll
+    for (int i = 0; i < MINE; i++) {
+        const int block = warp + i * WARPS;
+        if (block >= BLOCKS) continue;
+        const int s0 = row_of_block(block), t0 = column_of_block(block), g = lane / 4, c2 = lane % 4 * 2;
+        uint32_t operand[2][4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int s = s0 + g + n % 2 * 8, half = n / 2;
+            float pairs[2][2] = {};
+#pragma unroll
+            for (int x = 0; x < 2; x++) {
+                const int t = t0 + half * 8 + c2 + x;
+                float product = 0;
+                if (t < len && (s < C ? follows : s - C <= t)) {
+                    const float log = s < C ? value(gamma[t]) + minus(total_before, gamma_before[s]) : minus(gamma[t], gamma[s - C]);
+                    const float factor = p.scale * q_factor[t] * expf(log), weight = weight_of(t, slot_of(t, s));
+                    const float of_keys = kq[i][half][n % 2 * 2 + x] * factor * k_factor[s], of_values = vd[i][half][n % 2 * 2 + x];
+                    pairs[0][x] = of_keys * weight;
+                    pairs[1][x] = of_values * factor * weight;
+                    product = of_values * of_keys;
+                }
+                y[t * PITCH + s] = product;
+            }
+            operand[0][n] = pack_bf16(pairs[0][0], pairs[0][1]);
+            operand[1][n] = pack_bf16(pairs[1][0], pairs[1][1]);
+        }
+#pragma unroll
+        for (int of = 0; of < 2; of++)
+            reinterpret_cast<uint4*>(p.pairs)[((index * 2 + of) * BLOCKS + block) * 32 + lane] =
+                make_uint4(operand[of][0], operand[of][1], operand[of][2], operand[of][3]);
+    }
+
+    // The weights, four tokens at a time.
+    for (int i = thread; i < p.slots * C / 4; i += THREADS) {
+        const int c = i % 4, step = i / 4 % 4, slot = slot_at[i / 16];
+        float x[4];
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const int t = step * 16 + c * 2 + n % 2 + n / 2 * 8;
+            x[n] = slot == NONE || t >= len
+                       ? 0.0f
+                       : p.scale * q_factor[t] * weight_of(t, replay.of_slot(t, slot)) * expf(value(gamma[t]));
+        }
+        reinterpret_cast<float4*>(p.weights)[index * p.slots * (C / 4) + i] = make_float4(x[0], x[1], x[2], x[3]);
+    }
+
+    // The plan; lane i has entry slot, exit slot or place i, tokens i and i + 32.
+    if (warp == WARPS - 1) exit_places(replay, exits, len, entry, entry_place, exit_place);
+    __syncthreads();
+    if (warp == 0) {
+        const auto before = [&](uint32_t slots, int slot) { return __popc(slots & ((1u << slot) - 1)); };
+        const auto in_bank = [&](int slot) { return starts[slot] < bank_end; };
+        const Exits::Range entries = exits.entries[lane], tokens = exits.tokens[lane];
+        const bool held = lane < exit_len;
+        const int place = exit_place[lane];
+        // Slots of the bank come first, so the others that merge into an exit slot are no matter.
+        const uint32_t copied = __ballot_sync(ALL, held && entries.from + 1 < entries.to && in_bank(entries.from + 1));
+        uint32_t tokens_in = 0;
+#pragma unroll
+        for (int half = 0; half < 2; half++)
+            if (follows) tokens_in |= 1u << replay.of_slot(len - 1, slot_before[lane + 32 * half]);
+        const uint32_t published = __reduce_or_sync(ALL, tokens_in);
+        const uint32_t last_published = __ballot_sync(ALL, held && tokens.from < tokens.to);
+        plan->copied[lane] = plan->copy_of[lane] = plan->published[lane] = plan->last_published[lane] = NONE;
+        plan->exit_place[lane] = held ? place : 0;
+        __syncwarp();
+        if (held && (copied >> lane & 1)) plan->copied[place] = before(copied, lane);
+        if (held && (published >> lane & 1)) plan->published[place] = before(published, lane);
+        if (held && (last_published >> lane & 1)) plan->last_published[place] = before(last_published, lane);
+        if (lane < entry && in_bank(lane)) {
+            const int exit = replay.of_slot(len - 1, lane);
+            if (exits.entries[exit].from != lane) plan->copy_of[entry_place[lane]] = before(copied, exit);
+        }
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int s = lane + 32 * half, last = s < len ? s : len - 1;
+            plan->number[s] = follows ? before(published, replay.of_slot(len - 1, slot_before[s])) : 0;
+            const float decay = follows ? expf(value(total) + minus(total_before, gamma_before[s])) : 0.0f;
+            plan->factor[0][s] = decay * k_factor[s], plan->factor[1][s] = decay;
+            plan->last_number[s] = before(last_published, replay.of_token(len - 1, last));
+            const float last_decay = s < len ? expf(minus(total, gamma[s])) : 0.0f;
+            plan->last_factor[0][s] = last_decay * k_factor[C + s], plan->last_factor[1][s] = last_decay;
+        }
+        if (lane < 2) plan->reserved[lane] = 0;
+        if (lane < 3) plan->reserved_too[lane] = 0;
+        if (lane == 0) plan->copies = __popc(copied), plan->decay = expf(value(total)), plan->exit_len = exit_len;
+        __syncwarp();
+        for (int i = lane; i < static_cast<int>(sizeof(BackwardPlan) / 16); i += 32)
+            reinterpret_cast<uint4*>(p.plans + index)[i] = reinterpret_cast<const uint4*>(plan)[i];
+    }
+
+    // dlambda: a slot's tokens are neighbours.
+    for (int i = thread; i < len * capacity; i += THREADS) {
+        const int t = i / capacity, slot = i % capacity, end = C + t + 1;
+        float sum = 0;
+        if (slot < replay.len[t]) {
+            int low = follows ? 0 : C, high = end;
+            while (low < high) {
+                const int middle = (low + high) / 2;
+                if (slot_of(t, middle) < slot) low = middle + 1;
+                else high = middle;
+            }
+            for (int s = low; s < end && slot_of(t, s) == slot; s++) sum += y[t * PITCH + s];
+        }
+        p.d_weights[(index * C + t) * capacity + slot] = sum;
+    }
+    __syncthreads();
+
+    // dg: sums over s < u in a row, four threads a row; then over t >= u.
+    {
+        constexpr int PART = 2 * C / 4;
+        const int t = thread / 4, from = thread % 4 * PART;
+        const int end = t < len ? (C + t < from + PART ? C + t : from + PART) : from;
+        float* const at = y + t * PITCH;
+        const auto pair = [&](int s) { return s < C && !follows ? 0.0f : at[s] * weight_of(t, slot_of(t, s)); };
+        float sum = 0;
+        for (int s = from; s < end; s++) sum += pair(s);
+        float running = 0;
+#pragma unroll
+        for (int part = 0; part < 3; part++) {
+            const float other = __shfl_sync(ALL, sum, lane / 4 * 4 + part);
+            if (thread % 4 > part) running += other;
+        }
+        for (int s = from; s < from + PART; s++) {
+            const float x = s < end ? pair(s) : 0.0f;
+            at[s] = running;
+            running += x;
+        }
+    }
+    __syncthreads();
+    float* const other_half = k_factor;  // no longer read
+    const int u = thread % (2 * C), half = thread / (2 * C), begin = half * (C / 2);
+    float sum = 0;
+    for (int t = begin; t < begin + C / 2 && t < len; t++)
+        if (C + t >= u) sum += y[t * PITCH + u];
+    if (half == 1) other_half[u] = sum;
+    __syncthreads();
+    if (half == 0) p.d_g[index * 2 * C + u] = sum + other_half[u];
+}
+
+}  // namespace
+}  // namespace dla
+
+KERNEL BLOCKS_OF(dla::THREADS, 2) prepare_backward_sm90_bf16(const __grid_constant__ dla::PrepareBackwardSm90Params p) {
+    dla::prepare_backward_sm90(p);
+}

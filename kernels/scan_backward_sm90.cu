@@ -1,0 +1,481 @@
+// scan_backward on Hopper, gated, bf16: the adjoint of the scan, chunks in reverse (OPERATOR.md, section 4), for one of V and K.
+// The scan writes tokens a chunk late, so at chunk c's exit those of chunk c - 1. With dS' the adjoint of the exit bank, of dV:
+//
+//   dV_c = (P . Lambda)_{c,c}^T dO_c + (P . Lambda)_{c+1,c}^T dO_{c+1} + rows decay_s k_s^T dS'_{e(s)} at the exit of c + 1
+//   dS_j = e^{Gamma_C} dS'_{e(j)} + Q^T (w_j . dO)
+//
+// dK is the same with q and do, k and v exchanged. In what follows Q, K are the two whose whole rows a block reads (WIDTH, as
+// computed), O and V those of which it has 8 columns.
+//
+// A block has 8 columns of O and V and all slots: two groups of 128 threads with half of the slots each, and four warps that
+// bring what they read. Grid: N HV x columns / 8, slices of a row next to each other.
+//
+// dS^T is in f32 in the registers of the warp that owns it: 8 slots of a group are one m64, warp w has slots 2 w (rows 0 to 7) and
+// 2 w + 1; they are the accumulators of the product that adds to them, m64n(WIDTH)k16, four steps of 16 tokens: left operand
+// (w_j[t] dO[t, column])^T, made in registers, right operand Q in shared memory. Only operands are rounded.
+// Merge. Its adjoint is a copy, from place to place through shared memory, STAGED at a time.
+// Write. dS' of the slots that hold tokens of the chunk before is rounded to bf16 in shared memory. While the products run
+// half of the warps, 16 tokens each, read it by mma, add the pairs of tokens, and put dV out.
+// Places whose slot holds none of the bank's tokens have anything finite in them: their weights are 0, no one reads them.
+//
+// Shared memory (bytes; D = WIDTH, M = SLOTS): of two chunks Q 128 D, K 128 D, weights 256 M, pairs 13,312, O 1,024, plan 688;
+// rounded states 16 D M; copies 256 D; barriers 64. D = 128, M = 32: 210,336.
+// Floor: 1,024 clocks of the tensor cores a chunk and block at D = 128, M = 32; at S3 256 blocks on 132
+// multiprocessors, two rounds of 512 chunks: 0.6 ms.
+// Numerics: operands bf16 (w . dO and dS' rounded once each), sums and dS f32.
+
+#include "common/hopper.cuh"
+#include "common/row.cuh"
+
+namespace dla {
+namespace {
+
+template <int WIDTH, int SLOTS>
+struct Reverse {
+    static constexpr int C = Bf16::CHUNK;
+    static constexpr int GROUP = 128, GROUPS = 2;      // threads of a group
+    static constexpr int BRINGING = 128;               // threads that bring
+    static constexpr int COLUMNS = 8;
+    static constexpr int STAGED = 4;                   // slots copied at once
+    static constexpr int BOTH_GROUPS = 3;              // a barrier
+    static constexpr int STEPS = WIDTH / 16;           // of a row
+    static constexpr int WIDE = WIDTH / 2;             // accumulators of 8 slots
+    static constexpr int EIGHTS = SLOTS / 8 / GROUPS;  // of a group's slots
+    static constexpr int OWN = EIGHTS * 2;             // slots of a warp
+    static constexpr int PAIRS = 26, CROSS = 16;       // blocks of 16 x 16; those with the chunk before
+    static constexpr int PLAN = offsetof(BackwardPlan, last_published);
+    static constexpr int ROWS = C * WIDTH;
+    static constexpr uint8_t NONE = 255;
+    static_assert(PLAN % 16 == 0);
+
+    // `full` when a chunk has come, `empty` when every warp has read it; `read` when the rounded states have been.
+    struct Barriers {
+        Barrier full[2], empty[2], read;
+    };
+
+    // Matrices [t][n] stand as [n / 8][t / 8][t % 8][n % 8].
+    uint16_t* queries;   // [2][WIDTH / 8][C][8]
+    uint16_t* keys;      // [2][WIDTH / 8][C][8], of the chunk before
+    float4* weights;     // [2][SLOTS][4][4]
+    uint4* pairs;        // [2][PAIRS][32]
+    uint16_t* outputs;   // [2][C][8]
+    unsigned char* plans;
+    uint4* rounded;      // [SLOTS][STEPS / 2][32]: dS' as right operands, two steps at a time
+    float4* staged;      // [2][STAGED][STEPS][32]
+    Barriers* barriers;
+
+    METHOD void take(Carve& carve) {
+        queries = carve.take<uint16_t>(2 * ROWS);
+        keys = carve.take<uint16_t>(2 * ROWS);
+        weights = carve.take<float4>(2 * SLOTS * 16);
+        pairs = carve.take<uint4>(2 * PAIRS * 32);
+        outputs = carve.take<uint16_t>(2 * C * COLUMNS);
+        plans = carve.take<unsigned char>(2 * PLAN);
+        rounded = carve.take<uint4>(SLOTS * STEPS / 2 * 32);
+        staged = carve.take<float4>(2 * STAGED * STEPS * 32);
+        barriers = carve.take<Barriers>(1);
+        carve.check();
+    }
+
+    METHOD void init_barriers() const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&barriers->full[i], BRINGING + 1);
+            barrier_init(&barriers->empty[i], 4 * GROUPS);
+        }
+        barrier_init(&barriers->read, 4);
+        fence_barriers();
+    }
+
+    DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
+
+    // One problem: what a block reads and leaves, whichever of V and K it is for.
+    struct Block {
+        Row row;
+        int width, columns;           // of the rows, of all slices
+        const Bf16 *queries, *keys;   // token 0's row; `key` elements from token to token
+        const Bf16 *outputs, *values; // token 0's first column
+        int64_t rows_step, columns_step;
+        int64_t place0;               // of the window's first chunk
+        int column;                   // the first
+        int exchanged;
+        int chunks;                   // of the window
+        int64_t from, to;
+
+        METHOD Block(const ScanBackwardSm90Params& p) {
+            const Extents& e = p.extents;
+            exchanged = p.exchanged;
+            width = exchanged ? e.dv : e.dk, columns = exchanged ? e.dk : e.dv;
+            const int slices = columns / COLUMNS;
+            column = blockIdx.x % slices * COLUMNS;
+            const int64_t index = blockIdx.x / slices;
+            row = row_of(e, index / e.value_heads, static_cast<int>(index % e.value_heads));
+            from = p.from, to = row.len < p.to ? row.len : p.to;
+            chunks = to > from ? static_cast<int>((to - from + C - 1) / C) : 0;
+            place0 = first_of_window(e, row, p.from, p.to, C);
+            const Bf16* const of_keys[2] = {static_cast<const Bf16*>(p.q) + row.key_at(0) * e.dk,
+                                            static_cast<const Bf16*>(p.k) + row.key_at(0) * e.dk};
+            const Bf16* const of_values[2] = {static_cast<const Bf16*>(p.d_o) + row.at(0) * e.dv,
+                                              static_cast<const Bf16*>(p.v) + row.at(0) * e.dv};
+            const int64_t key_step = static_cast<int64_t>(e.heads) * e.dk, value_step = static_cast<int64_t>(e.value_heads) * e.dv;
+            queries = exchanged ? of_values[0] : of_keys[0], keys = exchanged ? of_values[1] : of_keys[1];
+            outputs = (exchanged ? of_keys[0] : of_values[0]) + column, values = (exchanged ? of_keys[1] : of_values[1]) + column;
+            rows_step = exchanged ? value_step : key_step, columns_step = exchanged ? key_step : value_step;
+        }
+
+        // Where chunk n of the window stands in what prepare leaves.
+        METHOD int64_t index(int n) const { return (place0 + n) * row.value_heads + row.head; }
+        // Element (k, v) of a state.
+        METHOD int64_t in_state(int wide, int thin) const {
+            return exchanged ? static_cast<int64_t>(thin) * width + wide : static_cast<int64_t>(wide) * columns + thin;
+        }
+    };
+
+    // The warps that bring the chunks.
+    METHOD void bring(const ScanBackwardSm90Params& p, const Block& b) const {
+        const int thread = threadIdx.x % BRINGING, lane = lane_index(), warp = thread / 32;
+        constexpr int FOURS = WIDTH / 32;  // of a row's units of 16 bytes
+        for (int m = 0; m < b.chunks; m++) {
+            const int n = b.chunks - 1 - m, buffer = m % 2;
+            const int64_t first = b.from + static_cast<int64_t>(n) * C, index = b.index(n);
+            const int len = b.row.len - first < C ? static_cast<int>(b.row.len - first) : C;
+            Barrier* const full = &barriers->full[buffer];
+            barrier_wait(&barriers->empty[buffer], phase(m / 2 + 1));
+            if (thread == 0) {
+                barrier_expect(full, SLOTS * C * 4 + PAIRS * 512 + PLAN);
+                copy_bulk(plans + buffer * PLAN, p.plans + index, PLAN, full);
+                copy_bulk(pairs + buffer * PAIRS * 32, p.pairs + (index * 2 + b.exchanged) * PAIRS * 128, PAIRS * 512, full);
+                copy_bulk(weights + buffer * SLOTS * 16, p.weights + index * C * SLOTS, SLOTS * C * 4, full);
+            }
+            // A warp brings 8 rows of 64 bytes.
+#pragma unroll
+            for (int i = warp; i < C / 8 * FOURS; i += BRINGING / 32) {
+                const int t = i / FOURS * 8 + lane % 8, unit = i % FOURS * 4 + lane / 8;
+                const bool live = t < len && unit * 8 < b.width;
+                copy_async_16(queries + buffer * ROWS + (unit * C + t) * 8, b.queries + (live ? (first + t) * b.rows_step + unit * 8 : 0),
+                              live);
+                if (first == 0) continue;
+                const bool wide = unit * 8 < b.width;
+                copy_async_16(keys + buffer * ROWS + (unit * C + t) * 8,
+                              b.keys + (first - C + t) * b.rows_step + (wide ? unit * 8 : 0), wide);
+            }
+            if (thread < C)
+                copy_async_16(outputs + (buffer * C + thread) * COLUMNS, b.outputs + (first + (thread < len ? thread : 0)) * b.columns_step,
+                              thread < len);
+            copies_arrive(full);
+        }
+    }
+
+    METHOD void compute(const ScanBackwardSm90Params& p, const Block& b, int group) const {
+        const Extents& e = p.extents;
+        const Row& row = b.row;
+        const int capacity = e.capacity;
+        const int lane = lane_index(), warp = warp_index() % 4, g = lane / 4, c = lane % 4, c2 = c * 2;
+        const int64_t state = static_cast<int64_t>(e.dk) * e.dv;
+        const bool finishes = warp / 2 == group;  // 16 tokens, from 16 warp on, for both groups
+        const int token = warp * 16 + g;
+
+        // Element 4 n + 2 half + i of eight slots: row 8 n + c2 + i, column g of place_of(2 eight + half).
+        float mine[EIGHTS][WIDE];
+        const auto place_of = [&](int own) { return (group * EIGHTS + own / 2) * 8 + warp * 2 + own % 2; };
+        float out[4] = {};  // of tokens token and token + 8: dV less what the chunk before adds
+
+        // Rounds the slots that `numbers` (by place) numbers.
+        const auto publish = [&](const uint8_t* numbers) {
+#pragma unroll
+            for (int own = 0; own < OWN; own++) {
+                const int number = numbers[place_of(own)];
+                if (number == NONE) continue;
+                const float* const x = &mine[own / 2][own % 2 * 2];
+#pragma unroll
+                for (int i = 0; i < STEPS / 2; i++)
+                    rounded[(number * (STEPS / 2) + i) * 32 + lane] =
+                        make_uint4(pack_bf16(x[i * 16], x[i * 16 + 1]), pack_bf16(x[i * 16 + 4], x[i * 16 + 5]),
+                                   pack_bf16(x[i * 16 + 8], x[i * 16 + 9]), pack_bf16(x[i * 16 + 12], x[i * 16 + 13]));
+            }
+        };
+        // k_s^T dS'_{e(s)} of 16 tokens: by(number of a slot, product) for all that have some of them.
+        const auto through_states = [&](const uint8_t* numbers, auto load_key, float (&sum)[4]) {
+            const int top = numbers[token], bottom = numbers[token + 8];
+            const int begin = numbers[warp * 16], end = numbers[warp * 16 + 15];
+#pragma unroll 1
+            for (int number = begin; number <= end; number++) {
+                float x[2][4] = {};
+#pragma unroll
+                for (int i = 0; i < STEPS / 2; i++) {
+                    const uint4 right = rounded[(number * (STEPS / 2) + i) * 32 + lane];
+                    uint32_t left[4];
+                    load_key(i * 2, left);
+                    mma_bf16(x[0], left, right.x, right.y);
+                    load_key(i * 2 + 1, left);
+                    mma_bf16(x[1], left, right.z, right.w);
+                }
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    if (top == number) sum[i] = x[0][i] + x[1][i];
+                    if (bottom == number) sum[2 + i] = x[0][2 + i] + x[1][2 + i];
+                }
+            }
+        };
+        // v_s . dV_s of the block's columns; `first` and `len`: of the tokens' chunk.
+        const auto leave_flow = [&](int64_t first, int len, const float (&x)[4]) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int t = token + half * 8;
+                float v0 = 0, v1 = 0;
+                if (t < len) load2(b.values + (first + t) * b.columns_step + c2, v0, v1);
+                float sum = v0 * x[half * 2] + v1 * x[half * 2 + 1];
+                sum += __shfl_xor_sync(ALL, sum, 1);
+                sum += __shfl_xor_sync(ALL, sum, 2);
+                if (c == 0 && t < len)
+                    p.flow[static_cast<int64_t>(b.column / COLUMNS) * start_of(e, e.sequences) * e.value_heads + row.at(first + t)] = sum;
+            }
+        };
+
+        // What the window begins with, at its end.
+        float4* const carried = p.carried ? reinterpret_cast<float4*>(p.carried) +
+                                                static_cast<int64_t>(blockIdx.x) * (EIGHTS * WIDE / 4 + 1) * 256 + group * GROUP + warp * 32 + lane
+                                          : nullptr;
+        const bool goes_on = row.len > p.to;
+        const BackwardPlan* const last = !goes_on && b.chunks > 0 ? p.plans + b.index(b.chunks - 1) : nullptr;
+        const int initial_held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
+#pragma unroll
+        for (int i = 0; i < EIGHTS * WIDE; i++) mine[i / WIDE][i % WIDE] = 0;
+        if (goes_on) {
+#pragma unroll
+            for (int i = 0; i < EIGHTS * WIDE / 4; i++) {
+                const float4 x = carried[i * 256];
+                float* const to = &mine[i * 4 / WIDE][i * 4 % WIDE];
+                to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+            }
+            const float4 x = carried[EIGHTS * WIDE / 4 * 256];
+            out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
+        } else if (p.final_states) {
+            const int held = last ? static_cast<int>(last->exit_len) : initial_held;
+#pragma unroll 1
+            for (int i = 0; i < held; i++) {
+                const float* const in = p.final_states + (row.index() * capacity + i) * state;
+                const int place = last ? last->exit_place[i] : i;
+#pragma unroll
+                for (int own = 0; own < OWN; own++) {
+                    if (place != place_of(own)) continue;
+#pragma unroll
+                    for (int n = 0; n < WIDE / 2; n++) {
+                        const int k = n / 2 * 8 + c2 + n % 2;
+                        if (k < b.width) mine[own / 2][n / 2 * 4 + own % 2 * 2 + n % 2] = in[b.in_state(k, b.column + g)];
+                    }
+                }
+            }
+        }
+        // The final states hold the last chunk's tokens too.
+        if (last) {
+            const int64_t first = b.from + static_cast<int64_t>(b.chunks - 1) * C;
+            const int len = static_cast<int>(row.len - first);
+            if (p.final_states) {
+                publish(last->last_published);
+                group_barrier(BOTH_GROUPS, GROUPS * GROUP);
+                if (finishes) {
+                    const auto load_key = [&](int step, uint32_t (&left)[4]) {
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const int t = token + i % 2 * 8, k = step * 16 + i / 2 * 8 + c2;
+                            left[i] = t < len && k < b.width
+                                          ? *reinterpret_cast<const uint32_t*>(b.keys + (first + t) * b.rows_step + k)
+                                          : 0u;
+                        }
+                    };
+                    through_states(last->last_number, load_key, out);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) out[i] *= last->last_factor[b.exchanged][token + i / 2 * 8];
+                }
+                group_barrier(BOTH_GROUPS, GROUPS * GROUP);
+            }
+            if (finishes && p.flow) leave_flow(first, len, out);
+        }
+
+        const auto put_out = [&](int64_t first) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const int64_t t = first + token + half * 8;
+                if (t >= row.len) continue;
+                const int64_t at = row.at(t) * b.columns + b.column + c2;
+                if (p.out_f32) *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at) = make_float2(out[half * 2], out[half * 2 + 1]);
+                else *reinterpret_cast<uint32_t*>(static_cast<Bf16*>(p.out) + at) = pack_bf16(out[half * 2], out[half * 2 + 1]);
+            }
+        };
+
+        uint32_t rounds = 0;
+#pragma unroll 1
+        for (int m = 0; m < b.chunks; m++) {
+            const int n = b.chunks - 1 - m, buffer = m % 2;
+            const int64_t first = b.from + static_cast<int64_t>(n) * C;
+            barrier_wait(&barriers->full[buffer], phase(m / 2));
+            fence_async();
+            const BackwardPlan& plan = *reinterpret_cast<const BackwardPlan*>(plans + buffer * PLAN);
+
+            // Rounded states; copies. What is staged here was last read before the barrier before last.
+            barrier_wait(&barriers->read, phase(m + 1));
+            publish(plan.published);
+            const int copies = static_cast<int>(plan.copies);
+            int staged_from = 0;
+#pragma unroll 1
+            do {
+                float4* const stage = staged + (rounds++ % 2) * STAGED * STEPS * 32 + lane;
+#pragma unroll
+                for (int own = 0; own < OWN; own++) {
+                    const int number = plan.copied[place_of(own)] - staged_from;
+                    if (number < 0 || number >= STAGED) continue;
+#pragma unroll
+                    for (int i = 0; i < STEPS; i++) {
+                        const float* const x = &mine[own / 2][i * 8 + own % 2 * 2];
+                        stage[(number * STEPS + i) * 32] = make_float4(x[0], x[1], x[4], x[5]);
+                    }
+                }
+                group_barrier(BOTH_GROUPS, GROUPS * GROUP);
+#pragma unroll
+                for (int own = 0; own < OWN; own++) {
+                    const int number = plan.copy_of[place_of(own)] - staged_from;
+                    if (number < 0 || number >= STAGED) continue;
+#pragma unroll
+                    for (int i = 0; i < STEPS; i++) {
+                        const float4 y = stage[(number * STEPS + i) * 32];
+                        float* const x = &mine[own / 2][i * 8 + own % 2 * 2];
+                        x[0] = y.x, x[1] = y.y, x[4] = y.z, x[5] = y.w;
+                    }
+                }
+                staged_from += STAGED;
+            } while (staged_from < copies);
+
+            // The products. O's fragments are right operands of 16 tokens and, transposed, left ones of 8 columns alike.
+            uint32_t o[2][4];
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                ldmatrix_x4_trans(o[half], outputs + (buffer * C + half * 32 + lane) * COLUMNS);
+            const float decay = plan.decay;
+            uint32_t left[EIGHTS][4][4];
+#pragma unroll
+            for (int eight = 0; eight < EIGHTS; eight++) {
+                const float4* const weight = weights + (buffer * SLOTS + place_of(eight * 2)) * 16 + c;
+#pragma unroll
+                for (int step = 0; step < 4; step++) {
+                    const uint32_t early = o[step / 2][step % 2 * 2], late = o[step / 2][step % 2 * 2 + 1];
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const float4 w = weight[half * 16 + step * 4];
+                        left[eight][step][half] = pack_bf16(w.x * low_bf16(early), w.y * high_bf16(early));
+                        left[eight][step][2 + half] = pack_bf16(w.z * low_bf16(late), w.w * high_bf16(late));
+                    }
+                }
+#pragma unroll
+                for (int i = 0; i < WIDE; i++) mine[eight][i] *= decay;
+                wgmma_hold(mine[eight]);
+                wgmma_begin();
+#pragma unroll
+                for (int step = 0; step < 4; step++)
+                    wgmma_bf16(mine[eight], left[eight][step], wgmma_operand(queries + buffer * ROWS + step * 128, C * 16), 1);
+                wgmma_commit();
+            }
+
+            // dV.
+            if (finishes) {
+                const auto add_pairs = [&](float (&sum)[4], int block, int steps_from) {
+#pragma unroll
+                    for (int step = 0; step < 4; step++) {
+                        if (step < steps_from) continue;
+                        const uint4 x = pairs[(buffer * PAIRS + block + step) * 32 + lane];
+                        const uint32_t of_tokens[4] = {x.x, x.y, x.z, x.w};
+                        mma_bf16(sum, of_tokens, o[step / 2][step % 2 * 2], o[step / 2][step % 2 * 2 + 1]);
+                    }
+                };
+                // Rows of the triangle begin at its blocks 0, 4, 7 and 9.
+                add_pairs(out, CROSS + (warp == 0 ? 0 : warp == 1 ? 3 : warp == 2 ? 5 : 6), warp);
+                put_out(first);
+#pragma unroll
+                for (int i = 0; i < 4; i++) out[i] = 0;
+                if (first > 0) {
+                    float sum[4] = {};
+                    const auto load_key = [&](int step, uint32_t (&left)[4]) {
+                        ldmatrix_x4(left, keys + buffer * ROWS + ((step * 2 + lane / 16) * C + warp * 16 + lane % 16) * 8);
+                    };
+                    through_states(plan.number, load_key, sum);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) sum[i] *= plan.factor[b.exchanged][token + i / 2 * 8];
+                    if (p.flow) leave_flow(first - C, C, sum);
+                    add_pairs(out, warp * 4, 0);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) out[i] += sum[i];
+                }
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&barriers->read);
+            }
+            wgmma_wait();
+#pragma unroll
+            for (int eight = 0; eight < EIGHTS; eight++) wgmma_hold(mine[eight]);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->empty[buffer]);
+        }
+
+        if (b.from > 0) {
+            // For the window before.
+#pragma unroll
+            for (int i = 0; i < EIGHTS * WIDE / 4; i++) {
+                const float* const x = &mine[i * 4 / WIDE][i * 4 % WIDE];
+                carried[i * 256] = make_float4(x[0], x[1], x[2], x[3]);
+            }
+            carried[EIGHTS * WIDE / 4 * 256] = make_float4(out[0], out[1], out[2], out[3]);
+            return;
+        }
+        if (!p.initial_states) return;
+#pragma unroll 1
+        for (int i = 0; i < capacity; i++) {
+            float* const to = p.initial_states + (row.index() * capacity + i) * state;
+            const bool used = i < initial_held;
+#pragma unroll
+            for (int own = 0; own < OWN; own++) {
+                if (i != place_of(own)) continue;
+#pragma unroll
+                for (int n = 0; n < WIDE / 2; n++) {
+                    const int k = n / 2 * 8 + c2 + n % 2;
+                    if (k < b.width)
+                        to[b.in_state(k, b.column + g)] = used ? mine[own / 2][n / 2 * 4 + own % 2 * 2 + n % 2] : 0.0f;
+                }
+            }
+        }
+    }
+};
+
+template <int WIDTH, int SLOTS>
+DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
+    using Reverse = Reverse<WIDTH, SLOTS>;
+    const typename Reverse::Block block(p);
+    if (p.from > 0 && block.row.len <= p.from) return;
+
+    Carve carve{dynamic_shared()};
+    Reverse reverse;
+    reverse.take(carve);
+    if (threadIdx.x == 0) reverse.init_barriers();
+    __syncthreads();
+    const int group = __shfl_sync(ALL, warp_index() / 4, 0);
+    if (group == Reverse::GROUPS) {
+        registers_fewer<40>();
+        reverse.bring(p, block);
+    } else {
+        registers_more<232>();
+        reverse.compute(p, block, group);
+    }
+}
+
+}  // namespace
+}  // namespace dla
+
+// Size of a row as computed, slots. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 168 at launch, then 232 in the
+// groups and 40 beside them.
+#define SCAN_BACKWARD_SM90(WIDTH, SLOTS)                                                          \
+    KERNEL BLOCK_OF(384) scan_backward_sm90_##WIDTH##_##SLOTS(                                    \
+        const __grid_constant__ dla::ScanBackwardSm90Params p) {                                  \
+        dla::scan_backward_sm90<WIDTH, SLOTS>(p);                                                 \
+    }
+SCAN_BACKWARD_SM90(64, 16)
+SCAN_BACKWARD_SM90(64, 32)
+SCAN_BACKWARD_SM90(128, 16)
+SCAN_BACKWARD_SM90(128, 32)
