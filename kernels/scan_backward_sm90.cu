@@ -19,7 +19,7 @@
 // Places whose slot holds none of the bank's tokens have anything finite in them: their weights are 0, no one reads them.
 //
 // Shared memory (bytes; D = WIDTH, M = SLOTS): of two chunks Q 128 D, K 128 D, weights 256 M, pairs 13,312, O 1,024, plan 688;
-// rounded states 16 D M; copies 256 D; barriers 64. D = 128, M = 32: 210,336.
+// rounded states 16 D M; copies 256 D; barriers and block 192. D = 128, M = 32: 210,464.
 // Floor: 1,024 clocks of the tensor cores a chunk and block at D = 128, M = 32; at S3 256 blocks on 132
 // multiprocessors, two rounds of 512 chunks: 0.6 ms.
 // Numerics: operands bf16 (w . dO and dS' rounded once each), sums and dS f32.
@@ -52,42 +52,6 @@ struct Reverse {
     struct Barriers {
         Barrier full[2], empty[2], read;
     };
-
-    // Matrices [t][n] stand as [n / 8][t / 8][t % 8][n % 8].
-    uint16_t* queries;   // [2][WIDTH / 8][C][8]
-    uint16_t* keys;      // [2][WIDTH / 8][C][8], of the chunk before
-    float4* weights;     // [2][SLOTS][4][4]
-    uint4* pairs;        // [2][PAIRS][32]
-    uint16_t* outputs;   // [2][C][8]
-    unsigned char* plans;
-    uint4* rounded;      // [SLOTS][STEPS / 2][32]: dS' as right operands, two steps at a time
-    float4* staged;      // [2][STAGED][STEPS][32]
-    Barriers* barriers;
-
-    METHOD void take(Carve& carve) {
-        queries = carve.take<uint16_t>(2 * ROWS);
-        keys = carve.take<uint16_t>(2 * ROWS);
-        weights = carve.take<float4>(2 * SLOTS * 16);
-        pairs = carve.take<uint4>(2 * PAIRS * 32);
-        outputs = carve.take<uint16_t>(2 * C * COLUMNS);
-        plans = carve.take<unsigned char>(2 * PLAN);
-        rounded = carve.take<uint4>(SLOTS * STEPS / 2 * 32);
-        staged = carve.take<float4>(2 * STAGED * STEPS * 32);
-        barriers = carve.take<Barriers>(1);
-        carve.check();
-    }
-
-    METHOD void init_barriers() const {
-#pragma unroll
-        for (int i = 0; i < 2; i++) {
-            barrier_init(&barriers->full[i], BRINGING + 1);
-            barrier_init(&barriers->empty[i], 4 * GROUPS);
-        }
-        barrier_init(&barriers->read, 4);
-        fence_barriers();
-    }
-
-    DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
 
     // One problem: what a block reads and leaves, whichever of V and K it is for.
     struct Block {
@@ -131,8 +95,47 @@ struct Reverse {
         }
     };
 
+    // Matrices [t][n] stand as [n / 8][t / 8][t % 8][n % 8].
+    uint16_t* queries;   // [2][WIDTH / 8][C][8]
+    uint16_t* keys;      // [2][WIDTH / 8][C][8], of the chunk before
+    float4* weights;     // [2][SLOTS][4][4]
+    uint4* pairs;        // [2][PAIRS][32]
+    uint16_t* outputs;   // [2][C][8]
+    unsigned char* plans;
+    uint4* rounded;      // [SLOTS][STEPS / 2][32]: dS' as right operands, two steps at a time
+    float4* staged;      // [2][STAGED][STEPS][32]
+    Barriers* barriers;
+    Block* block;        // in shared memory, for it would take 30 registers
+
+    METHOD void take(Carve& carve) {
+        queries = carve.take<uint16_t>(2 * ROWS);
+        keys = carve.take<uint16_t>(2 * ROWS);
+        weights = carve.take<float4>(2 * SLOTS * 16);
+        pairs = carve.take<uint4>(2 * PAIRS * 32);
+        outputs = carve.take<uint16_t>(2 * C * COLUMNS);
+        plans = carve.take<unsigned char>(2 * PLAN);
+        rounded = carve.take<uint4>(SLOTS * STEPS / 2 * 32);
+        staged = carve.take<float4>(2 * STAGED * STEPS * 32);
+        barriers = carve.take<Barriers>(1);
+        block = carve.take<Block>(1);
+        carve.check();
+    }
+
+    METHOD void init_barriers() const {
+#pragma unroll
+        for (int i = 0; i < 2; i++) {
+            barrier_init(&barriers->full[i], BRINGING + 1);
+            barrier_init(&barriers->empty[i], 4 * GROUPS);
+        }
+        barrier_init(&barriers->read, 4);
+        fence_barriers();
+    }
+
+    DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
+
     // The warps that bring the chunks.
-    METHOD void bring(const ScanBackwardSm90Params& p, const Block& b) const {
+    METHOD void bring(const ScanBackwardSm90Params& p) const {
+        const Block& b = *block;
         const int thread = threadIdx.x % BRINGING, lane = lane_index(), warp = thread / 32;
         constexpr int FOURS = WIDTH / 32;  // of a row's units of 16 bytes
         for (int m = 0; m < b.chunks; m++) {
@@ -166,8 +169,9 @@ struct Reverse {
         }
     }
 
-    METHOD void compute(const ScanBackwardSm90Params& p, const Block& b, int group) const {
+    METHOD void compute(const ScanBackwardSm90Params& p, int group) const {
         const Extents& e = p.extents;
+        const Block& b = *block;
         const Row& row = b.row;
         const int capacity = e.capacity;
         const int lane = lane_index(), warp = warp_index() % 4, g = lane / 4, c = lane % 4, c2 = c * 2;
@@ -232,16 +236,19 @@ struct Reverse {
             }
         };
 
+        const auto held_at_start = [&] { return p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0; };
+
         // What the window begins with, at its end.
-        float4* const carried = p.carried ? reinterpret_cast<float4*>(p.carried) +
-                                                static_cast<int64_t>(blockIdx.x) * (EIGHTS * WIDE / 4 + 1) * 256 + group * GROUP + warp * 32 + lane
-                                          : nullptr;
+        const auto carried_at = [&] {
+            return reinterpret_cast<float4*>(p.carried) +
+                   static_cast<int64_t>(blockIdx.x) * (EIGHTS * WIDE / 4 + 1) * 256 + opaque(threadIdx.x);
+        };
         const bool goes_on = row.len > p.to;
         const BackwardPlan* const last = !goes_on && b.chunks > 0 ? p.plans + b.index(b.chunks - 1) : nullptr;
-        const int initial_held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
 #pragma unroll
         for (int i = 0; i < EIGHTS * WIDE; i++) mine[i / WIDE][i % WIDE] = 0;
         if (goes_on) {
+            const float4* const carried = carried_at();
 #pragma unroll
             for (int i = 0; i < EIGHTS * WIDE / 4; i++) {
                 const float4 x = carried[i * 256];
@@ -251,19 +258,21 @@ struct Reverse {
             const float4 x = carried[EIGHTS * WIDE / 4 * 256];
             out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
         } else if (p.final_states) {
-            const int held = last ? static_cast<int>(last->exit_len) : initial_held;
+            const int held = last ? static_cast<int>(last->exit_len) : held_at_start();
 #pragma unroll 1
             for (int i = 0; i < held; i++) {
-                const float* const in = p.final_states + (row.index() * capacity + i) * state;
                 const int place = last ? last->exit_place[i] : i;
 #pragma unroll
                 for (int own = 0; own < OWN; own++) {
                     if (place != place_of(own)) continue;
+                    const float* in = p.final_states + (row.index() * capacity + i) * state + b.in_state(c2, b.column + g);
+                    const int64_t step = opaque(static_cast<int>(b.in_state(1, 0)));
 #pragma unroll
-                    for (int n = 0; n < WIDE / 2; n++) {
-                        const int k = n / 2 * 8 + c2 + n % 2;
-                        if (k < b.width) mine[own / 2][n / 2 * 4 + own % 2 * 2 + n % 2] = in[b.in_state(k, b.column + g)];
-                    }
+                    for (int n = 0; n < STEPS * 2; n++, in += 8 * step)
+                        if (n * 8 < b.width) {
+                            float* const x = &mine[own / 2][n * 4 + own % 2 * 2];
+                            x[0] = in[0], x[1] = in[step];
+                        }
                 }
             }
         }
@@ -293,24 +302,52 @@ struct Reverse {
             if (finishes && p.flow) leave_flow(first, len, out);
         }
 
-        const auto put_out = [&](int64_t first) {
+        // This thread's first part of dV in the window's last chunk, and the tokens from there on.
+        const int64_t out_step = static_cast<int64_t>(b.row.value_heads) * b.columns;
+        int64_t out_at = b.row.at(b.from + (b.chunks - 1) * static_cast<int64_t>(C) + token) * b.columns + b.column + c2;
+        const auto put_out = [&](int tokens_left) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int64_t t = first + token + half * 8;
-                if (t >= row.len) continue;
-                const int64_t at = row.at(t) * b.columns + b.column + c2;
+                if (half * 8 >= tokens_left) continue;
+                const int64_t at = out_at + half * 8 * out_step;
                 if (p.out_f32) *reinterpret_cast<float2*>(static_cast<float*>(p.out) + at) = make_float2(out[half * 2], out[half * 2 + 1]);
                 else *reinterpret_cast<uint32_t*>(static_cast<Bf16*>(p.out) + at) = pack_bf16(out[half * 2], out[half * 2 + 1]);
             }
         };
 
-        uint32_t rounds = 0;
-#pragma unroll 1
-        for (int m = 0; m < b.chunks; m++) {
-            const int n = b.chunks - 1 - m, buffer = m % 2;
-            const int64_t first = b.from + static_cast<int64_t>(n) * C;
-            barrier_wait(&barriers->full[buffer], phase(m / 2));
+        // O's fragments of a chunk are right operands of 16 tokens and, transposed, left ones of 8 columns alike.
+        uint32_t o[2][4], left[EIGHTS][4][4];
+        const auto load_outputs = [&](int buffer) {
+#pragma unroll
+            for (int half = 0; half < 2; half++)
+                ldmatrix_x4_trans(o[half], outputs + (buffer * C + half * 32 + lane) * COLUMNS);
+        };
+        const auto weigh = [&](int buffer, int eight) {
+            const float4* const weight = weights + (buffer * SLOTS + place_of(eight * 2)) * 16 + c;
+#pragma unroll
+            for (int step = 0; step < 4; step++) {
+                const uint32_t early = o[step / 2][step % 2 * 2], late = o[step / 2][step % 2 * 2 + 1];
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    const float4 w = weight[half * 16 + step * 4];
+                    left[eight][step][half] = pack_bf16(w.x * low_bf16(early), w.y * high_bf16(early));
+                    left[eight][step][2 + half] = pack_bf16(w.z * low_bf16(late), w.w * high_bf16(late));
+                }
+            }
+        };
+        const auto await_chunk = [&](int m) {
+            barrier_wait(&barriers->full[m % 2], phase(m / 2));
             fence_async();
+            load_outputs(m % 2);
+            weigh(m % 2, 0);
+        };
+
+        const int chunks = b.chunks;
+        uint32_t rounds = 0;
+        if (chunks > 0) await_chunk(0);
+#pragma unroll 1
+        for (int m = 0; m < chunks; m++) {
+            const int buffer = m % 2;
             const BackwardPlan& plan = *reinterpret_cast<const BackwardPlan*>(plans + buffer * PLAN);
 
             // Rounded states; copies. What is staged here was last read before the barrier before last.
@@ -346,26 +383,11 @@ struct Reverse {
                 staged_from += STAGED;
             } while (staged_from < copies);
 
-            // The products. O's fragments are right operands of 16 tokens and, transposed, left ones of 8 columns alike.
-            uint32_t o[2][4];
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                ldmatrix_x4_trans(o[half], outputs + (buffer * C + half * 32 + lane) * COLUMNS);
+            // The products.
             const float decay = plan.decay;
-            uint32_t left[EIGHTS][4][4];
 #pragma unroll
             for (int eight = 0; eight < EIGHTS; eight++) {
-                const float4* const weight = weights + (buffer * SLOTS + place_of(eight * 2)) * 16 + c;
-#pragma unroll
-                for (int step = 0; step < 4; step++) {
-                    const uint32_t early = o[step / 2][step % 2 * 2], late = o[step / 2][step % 2 * 2 + 1];
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const float4 w = weight[half * 16 + step * 4];
-                        left[eight][step][half] = pack_bf16(w.x * low_bf16(early), w.y * high_bf16(early));
-                        left[eight][step][2 + half] = pack_bf16(w.z * low_bf16(late), w.w * high_bf16(late));
-                    }
-                }
+                if (eight > 0) weigh(buffer, eight);
 #pragma unroll
                 for (int i = 0; i < WIDE; i++) mine[eight][i] *= decay;
                 wgmma_hold(mine[eight]);
@@ -378,6 +400,8 @@ struct Reverse {
 
             // dV.
             if (finishes) {
+                const int n = chunks - 1 - m;
+                const int64_t first = b.from + static_cast<int64_t>(n) * C;
                 const auto add_pairs = [&](float (&sum)[4], int block, int steps_from) {
 #pragma unroll
                     for (int step = 0; step < 4; step++) {
@@ -389,7 +413,9 @@ struct Reverse {
                 };
                 // Rows of the triangle begin at its blocks 0, 4, 7 and 9.
                 add_pairs(out, CROSS + (warp == 0 ? 0 : warp == 1 ? 3 : warp == 2 ? 5 : 6), warp);
-                put_out(first);
+                const int64_t tokens_left = b.row.len - first - token;
+                put_out(tokens_left < C ? static_cast<int>(tokens_left) : C);
+                out_at -= C * out_step;
 #pragma unroll
                 for (int i = 0; i < 4; i++) out[i] = 0;
                 if (first > 0) {
@@ -408,15 +434,20 @@ struct Reverse {
                 __syncwarp();
                 if (lane == 0) barrier_arrive(&barriers->read);
             }
+            // The next chunk's first left operands while the last products run.
+            if (EIGHTS > 1) wgmma_wait_first();
+            if (EIGHTS > 1 && m + 1 < chunks) await_chunk(m + 1);
             wgmma_wait();
 #pragma unroll
             for (int eight = 0; eight < EIGHTS; eight++) wgmma_hold(mine[eight]);
+            if (EIGHTS == 1 && m + 1 < chunks) await_chunk(m + 1);
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->empty[buffer]);
         }
 
         if (b.from > 0) {
             // For the window before.
+            float4* const carried = carried_at();
 #pragma unroll
             for (int i = 0; i < EIGHTS * WIDE / 4; i++) {
                 const float* const x = &mine[i * 4 / WIDE][i * 4 % WIDE];
@@ -426,19 +457,21 @@ struct Reverse {
             return;
         }
         if (!p.initial_states) return;
+        const int initial_held = held_at_start();
 #pragma unroll 1
         for (int i = 0; i < capacity; i++) {
-            float* const to = p.initial_states + (row.index() * capacity + i) * state;
             const bool used = i < initial_held;
 #pragma unroll
             for (int own = 0; own < OWN; own++) {
                 if (i != place_of(own)) continue;
+                float* to = p.initial_states + (row.index() * capacity + i) * state + b.in_state(c2, b.column + g);
+                const int64_t step = opaque(static_cast<int>(b.in_state(1, 0)));
 #pragma unroll
-                for (int n = 0; n < WIDE / 2; n++) {
-                    const int k = n / 2 * 8 + c2 + n % 2;
-                    if (k < b.width)
-                        to[b.in_state(k, b.column + g)] = used ? mine[own / 2][n / 2 * 4 + own % 2 * 2 + n % 2] : 0.0f;
-                }
+                for (int n = 0; n < STEPS * 2; n++, to += 8 * step)
+                    if (n * 8 < b.width) {
+                        const float* const x = &mine[own / 2][n * 4 + own % 2 * 2];
+                        to[0] = used ? x[0] : 0.0f, to[step] = used ? x[1] : 0.0f;
+                    }
             }
         }
     }
@@ -453,15 +486,15 @@ DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
     Carve carve{dynamic_shared()};
     Reverse reverse;
     reverse.take(carve);
-    if (threadIdx.x == 0) reverse.init_barriers();
+    if (threadIdx.x == 0) reverse.init_barriers(), *reverse.block = block;
     __syncthreads();
     const int group = __shfl_sync(ALL, warp_index() / 4, 0);
     if (group == Reverse::GROUPS) {
         registers_fewer<40>();
-        reverse.bring(p, block);
+        reverse.bring(p);
     } else {
         registers_more<232>();
-        reverse.compute(p, block, group);
+        reverse.compute(p, group);
     }
 }
 

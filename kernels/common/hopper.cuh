@@ -30,6 +30,7 @@ using emulation::wgmma_commit;
 using emulation::wgmma_hold;
 using emulation::wgmma_operand;
 using emulation::wgmma_wait;
+using emulation::wgmma_wait_first;
 
 #else
 
@@ -105,6 +106,8 @@ DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits for all products of this warpgroup.
 DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Waits for all but those since the last commit but one.
+DEVICE void wgmma_wait_first() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
 
 // Accumulators of a product in flight: nothing is done to them on the other side of this.
 template <int N>

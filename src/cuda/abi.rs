@@ -752,7 +752,7 @@ impl ScanBackwardSm90 {
     /// Shared memory.
     pub fn shared_bytes(&self) -> usize {
         let chunk = 2 * 64 * self.width * 2 + 64 * self.slots * 4 + 26 * 512 + 64 * 8 * 2 + 688;
-        2 * chunk + 16 * self.width * self.slots + 256 * self.width + 48
+        2 * chunk + 16 * self.width * self.slots + 256 * self.width + 48 + 160
     }
 
     /// Shared memory of the kernel that prepares.

@@ -507,6 +507,7 @@ inline void keep_order() {}
 inline void wgmma_begin() {}
 inline void wgmma_commit() {}
 inline void wgmma_wait() {}
+inline void wgmma_wait_first() {}
 template <size_t N>
 inline void wgmma_hold(float (&)[N]) {}
 inline uint64_t wgmma_operand(const void* at, uint32_t across) {
