@@ -266,7 +266,7 @@ struct BackwardPlan {
     uint8_t copy_of[32];     // number of the one that the entry slot here merges into and does not give its place to, else 255
     uint8_t published[32];   // number of the exit slot here among those that hold tokens of the chunk before, else 255
     uint8_t number[64];      // of the exit slot of token s of the chunk before, among these
-    float factor[2][64];     // decay of token s of the chunk before until the chunk's end; [0]: times its key's norm factor
+    float factor[2][64];     // decay of token s of the chunk before until its chunk's end; [0]: times its key's norm factor
     uint32_t copies;         // exit slots numbered in `copied`
     float decay;             // e^{Gamma_C}
     uint32_t reserved[2];

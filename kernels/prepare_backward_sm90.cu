@@ -231,7 +231,7 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
         for (int half = 0; half < 2; half++) {
             const int s = lane + 32 * half, last = s < len ? s : len - 1;
             plan->number[s] = follows ? before(published, replay.of_slot(len - 1, slot_before[s])) : 0;
-            const float decay = follows ? expf(value(total) + minus(total_before, gamma_before[s])) : 0.0f;
+            const float decay = follows ? expf(minus(total_before, gamma_before[s])) : 0.0f;
             plan->factor[0][s] = decay * k_factor[s], plan->factor[1][s] = decay;
             plan->last_number[s] = before(last_published, replay.of_token(len - 1, last));
             const float last_decay = s < len ? expf(minus(total, gamma[s])) : 0.0f;

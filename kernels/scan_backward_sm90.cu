@@ -1,7 +1,7 @@
 // scan_backward on Hopper, gated, bf16: the adjoint of the scan, chunks in reverse (OPERATOR.md, section 4), for one of V and K.
 // The scan writes tokens a chunk late, so at chunk c's exit those of chunk c - 1. With dS' the adjoint of the exit bank, of dV:
 //
-//   dV_c = (P . Lambda)_{c,c}^T dO_c + (P . Lambda)_{c+1,c}^T dO_{c+1} + rows decay_s k_s^T dS'_{e(s)} at the exit of c + 1
+//   dV_c = (P . Lambda)_{c,c}^T dO_c + (P . Lambda)_{c+1,c}^T dO_{c+1} + rows decay_s k_s^T e^{Gamma_C} dS'_{e(s)}, both of c + 1
 //   dS_j = e^{Gamma_C} dS'_{e(j)} + Q^T (w_j . dO)
 //
 // dK is the same with q and do, k and v exchanged. In what follows Q, K are the two whose whole rows a block reads (WIDTH, as
@@ -16,6 +16,8 @@
 // Merge. Its adjoint is a copy, from place to place through shared memory, STAGED at a time.
 // Write. dS' of the slots that hold tokens of the chunk before is rounded to bf16 in shared memory. While the products run
 // half of the warps, 16 tokens each, read it by mma, add the pairs of tokens, and put dV out.
+// The order. dS' is let pass the chunk, times e^{Gamma_C}, before anything reads it: for half of the slots while the products of
+// the others run, as the next left operands are made.
 // Places whose slot holds none of the bank's tokens have anything finite in them: their weights are 0, no one reads them.
 //
 // Shared memory (bytes; D = WIDTH, M = SLOTS): of two chunks Q 128 D, K 128 D, weights 256 M, pairs 13,312, O 1,024, plan 688;
@@ -136,36 +138,46 @@ struct Reverse {
     // The warps that bring the chunks.
     METHOD void bring(const ScanBackwardSm90Params& p) const {
         const Block& b = *block;
-        const int thread = threadIdx.x % BRINGING, lane = lane_index(), warp = thread / 32;
-        constexpr int FOURS = WIDTH / 32;  // of a row's units of 16 bytes
-        for (int m = 0; m < b.chunks; m++) {
-            const int n = b.chunks - 1 - m, buffer = m % 2;
-            const int64_t first = b.from + static_cast<int64_t>(n) * C, index = b.index(n);
-            const int len = b.row.len - first < C ? static_cast<int>(b.row.len - first) : C;
-            Barrier* const full = &barriers->full[buffer];
+        const int thread = threadIdx.x % BRINGING;
+        // At once a warp brings 64 bytes of 8 rows, all warps of as many rows as fit.
+        constexpr int FOURS = WIDTH / 32, STEP = 8 * (BRINGING / 32) / FOURS;
+        const int unit = thread / 32 % FOURS * 4 + thread % 32 / 8, t0 = thread / 32 / FOURS * 8 + thread % 8;
+        const bool live_unit = unit * 8 < b.width;
+        const int chunks = b.chunks;
+#pragma unroll 1
+        for (int m = 0; m < chunks; m++) {
+            const int buffer = m % 2;
             barrier_wait(&barriers->empty[buffer], phase(m / 2 + 1));
+            const int n = chunks - 1 - m;
             if (thread == 0) {
+                const int64_t index = b.index(n);
+                Barrier* const full = &barriers->full[buffer];
                 barrier_expect(full, SLOTS * C * 4 + PAIRS * 512 + PLAN);
                 copy_bulk(plans + buffer * PLAN, p.plans + index, PLAN, full);
                 copy_bulk(pairs + buffer * PAIRS * 32, p.pairs + (index * 2 + b.exchanged) * PAIRS * 128, PAIRS * 512, full);
                 copy_bulk(weights + buffer * SLOTS * 16, p.weights + index * C * SLOTS, SLOTS * C * 4, full);
             }
-            // A warp brings 8 rows of 64 bytes.
-#pragma unroll
-            for (int i = warp; i < C / 8 * FOURS; i += BRINGING / 32) {
-                const int t = i / FOURS * 8 + lane % 8, unit = i % FOURS * 4 + lane / 8;
-                const bool live = t < len && unit * 8 < b.width;
-                copy_async_16(queries + buffer * ROWS + (unit * C + t) * 8, b.queries + (live ? (first + t) * b.rows_step + unit * 8 : 0),
-                              live);
-                if (first == 0) continue;
-                const bool wide = unit * 8 < b.width;
-                copy_async_16(keys + buffer * ROWS + (unit * C + t) * 8,
-                              b.keys + (first - C + t) * b.rows_step + (wide ? unit * 8 : 0), wide);
+            const int64_t first = b.from + static_cast<int64_t>(n) * C, left = b.row.len - first;
+            const int len = left < C ? static_cast<int>(left) : C;
+            {
+                const Bf16* at = b.queries + (first + (t0 < len ? t0 : 0)) * b.rows_step + (live_unit ? unit * 8 : 0);
+                uint16_t* to = queries + buffer * ROWS + (unit * C + t0) * 8;
+#pragma unroll 4
+                for (int t = t0; t < C; t += STEP, to += STEP * 8) {
+                    copy_async_16(to, at, t < len && live_unit);
+                    if (t + STEP < len) at += STEP * b.rows_step;
+                }
+            }
+            if (first > 0) {
+                const Bf16* at = b.keys + (first - C + t0) * b.rows_step + (live_unit ? unit * 8 : 0);
+                uint16_t* to = keys + buffer * ROWS + (unit * C + t0) * 8;
+#pragma unroll 4
+                for (int t = t0; t < C; t += STEP, to += STEP * 8, at += STEP * b.rows_step) copy_async_16(to, at, live_unit);
             }
             if (thread < C)
                 copy_async_16(outputs + (buffer * C + thread) * COLUMNS, b.outputs + (first + (thread < len ? thread : 0)) * b.columns_step,
                               thread < len);
-            copies_arrive(full);
+            copies_arrive(&barriers->full[buffer]);
         }
     }
 
@@ -174,7 +186,7 @@ struct Reverse {
         const Block& b = *block;
         const Row& row = b.row;
         const int capacity = e.capacity;
-        const int lane = lane_index(), warp = warp_index() % 4, g = lane / 4, c = lane % 4, c2 = c * 2;
+        const int lane = opaque(lane_index()), warp = __shfl_sync(ALL, warp_index() % 4, 0), g = lane / 4, c = lane % 4, c2 = c * 2;
         const int64_t state = static_cast<int64_t>(e.dk) * e.dv;
         const bool finishes = warp / 2 == group;  // 16 tokens, from 16 warp on, for both groups
         const int token = warp * 16 + g;
@@ -241,7 +253,7 @@ struct Reverse {
         // What the window begins with, at its end.
         const auto carried_at = [&] {
             return reinterpret_cast<float4*>(p.carried) +
-                   static_cast<int64_t>(blockIdx.x) * (EIGHTS * WIDE / 4 + 1) * 256 + opaque(threadIdx.x);
+                   static_cast<int64_t>(blockIdx.x) * (EIGHTS * WIDE / 4 + 1) * 256 + group * GROUP + warp * 32 + lane;
         };
         const bool goes_on = row.len > p.to;
         const BackwardPlan* const last = !goes_on && b.chunks > 0 ? p.plans + b.index(b.chunks - 1) : nullptr;
@@ -335,11 +347,17 @@ struct Reverse {
                 }
             }
         };
+        const auto let_pass = [&](int buffer, int eight) {
+            const float decay = reinterpret_cast<const BackwardPlan*>(plans + buffer * PLAN)->decay;
+#pragma unroll
+            for (int i = 0; i < WIDE; i++) mine[eight][i] *= decay;
+        };
         const auto await_chunk = [&](int m) {
             barrier_wait(&barriers->full[m % 2], phase(m / 2));
             fence_async();
             load_outputs(m % 2);
             weigh(m % 2, 0);
+            let_pass(m % 2, 0);
         };
 
         const int chunks = b.chunks;
@@ -349,6 +367,8 @@ struct Reverse {
         for (int m = 0; m < chunks; m++) {
             const int buffer = m % 2;
             const BackwardPlan& plan = *reinterpret_cast<const BackwardPlan*>(plans + buffer * PLAN);
+
+            if (EIGHTS > 1) let_pass(buffer, 1);
 
             // Rounded states; copies. What is staged here was last read before the barrier before last.
             barrier_wait(&barriers->read, phase(m + 1));
@@ -384,13 +404,11 @@ struct Reverse {
             } while (staged_from < copies);
 
             // The products.
-            const float decay = plan.decay;
+#pragma unroll
+            for (int eight = 0; eight < EIGHTS; eight++) wgmma_hold(mine[eight]);
 #pragma unroll
             for (int eight = 0; eight < EIGHTS; eight++) {
                 if (eight > 0) weigh(buffer, eight);
-#pragma unroll
-                for (int i = 0; i < WIDE; i++) mine[eight][i] *= decay;
-                wgmma_hold(mine[eight]);
                 wgmma_begin();
 #pragma unroll
                 for (int step = 0; step < 4; step++)
@@ -480,20 +498,18 @@ struct Reverse {
 template <int WIDTH, int SLOTS>
 DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
     using Reverse = Reverse<WIDTH, SLOTS>;
-    const typename Reverse::Block block(p);
-    if (p.from > 0 && block.row.len <= p.from) return;
-
     Carve carve{dynamic_shared()};
     Reverse reverse;
     reverse.take(carve);
-    if (threadIdx.x == 0) reverse.init_barriers(), *reverse.block = block;
+    if (threadIdx.x == 0) reverse.init_barriers(), *reverse.block = typename Reverse::Block(p);
     __syncthreads();
+    if (p.from > 0 && reverse.block->row.len <= p.from) return;
     const int group = __shfl_sync(ALL, warp_index() / 4, 0);
     if (group == Reverse::GROUPS) {
-        registers_fewer<40>();
+        registers_fewer<24>();
         reverse.bring(p);
     } else {
-        registers_more<232>();
+        registers_more<240>();
         reverse.compute(p, group);
     }
 }
@@ -501,8 +517,8 @@ DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
 }  // namespace
 }  // namespace dla
 
-// Size of a row as computed, slots. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 168 at launch, then 232 in the
-// groups and 40 beside them.
+// Size of a row as computed, slots. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 168 at launch, then 240 in the
+// groups and 24 beside them.
 #define SCAN_BACKWARD_SM90(WIDTH, SLOTS)                                                          \
     KERNEL BLOCK_OF(384) scan_backward_sm90_##WIDTH##_##SLOTS(                                    \
         const __grid_constant__ dla::ScanBackwardSm90Params p) {                                  \
