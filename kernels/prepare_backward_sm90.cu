@@ -13,7 +13,7 @@
 // K Q^T and V dO^T by mma, 26 blocks of 16 x 16 of either: tokens s are rows, for then a product's fragments are those of the
 // transposed pairs as left operands.
 //
-// Shared memory: 45,248 bytes + 256 M. Floor: bytes; at dk = dv = 128 it reads 48 KB of q and k and as much of v and do a chunk and
+// Shared memory: 54,720 bytes + 512 M. Floor: bytes; at dk = dv = 128 it reads 48 KB of q and k and as much of v and do a chunk and
 // head (most from L2: two chunks read each k and v) and writes 37 KB: at S3 0.27 + 0.54 + 0.30 GB, 0.4 ms.
 // Numerics: sums in f32, pairs rounded once to bf16, all else f32. dg by prefix sums over 128 tokens at most, never over a
 // sequence, for it would be what is left of terms far larger than itself.
@@ -24,7 +24,9 @@ namespace dla {
 namespace {
 
 DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
-    constexpr int C = Bf16::CHUNK, CROSS = 16, BLOCKS = 26, MINE = 4, PITCH = 2 * C + 1;
+    constexpr int C = Bf16::CHUNK, CROSS = 16, BLOCKS = 26, MINE = 4;
+    constexpr int SLOTS_PITCH = 2 * C + 4;        // bytes: rows of the table of slots in different banks
+    constexpr int PART = 2 * C / 4, PITCH = 2 * C + 4;  // of y: four threads a row, in banks of their own
     constexpr uint8_t NONE = 255;
     const Extents& e = p.extents;
     const Chunk chunk = chunk_of(p);
@@ -54,13 +56,16 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
     uint8_t* const slot_at = carve.take<uint8_t>(MOST_SLOTS);     // entry slot at a place, if it is in the bank
     uint8_t* const slot_before = carve.take<uint8_t>(C);          // entry slot of a token of the chunk before
     int* const starts = carve.take<int>(MOST_SLOTS);
+    float* const read_factor = carve.take<float>(C);              // scale e^{Gamma_t}, times the query's norm factor
+    uint8_t* const slots = carve.take<uint8_t>(C * SLOTS_PITCH);  // slot at t of token s of 2 C
     BackwardPlan* const plan = carve.take<BackwardPlan>(1);
     float* const lambda = carve.take<float>(C * capacity);
+    float* const d_weights = carve.take<float>(C * capacity);
     // The operands, then the products (do_t . v_s) P_ts.
     unsigned char* const reused = carve.next;
     const Tile<1> reads = carve.tile<1>(C, SLICE), written = carve.tile<1>(2 * C, SLICE);
     carve.next = reused;
-    float* const y = carve.take<float>(C * PITCH);  // [C][PITCH]: token t, then s
+    float* const y = carve.take<float>(C * PITCH);  // [C][PITCH]: token t, then s, s / PART further on
     carve.check();
 
     const int entry = static_cast<int>(p.chunk_len[entered]);
@@ -103,10 +108,22 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
     exits.find(replay, len, entry);
     const int exit_len = replay.len[len - 1];
     const auto weight_of = [&](int t, int slot) { return lambda[t * capacity + column_of(e, slot, replay.len[t])]; };
-    // Slot at t of token s of 2 C.
-    const auto slot_of = [&](int t, int s) {
-        return s < C ? replay.of_slot(t, slot_before[s]) : replay.of_token(t, s - C);
-    };
+    for (int i = thread; i < len * 2 * C / 4; i += THREADS) {
+        const int t = i / (2 * C / 4), s = i % (2 * C / 4) * 4;
+        uint32_t four = 0;
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            uint32_t slot = 0;
+            if (s >= C) slot = s + n - C <= t ? replay.of_token(t, s + n - C) : 0;
+            else if (follows) slot = replay.of_slot(t, slot_before[s + n]);
+            four |= slot << 8 * n;
+        }
+        *reinterpret_cast<uint32_t*>(slots + t * SLOTS_PITCH + s) = four;
+    }
+    for (int i = thread; i < C * capacity; i += THREADS) d_weights[i] = 0;
+    if (thread < C) read_factor[thread] = p.scale * q_factor[thread] * expf(value(gamma[thread]));
+    const auto slot_of = [&](int t, int s) { return slots[t * SLOTS_PITCH + s]; };
+    const auto y_at = [&](int t, int s) { return y + t * PITCH + s + s / PART; };
 
     // K Q^T and V dO^T, rows s of 2 C: block i of a warp is warp + i WARPS; those with the chunk before row by row, then its own
     // from the diagonal on.
@@ -175,7 +192,7 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
                     pairs[1][x] = of_values * factor * weight;
                     product = of_values * of_keys;
                 }
-                y[t * PITCH + s] = product;
+                *y_at(t, s) = product;
             }
             operand[0][n] = pack_bf16(pairs[0][0], pairs[0][1]);
             operand[1][n] = pack_bf16(pairs[1][0], pairs[1][1]);
@@ -195,7 +212,7 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
             const int t = step * 16 + c * 2 + n % 2 + n / 2 * 8;
             x[n] = slot == NONE || t >= len
                        ? 0.0f
-                       : p.scale * q_factor[t] * weight_of(t, replay.of_slot(t, slot)) * expf(value(gamma[t]));
+                       : read_factor[t] * weight_of(t, replay.of_slot(t, slot));
         }
         reinterpret_cast<float4*>(p.weights)[index * p.slots * (C / 4) + i] = make_float4(x[0], x[1], x[2], x[3]);
     }
@@ -245,50 +262,54 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
             reinterpret_cast<uint4*>(p.plans + index)[i] = reinterpret_cast<const uint4*>(plan)[i];
     }
 
-    // dlambda: a slot's tokens are neighbours.
-    for (int i = thread; i < len * capacity; i += THREADS) {
-        const int t = i / capacity, slot = i % capacity, end = C + t + 1;
-        float sum = 0;
-        if (slot < replay.len[t]) {
-            int low = follows ? 0 : C, high = end;
-            while (low < high) {
-                const int middle = (low + high) / 2;
-                if (slot_of(t, middle) < slot) low = middle + 1;
-                else high = middle;
-            }
-            for (int s = low; s < end && slot_of(t, s) == slot; s++) sum += y[t * PITCH + s];
-        }
-        p.d_weights[(index * C + t) * capacity + slot] = sum;
-    }
-    __syncthreads();
-
-    // dg: sums over s < u in a row, four threads a row; then over t >= u.
+    // Four threads a row: dlambda, a slot's tokens being neighbours, and for dg sums over s < u in the row.
     {
-        constexpr int PART = 2 * C / 4;
-        const int t = thread / 4, from = thread % 4 * PART;
-        const int end = t < len ? (C + t < from + PART ? C + t : from + PART) : from;
-        float* const at = y + t * PITCH;
-        const auto pair = [&](int s) { return s < C && !follows ? 0.0f : at[s] * weight_of(t, slot_of(t, s)); };
-        float sum = 0;
-        for (int s = from; s < end; s++) sum += pair(s);
+        const int t = thread / 4, part = thread % 4, begin = part * PART;
+        const int from = begin < C && !follows ? C : begin, until = C + t + 1 < begin + PART ? C + t + 1 : begin + PART;
+        const int end = t < len && until > from ? until : from;
+        float* const at = y_at(t, begin) - begin;
+        int slot = -1, first_slot = -1;
+        float sum = 0, first_sum = 0, total = 0, weight = 0;
+        const auto leave = [&] {
+            if (slot < 0) return;
+            if (first_slot < 0) first_slot = slot, first_sum = sum;
+            else d_weights[t * capacity + slot] = sum;
+        };
+        for (int s = from; s < end; s++) {
+            const int now = slot_of(t, s);
+            if (now != slot) {
+                leave();
+                slot = now, sum = 0, weight = weight_of(t, now);
+            }
+            sum += at[s];
+            const float x = at[s] * weight;
+            at[s] = x;
+            total += x;
+        }
+        leave();
+        // A thread's first slot may be the one before's last.
         float running = 0;
 #pragma unroll
-        for (int part = 0; part < 3; part++) {
-            const float other = __shfl_sync(ALL, sum, lane / 4 * 4 + part);
-            if (thread % 4 > part) running += other;
+        for (int other = 0; other < 4; other++) {
+            __syncwarp();
+            if (part == other && first_slot >= 0) d_weights[t * capacity + first_slot] += first_sum;
+            const float x = __shfl_sync(ALL, total, lane / 4 * 4 + other);
+            if (part > other) running += x;
         }
-        for (int s = from; s < from + PART; s++) {
-            const float x = s < end ? pair(s) : 0.0f;
+#pragma unroll 4
+        for (int s = begin; s < begin + PART; s++) {
+            const float x = s >= from && s < end ? at[s] : 0.0f;
             at[s] = running;
             running += x;
         }
     }
     __syncthreads();
+    for (int i = thread; i < len * capacity; i += THREADS) p.d_weights[index * C * capacity + i] = d_weights[i];
     float* const other_half = k_factor;  // no longer read
     const int u = thread % (2 * C), half = thread / (2 * C), begin = half * (C / 2);
     float sum = 0;
     for (int t = begin; t < begin + C / 2 && t < len; t++)
-        if (C + t >= u) sum += y[t * PITCH + u];
+        if (C + t >= u) sum += *y_at(t, u);
     if (half == 1) other_half[u] = sum;
     __syncthreads();
     if (half == 0) p.d_g[index * 2 * C + u] = sum + other_half[u];

@@ -20,8 +20,8 @@
 // the others run, as the next left operands are made.
 // Places whose slot holds none of the bank's tokens have anything finite in them: their weights are 0, no one reads them.
 //
-// Shared memory (bytes; D = WIDTH, M = SLOTS): of two chunks Q 128 D, K 128 D, weights 256 M, pairs 13,312, O 1,024, plan 688;
-// rounded states 16 D M; copies 256 D; barriers and block 192. D = 128, M = 32: 210,464.
+// Shared memory (bytes; D = WIDTH, M = SLOTS): of two chunks Q 136 D, K 136 D, weights 256 M, pairs 13,312, O 1,024, V 1,024, plan
+// 688; rounded states 16 D M; copies 256 D; barriers and block 208. D = 128, M = 32: 216,624.
 // Floor: 1,024 clocks of the tensor cores a chunk and block at D = 128, M = 32; at S3 256 blocks on 132
 // multiprocessors, two rounds of 512 chunks: 0.6 ms.
 // Numerics: operands bf16 (w . dO and dS' rounded once each), sums and dS f32.
@@ -46,7 +46,9 @@ struct Reverse {
     static constexpr int OWN = EIGHTS * 2;             // slots of a warp
     static constexpr int PAIRS = 26, CROSS = 16;       // blocks of 16 x 16; those with the chunk before
     static constexpr int PLAN = offsetof(BackwardPlan, last_published);
-    static constexpr int ROWS = C * WIDTH;
+    static constexpr int UNIT = C * 8 + 32;            // elements from 8 of n to the next in a matrix, so that a copy's banks differ
+    static constexpr int ROWS = WIDTH / 8 * UNIT;
+    static constexpr int AHEAD = 3;                    // chunks that L2 is asked for before they are brought
     static constexpr uint8_t NONE = 255;
     static_assert(PLAN % 16 == 0);
 
@@ -97,12 +99,13 @@ struct Reverse {
         }
     };
 
-    // Matrices [t][n] stand as [n / 8][t / 8][t % 8][n % 8].
-    uint16_t* queries;   // [2][WIDTH / 8][C][8]
-    uint16_t* keys;      // [2][WIDTH / 8][C][8], of the chunk before
+    // Matrices [t][n] stand as [n / 8][t / 8][t % 8][n % 8], UNIT from 8 of n to the next.
+    uint16_t* queries;   // [2][ROWS]
+    uint16_t* keys;      // [2][ROWS], of the chunk before
     float4* weights;     // [2][SLOTS][4][4]
     uint4* pairs;        // [2][PAIRS][32]
     uint16_t* outputs;   // [2][C][8]
+    uint16_t* values;    // [2][C][8], of the chunk before
     unsigned char* plans;
     uint4* rounded;      // [SLOTS][STEPS / 2][32]: dS' as right operands, two steps at a time
     float4* staged;      // [2][STAGED][STEPS][32]
@@ -115,6 +118,7 @@ struct Reverse {
         weights = carve.take<float4>(2 * SLOTS * 16);
         pairs = carve.take<uint4>(2 * PAIRS * 32);
         outputs = carve.take<uint16_t>(2 * C * COLUMNS);
+        values = carve.take<uint16_t>(2 * C * COLUMNS);
         plans = carve.take<unsigned char>(2 * PLAN);
         rounded = carve.take<uint4>(SLOTS * STEPS / 2 * 32);
         staged = carve.take<float4>(2 * STAGED * STEPS * 32);
@@ -139,16 +143,17 @@ struct Reverse {
     METHOD void bring(const ScanBackwardSm90Params& p) const {
         const Block& b = *block;
         const int thread = threadIdx.x % BRINGING;
-        // At once a warp brings 64 bytes of 8 rows, all warps of as many rows as fit.
-        constexpr int FOURS = WIDTH / 32, STEP = 8 * (BRINGING / 32) / FOURS;
-        const int unit = thread / 32 % FOURS * 4 + thread % 32 / 8, t0 = thread / 32 / FOURS * 8 + thread % 8;
+        // At once a warp brings 128 bytes of 4 rows, all warps of as many rows as fit.
+        constexpr int WIDTHS = WIDTH / 64, STEP = 4 * (BRINGING / 32) / WIDTHS;
+        const int unit = thread / 32 % WIDTHS * 8 + thread % 32 / 8 * 2 + thread % 2;
+        const int t0 = thread / 32 / WIDTHS * 4 + thread / 2 % 4;
         const bool live_unit = unit * 8 < b.width;
         const int chunks = b.chunks;
 #pragma unroll 1
         for (int m = 0; m < chunks; m++) {
-            const int buffer = m % 2;
+            const int buffer = m % 2, n = chunks - 1 - m;
+            if (n >= AHEAD) ask_for(p, n - AHEAD, thread);
             barrier_wait(&barriers->empty[buffer], phase(m / 2 + 1));
-            const int n = chunks - 1 - m;
             if (thread == 0) {
                 const int64_t index = b.index(n);
                 Barrier* const full = &barriers->full[buffer];
@@ -161,7 +166,7 @@ struct Reverse {
             const int len = left < C ? static_cast<int>(left) : C;
             {
                 const Bf16* at = b.queries + (first + (t0 < len ? t0 : 0)) * b.rows_step + (live_unit ? unit * 8 : 0);
-                uint16_t* to = queries + buffer * ROWS + (unit * C + t0) * 8;
+                uint16_t* to = queries + buffer * ROWS + unit * UNIT + t0 * 8;
 #pragma unroll 4
                 for (int t = t0; t < C; t += STEP, to += STEP * 8) {
                     copy_async_16(to, at, t < len && live_unit);
@@ -170,14 +175,40 @@ struct Reverse {
             }
             if (first > 0) {
                 const Bf16* at = b.keys + (first - C + t0) * b.rows_step + (live_unit ? unit * 8 : 0);
-                uint16_t* to = keys + buffer * ROWS + (unit * C + t0) * 8;
+                uint16_t* to = keys + buffer * ROWS + unit * UNIT + t0 * 8;
 #pragma unroll 4
                 for (int t = t0; t < C; t += STEP, to += STEP * 8, at += STEP * b.rows_step) copy_async_16(to, at, live_unit);
             }
-            if (thread < C)
+            if (thread < C) {
                 copy_async_16(outputs + (buffer * C + thread) * COLUMNS, b.outputs + (first + (thread < len ? thread : 0)) * b.columns_step,
                               thread < len);
+            } else if (first > 0 && p.flow) {
+                const int t = thread - C;
+                copy_async_16(values + (buffer * C + t) * COLUMNS, b.values + (first - C + t) * b.columns_step, true);
+            }
             copies_arrive(&barriers->full[buffer]);
+        }
+    }
+
+    // Asks for chunk n, the slices of a row each for their share.
+    METHOD void ask_for(const ScanBackwardSm90Params& p, int n, int thread) const {
+        const Block& b = *block;
+        const int64_t first = b.from + static_cast<int64_t>(n) * C, index = b.index(n);
+        const int t = thread % C, slices = b.columns / COLUMNS;
+#pragma unroll 1
+        for (int share = b.column / COLUMNS; share < 6; share += slices) {
+            if (share < 2) {
+                if (thread > 0) continue;
+                if (share == 0) prefetch_bulk(p.pairs + (index * 2 + b.exchanged) * PAIRS * 128, PAIRS * 512);
+                else prefetch_bulk(p.weights + index * C * SLOTS, SLOTS * C * 4), prefetch_bulk(p.plans + index, PLAN);
+                continue;
+            }
+            const bool thin = share >= 4;
+            const int width = thin ? b.columns : b.width, column = thread / C * 64;
+            if (column >= width || (share % 2 == 1 && first == 0)) continue;
+            const int64_t token = share % 2 == 1 ? first - C + t : first + t;
+            const Bf16* const of = share == 2 ? b.queries : share == 3 ? b.keys : share == 4 ? b.outputs - b.column : b.values - b.column;
+            if (share < 5 || p.flow) prefetch_line(of + token * (thin ? b.columns_step : b.rows_step) + column);
         }
     }
 
@@ -233,21 +264,19 @@ struct Reverse {
                 }
             }
         };
-        // v_s . dV_s of the block's columns; `first` and `len`: of the tokens' chunk.
-        const auto leave_flow = [&](int64_t first, int len, const float (&x)[4]) {
+        // v_s . dV_s of the block's columns; `first`: of the tokens' chunk, `pair`: of a token's values, two of them.
+        const auto leave_flow = [&](int64_t first, auto pair, const float (&x)[4]) {
+            const int64_t at = static_cast<int64_t>(b.column / COLUMNS) * start_of(e, e.sequences) * e.value_heads + row.at(first);
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int t = token + half * 8;
-                float v0 = 0, v1 = 0;
-                if (t < len) load2(b.values + (first + t) * b.columns_step + c2, v0, v1);
-                float sum = v0 * x[half * 2] + v1 * x[half * 2 + 1];
+                const uint32_t v = pair(t);
+                float sum = low_bf16(v) * x[half * 2] + high_bf16(v) * x[half * 2 + 1];
                 sum += __shfl_xor_sync(ALL, sum, 1);
                 sum += __shfl_xor_sync(ALL, sum, 2);
-                if (c == 0 && t < len)
-                    p.flow[static_cast<int64_t>(b.column / COLUMNS) * start_of(e, e.sequences) * e.value_heads + row.at(first + t)] = sum;
+                if (c == 0 && first + t < row.len) p.flow[at + static_cast<int64_t>(t) * e.value_heads] = sum;
             }
         };
-
         const auto held_at_start = [&] { return p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0; };
 
         // What the window begins with, at its end.
@@ -311,7 +340,12 @@ struct Reverse {
                 }
                 group_barrier(BOTH_GROUPS, GROUPS * GROUP);
             }
-            if (finishes && p.flow) leave_flow(first, len, out);
+            if (finishes && p.flow) {
+                const auto pair = [&](int t) {
+                    return t < len ? *reinterpret_cast<const uint32_t*>(b.values + (first + t) * b.columns_step + c2) : 0u;
+                };
+                leave_flow(first, pair, out);
+            }
         }
 
         // This thread's first part of dV in the window's last chunk, and the tokens from there on.
@@ -412,7 +446,7 @@ struct Reverse {
                 wgmma_begin();
 #pragma unroll
                 for (int step = 0; step < 4; step++)
-                    wgmma_bf16(mine[eight], left[eight][step], wgmma_operand(queries + buffer * ROWS + step * 128, C * 16), 1);
+                    wgmma_bf16(mine[eight], left[eight][step], wgmma_operand(queries + buffer * ROWS + step * 128, UNIT * 2), 1);
                 wgmma_commit();
             }
 
@@ -439,12 +473,17 @@ struct Reverse {
                 if (first > 0) {
                     float sum[4] = {};
                     const auto load_key = [&](int step, uint32_t (&left)[4]) {
-                        ldmatrix_x4(left, keys + buffer * ROWS + ((step * 2 + lane / 16) * C + warp * 16 + lane % 16) * 8);
+                        ldmatrix_x4(left, keys + buffer * ROWS + (step * 2 + lane / 16) * UNIT + (warp * 16 + lane % 16) * 8);
                     };
                     through_states(plan.number, load_key, sum);
 #pragma unroll
                     for (int i = 0; i < 4; i++) sum[i] *= plan.factor[b.exchanged][token + i / 2 * 8];
-                    if (p.flow) leave_flow(first - C, C, sum);
+                    if (p.flow) {
+                        const auto pair = [&](int t) {
+                            return *reinterpret_cast<const uint32_t*>(values + (buffer * C + t) * COLUMNS + c2);
+                        };
+                        leave_flow(first - C, pair, sum);
+                    }
                     add_pairs(out, warp * 4, 0);
 #pragma unroll
                     for (int i = 0; i < 4; i++) out[i] += sum[i];
@@ -506,10 +545,10 @@ DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
     if (p.from > 0 && reverse.block->row.len <= p.from) return;
     const int group = __shfl_sync(ALL, warp_index() / 4, 0);
     if (group == Reverse::GROUPS) {
-        registers_fewer<24>();
+        registers_fewer<40>();
         reverse.bring(p);
     } else {
-        registers_more<240>();
+        registers_more<232>();
         reverse.compute(p, group);
     }
 }
@@ -517,8 +556,8 @@ DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
 }  // namespace
 }  // namespace dla
 
-// Size of a row as computed, slots. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 168 at launch, then 240 in the
-// groups and 24 beside them.
+// Size of a row as computed, slots. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 168 at launch, then 232 in the
+// groups and 40 beside them.
 #define SCAN_BACKWARD_SM90(WIDTH, SLOTS)                                                          \
     KERNEL BLOCK_OF(384) scan_backward_sm90_##WIDTH##_##SLOTS(                                    \
         const __grid_constant__ dla::ScanBackwardSm90Params p) {                                  \

@@ -751,7 +751,7 @@ impl ScanBackwardSm90 {
 
     /// Shared memory.
     pub fn shared_bytes(&self) -> usize {
-        let chunk = 2 * 64 * self.width * 2 + 64 * self.slots * 4 + 26 * 512 + 64 * 8 * 2 + 688;
+        let chunk = 2 * 136 * self.width + 64 * self.slots * 4 + 26 * 512 + 2 * 64 * 8 * 2 + 688;
         2 * chunk + 16 * self.width * self.slots + 256 * self.width + 48 + 160
     }
 
@@ -763,9 +763,11 @@ impl ScanBackwardSm90 {
             + 3 * 64 * 4
             + 4 * 64
             + 64 * 4
+            + 64 * 4
+            + 64 * 132
             + BACKWARD_PLAN_BYTES
-            + 64 * geometry.capacity * 4
-            + 64 * 129 * 4
+            + 2 * 64 * geometry.capacity * 4
+            + 64 * 132 * 4
     }
 
     /// Elements (u32) of the pairs.
