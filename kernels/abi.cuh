@@ -262,16 +262,18 @@ struct ScanDeltaSm90Params {
 // What a chunk of the reverse scan on Hopper does to the adjoints of its slots, by place unless said. The scan writes tokens a
 // chunk late: at a chunk's end those of the chunk before; only slots with older tokens are in its bank.
 struct BackwardPlan {
-    uint8_t copied[32];      // number of the exit slot here among those into which slots of the bank merge, else 255
-    uint8_t copy_of[32];     // number of the one that the entry slot here merges into and does not give its place to, else 255
-    uint8_t published[32];   // number of the exit slot here among those that hold tokens of the chunk before, else 255
-    uint8_t number[64];      // of the exit slot of token s of the chunk before, among these
-    float factor[2][64];     // decay of token s of the chunk before until its chunk's end; [0]: times its key's norm factor
-    uint32_t copies;         // exit slots numbered in `copied`
+    struct Slot {
+        uint8_t published;       // number of the exit slot here among those that hold tokens of the chunk before, else 255
+        uint8_t copied;          // number of the exit slot here among those into which slots of the bank merge, else 255
+        uint8_t copy_of;         // number of the one that the entry slot here merges into and does not give its place to, else 255
+        uint8_t last_published;  // a row's last chunk: as `published`, of its own tokens, which the final states hold too
+    } slots[32];
+    uint8_t number[64];      // of the exit slot of token s of the chunk before, among those published
+    float factor[2][64];     // decay of token s of the chunk before until that one's end; [0]: times its key's norm factor
+    uint32_t copies;         // exit slots numbered by `copied`
     float decay;             // e^{Gamma_C}
     uint32_t reserved[2];
-    // From here on for a row's last chunk alone: the same of its own tokens, which the final states hold too.
-    uint8_t last_published[32];
+    // From here on for a row's last chunk alone: the same of its own tokens.
     uint8_t last_number[64];
     float last_factor[2][64];
     uint32_t exit_len;       // slots held after the chunk
@@ -319,7 +321,7 @@ struct ScanBackwardSm90Params {
     const uint32_t* initial_len;  // [N,HV], or null: no initial cache
     const float* final_states;    // [N,HV,M,dk,dv] gradient of the final states, or null: 0
     float* initial_states;        // [N,HV,M,dk,dv] out where from = 0: gradient of the initial ones, unused slots 0; or null
-    float* carried;               // [blocks, WIDTH SLOTS / 128 + 1, 256, 4] from window to window (WIDTH: dk, exchanged dv, as
+    float* carried;               // [blocks, WIDTH SLOTS / 128 + 2, 256, 4] from window to window (WIDTH: dk, exchanged dv, as
                                   //   computed), one for dV and one for dK; or null: one window
     void* out;                    // [B,T,HV,dv] out: dV; exchanged [B,T,HV,dk]: of keys as the recurrence uses them, of this value
                                   //   head. Of tokens from the window's first chunk on
@@ -330,7 +332,7 @@ struct ScanBackwardSm90Params {
     int32_t out_f32;              // 1: `out` is f32, else bf16
 };
 
-static_assert(sizeof(BackwardPlan) == 1344 && offsetof(BackwardPlan, last_published) == 688 &&
+static_assert(sizeof(BackwardPlan) == 1344 && offsetof(BackwardPlan, last_number) == 720 &&
               offsetof(BackwardPlan, exit_place) == 1312);
 static_assert(sizeof(PrepareBackwardSm90Params) == 200 && offsetof(PrepareBackwardSm90Params, pairs) == 128 &&
               offsetof(PrepareBackwardSm90Params, lambda_columns) == 184);

@@ -13,7 +13,7 @@
 // K Q^T and V dO^T by mma, 26 blocks of 16 x 16 of either: tokens s are rows, for then a product's fragments are those of the
 // transposed pairs as left operands.
 //
-// Shared memory: 54,720 bytes + 512 M. Floor: bytes; at dk = dv = 128 it reads 48 KB of q and k and as much of v and do a chunk and
+// Shared memory: 20,928 bytes + 512 M + 384 (D + 8) or 33,792, whichever is more; D = max(dk, dv) to 16. Floor: bytes; at dk = dv = 128 it reads 48 KB of q and k and as much of v and do a chunk and
 // head (most from L2: two chunks read each k and v) and writes 37 KB: at S3 0.27 + 0.54 + 0.30 GB, 0.4 ms.
 // Numerics: sums in f32, pairs rounded once to bf16, all else f32. dg by prefix sums over 128 tokens at most, never over a
 // sequence, for it would be what is left of terms far larger than itself.
@@ -62,28 +62,53 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
     float* const lambda = carve.take<float>(C * capacity);
     float* const d_weights = carve.take<float>(C * capacity);
     // The operands, then the products (do_t . v_s) P_ts.
+    const int wide = padded(dk > dv ? dk : dv);
     unsigned char* const reused = carve.next;
-    const Tile<1> reads = carve.tile<1>(C, SLICE), written = carve.tile<1>(2 * C, SLICE);
+    const Tile<1> reads = carve.tile<1>(C, wide), written = carve.tile<1>(2 * C, wide);
+    unsigned char* const end_of_tiles = carve.next;
     carve.next = reused;
     float* const y = carve.take<float>(C * PITCH);  // [C][PITCH]: token t, then s, s / PART further on
+    if (carve.next < end_of_tiles) carve.next = end_of_tiles;
     carve.check();
 
     const int entry = static_cast<int>(p.chunk_len[entered]);
     const int bank_end = follows ? static_cast<int>(first - C) : 0;  // tokens before it are in the bank
     if (thread < MOST_SLOTS) slot_at[thread] = NONE;
-    for (int t = warp; t < C; t += WARPS) {
-        const float factor = norm_factor(t < len ? q + row.key_at(first + t) * dk : nullptr, dk, p.qk_l2norm);
-        if (lane == 0) q_factor[t] = factor;
+    // Rows of q or do, and of k or v from the chunk before on: 16 bytes at a time, zeros where there are none.
+    const auto bring = [&](int width, const Bf16* read_from, const Bf16* written_from, int64_t step) {
+        const int units = padded(width) / 8;
+        for (int unit = lane / 4; unit < units; unit += 8) {
+            const int column = unit * 8, from = column < width ? column : 0;
+#pragma unroll
+            for (int i = 0; i < 3 * C / (4 * WARPS); i++) {
+                const int r = i * 4 * WARPS + warp * 4 + lane % 4;
+                if (i < C / (4 * WARPS)) {
+                    const bool live = r < len;
+                    copy_async_16(reads.data + r * reads.stride + column, read_from + (live ? r * step : 0) + from, live && column < width);
+                } else {
+                    const int t = r - 2 * C;  // of the chunk
+                    const bool live = t < 0 ? follows : t < len;
+                    copy_async_16(written.data + (r - C) * written.stride + column, written_from + (live ? t * step : 0) + from,
+                                  live && column < width);
+                }
+            }
+        }
+    };
+    bring(dk, q + row.key_at(first) * dk, k + row.key_at(first) * dk, static_cast<int64_t>(e.heads) * dk);
+    if (p.qk_l2norm) {
+        for (int s = warp; s < 3 * C; s += WARPS) {
+            const bool live = s < C ? s < len : s < 2 * C ? follows : s - 2 * C < len;
+            const Bf16* const of = s < C ? q + row.key_at(first + s) * dk : k + row.key_at(first + s - 2 * C) * dk;
+            const float factor = norm_factor(live ? of : nullptr, dk, true);
+            if (lane == 0) (s < C ? q_factor[s] : k_factor[s - C]) = factor;
+        }
+    } else {
+        if (thread < C) q_factor[thread] = 1;
+        else if (thread < 3 * C) k_factor[thread - C] = 1;
     }
-    for (int s = warp; s < 2 * C; s += WARPS) {
-        const bool live = s < C ? follows : s - C < len;
-        const float factor = norm_factor(live ? k + row.key_at(first - C + s) * dk : nullptr, dk, p.qk_l2norm);
-        if (lane == 0) k_factor[s] = factor;
-    }
-    for (int t = warp; t < len; t += WARPS) {
-        const float* const from = p.lambda + row.at(first + t) * p.lambda_columns;
-        for (int i = lane; i < capacity; i += 32) lambda[t * capacity + i] = from[i];
-    }
+#pragma unroll 4
+    for (int t = warp; t < len; t += WARPS)
+        if (lane < capacity) lambda[t * capacity + lane] = p.lambda[row.at(first + t) * p.lambda_columns + lane];
     if (warp == 0) load_gamma(p.g, row, first, len, C, gamma);
     if (warp == 1 && follows) load_gamma(p.g, row, first - C, C, C, gamma_before);
     if (thread < MOST_SLOTS) starts[thread] = thread < entry ? p.chunk_starts[entered * capacity + thread] : 0;
@@ -137,36 +162,29 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
     float kq[MINE][2][4], vd[MINE][2][4];
 #pragma unroll
     for (int i = 0; i < MINE; i++) clear(kq[i]), clear(vd[i]);
-    const auto products = [&](float (&c)[MINE][2][4], int width, auto read_at, auto written_at) {
-        for (int column = 0; column < padded(width); column += SLICE) {
-            __syncthreads();
-            for (int i = thread; i < 3 * C * SLICE / 8; i += THREADS) {
-                const int r = i / (SLICE / 8), group = i % (SLICE / 8);
-                if (r < C) load_slice(reads, r, group, r < len ? read_at(first + r) : nullptr, column, width, 1.0f);
-                else {
-                    const int s = r - C;
-                    const bool live = s < C ? follows : s - C < len;
-                    load_slice(written, s, group, live ? written_at(first - C + s) : nullptr, column, width, 1.0f);
-                }
-            }
-            __syncthreads();
+    const auto products = [&](float (&c)[MINE][2][4], int width) {
 #pragma unroll
-            for (int i = 0; i < MINE; i++) {
-                const int block = warp + i * WARPS;
-                if (block >= BLOCKS) continue;
-                const int s0 = row_of_block(block), t0 = column_of_block(block);
-#pragma unroll
-                for (int from = 0; from < SLICE; from += 16) {
-                    uint32_t a[1][4], b[1][4];
-                    load_a(written, s0, from, a);
-                    load_b(reads, t0, from, b);
-                    multiply<1, 1>(c[i], a, b);
-                }
+        for (int i = 0; i < MINE; i++) {
+            const int block = warp + i * WARPS;
+            if (block >= BLOCKS) continue;
+            const int s0 = row_of_block(block), t0 = column_of_block(block);
+#pragma unroll 4
+            for (int from = 0; from < width; from += 16) {
+                uint32_t a[1][4], b[1][4];
+                load_a(written, s0, from, a);
+                load_b(reads, t0, from, b);
+                multiply<1, 1>(c[i], a, b);
             }
         }
     };
-    products(kq, dk, [&](int64_t t) { return q + row.key_at(t) * dk; }, [&](int64_t s) { return k + row.key_at(s) * dk; });
-    products(vd, dv, [&](int64_t t) { return d_o + row.at(t) * dv; }, [&](int64_t s) { return v + row.at(s) * dv; });
+    copies_wait();
+    __syncthreads();
+    products(kq, dk);
+    __syncthreads();
+    bring(dv, d_o + row.at(first) * dv, v + row.at(first) * dv, static_cast<int64_t>(e.value_heads) * dv);
+    copies_wait();
+    __syncthreads();
+    products(vd, dv);
     __syncthreads();
 
     const Gamma total_before = gamma_before[C - 1], total = gamma[C - 1];
@@ -186,7 +204,7 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
                 float product = 0;
                 if (t < len && (s < C ? follows : s - C <= t)) {
                     const float log = s < C ? value(gamma[t]) + minus(total_before, gamma_before[s]) : minus(gamma[t], gamma[s - C]);
-                    const float factor = p.scale * q_factor[t] * expf(log), weight = weight_of(t, slot_of(t, s));
+                    const float factor = p.scale * q_factor[t] * __expf(log), weight = weight_of(t, slot_of(t, s));
                     const float of_keys = kq[i][half][n % 2 * 2 + x] * factor * k_factor[s], of_values = vd[i][half][n % 2 * 2 + x];
                     pairs[0][x] = of_keys * weight;
                     pairs[1][x] = of_values * factor * weight;
@@ -234,15 +252,15 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
             if (follows) tokens_in |= 1u << replay.of_slot(len - 1, slot_before[lane + 32 * half]);
         const uint32_t published = __reduce_or_sync(ALL, tokens_in);
         const uint32_t last_published = __ballot_sync(ALL, held && tokens.from < tokens.to);
-        plan->copied[lane] = plan->copy_of[lane] = plan->published[lane] = plan->last_published[lane] = NONE;
+        plan->slots[lane] = {NONE, NONE, NONE, NONE};
         plan->exit_place[lane] = held ? place : 0;
         __syncwarp();
-        if (held && (copied >> lane & 1)) plan->copied[place] = before(copied, lane);
-        if (held && (published >> lane & 1)) plan->published[place] = before(published, lane);
-        if (held && (last_published >> lane & 1)) plan->last_published[place] = before(last_published, lane);
+        if (held && (copied >> lane & 1)) plan->slots[place].copied = before(copied, lane);
+        if (held && (published >> lane & 1)) plan->slots[place].published = before(published, lane);
+        if (held && (last_published >> lane & 1)) plan->slots[place].last_published = before(last_published, lane);
         if (lane < entry && in_bank(lane)) {
             const int exit = replay.of_slot(len - 1, lane);
-            if (exits.entries[exit].from != lane) plan->copy_of[entry_place[lane]] = before(copied, exit);
+            if (exits.entries[exit].from != lane) plan->slots[entry_place[lane]].copy_of = before(copied, exit);
         }
 #pragma unroll
         for (int half = 0; half < 2; half++) {

@@ -45,11 +45,12 @@ struct Reverse {
     static constexpr int EIGHTS = SLOTS / 8 / GROUPS;  // of a group's slots
     static constexpr int OWN = EIGHTS * 2;             // slots of a warp
     static constexpr int PAIRS = 26, CROSS = 16;       // blocks of 16 x 16; those with the chunk before
-    static constexpr int PLAN = offsetof(BackwardPlan, last_published);
+    static constexpr int PLAN = offsetof(BackwardPlan, last_number);
     static constexpr int UNIT = C * 8 + 32;            // elements from 8 of n to the next in a matrix, so that a copy's banks differ
     static constexpr int ROWS = WIDTH / 8 * UNIT;
     static constexpr int AHEAD = 3;                    // chunks that L2 is asked for before they are brought
     static constexpr uint8_t NONE = 255;
+    static constexpr float LEAST_GROWN = 1.0f / 4294967296.0f;
     static_assert(PLAN % 16 == 0);
 
     // `full` when a chunk has come, `empty` when every warp has read it; `read` when the rounded states have been.
@@ -109,6 +110,7 @@ struct Reverse {
     unsigned char* plans;
     uint4* rounded;      // [SLOTS][STEPS / 2][32]: dS' as right operands, two steps at a time
     float4* staged;      // [2][STAGED][STEPS][32]
+    float4* parts;       // [2][4][32]: what the states add to dV, for the warps that put it out
     Barriers* barriers;
     Block* block;        // in shared memory, for it would take 30 registers
 
@@ -122,6 +124,7 @@ struct Reverse {
         plans = carve.take<unsigned char>(2 * PLAN);
         rounded = carve.take<uint4>(SLOTS * STEPS / 2 * 32);
         staged = carve.take<float4>(2 * STAGED * STEPS * 32);
+        parts = carve.take<float4>(2 * 4 * 32);
         barriers = carve.take<Barriers>(1);
         block = carve.take<Block>(1);
         carve.check();
@@ -147,10 +150,18 @@ struct Reverse {
         constexpr int WIDTHS = WIDTH / 64, STEP = 4 * (BRINGING / 32) / WIDTHS;
         const int unit = thread / 32 % WIDTHS * 8 + thread % 32 / 8 * 2 + thread % 2;
         const int t0 = thread / 32 / WIDTHS * 4 + thread / 2 % 4;
-        const bool live_unit = unit * 8 < b.width;
-        const int chunks = b.chunks;
+        const bool live_unit = unit * 8 < b.width, of_outputs = thread < C;
+        const int chunks = b.chunks, thin_t = thread % C;
+        const int64_t step = STEP * b.rows_step, chunk_step = C * b.rows_step, thin_step = C * b.columns_step;
+        int64_t first = b.from + (chunks - 1) * static_cast<int64_t>(C);
+        const int64_t last_len = b.row.len - first;
+        int len = last_len < C ? static_cast<int>(last_len) : C;
+        const Bf16* queries_at = b.queries + (first + t0) * b.rows_step + unit * 8;
+        const Bf16* keys_at = b.keys + (first - C + t0) * b.rows_step + unit * 8;
+        const Bf16* thin_at = (of_outputs ? b.outputs : b.values - thin_step) + (first + thin_t) * b.columns_step;
+        const bool flows = p.flow;
 #pragma unroll 1
-        for (int m = 0; m < chunks; m++) {
+        for (int m = 0; m < chunks; m++, first -= C, len = C) {
             const int buffer = m % 2, n = chunks - 1 - m;
             if (n >= AHEAD) ask_for(p, n - AHEAD, thread);
             barrier_wait(&barriers->empty[buffer], phase(m / 2 + 1));
@@ -159,33 +170,27 @@ struct Reverse {
                 Barrier* const full = &barriers->full[buffer];
                 barrier_expect(full, SLOTS * C * 4 + PAIRS * 512 + PLAN);
                 copy_bulk(plans + buffer * PLAN, p.plans + index, PLAN, full);
-                copy_bulk(pairs + buffer * PAIRS * 32, p.pairs + (index * 2 + b.exchanged) * PAIRS * 128, PAIRS * 512, full);
                 copy_bulk(weights + buffer * SLOTS * 16, p.weights + index * C * SLOTS, SLOTS * C * 4, full);
+                copy_bulk(pairs + buffer * PAIRS * 32, p.pairs + (index * 2 + b.exchanged) * PAIRS * 128, PAIRS * 512, full);
             }
-            const int64_t first = b.from + static_cast<int64_t>(n) * C, left = b.row.len - first;
-            const int len = left < C ? static_cast<int>(left) : C;
+            // Where nothing is read zeros are left.
             {
-                const Bf16* at = b.queries + (first + (t0 < len ? t0 : 0)) * b.rows_step + (live_unit ? unit * 8 : 0);
-                uint16_t* to = queries + buffer * ROWS + unit * UNIT + t0 * 8;
-#pragma unroll 4
-                for (int t = t0; t < C; t += STEP, to += STEP * 8) {
-                    copy_async_16(to, at, t < len && live_unit);
-                    if (t + STEP < len) at += STEP * b.rows_step;
-                }
+                const Bf16* at = queries_at;
+                uint16_t* const to = queries + buffer * ROWS + unit * UNIT + t0 * 8;
+#pragma unroll
+                for (int i = 0; i < C / STEP; i++, at += step) copy_async_16(to + i * STEP * 8, at, t0 + i * STEP < len && live_unit);
+                queries_at -= chunk_step;
             }
             if (first > 0) {
-                const Bf16* at = b.keys + (first - C + t0) * b.rows_step + (live_unit ? unit * 8 : 0);
-                uint16_t* to = keys + buffer * ROWS + unit * UNIT + t0 * 8;
-#pragma unroll 4
-                for (int t = t0; t < C; t += STEP, to += STEP * 8, at += STEP * b.rows_step) copy_async_16(to, at, live_unit);
+                const Bf16* at = keys_at;
+                uint16_t* const to = keys + buffer * ROWS + unit * UNIT + t0 * 8;
+#pragma unroll
+                for (int i = 0; i < C / STEP; i++, at += step) copy_async_16(to + i * STEP * 8, at, live_unit);
+                keys_at -= chunk_step;
             }
-            if (thread < C) {
-                copy_async_16(outputs + (buffer * C + thread) * COLUMNS, b.outputs + (first + (thread < len ? thread : 0)) * b.columns_step,
-                              thread < len);
-            } else if (first > 0 && p.flow) {
-                const int t = thread - C;
-                copy_async_16(values + (buffer * C + t) * COLUMNS, b.values + (first - C + t) * b.columns_step, true);
-            }
+            uint16_t* const thin_to = (of_outputs ? outputs : values) + (buffer * C + thin_t) * COLUMNS;
+            if (of_outputs || (flows && first > 0)) copy_async_16(thin_to, thin_at, !of_outputs || thin_t < len);
+            thin_at -= thin_step;
             copies_arrive(&barriers->full[buffer]);
         }
     }
@@ -219,19 +224,32 @@ struct Reverse {
         const int capacity = e.capacity;
         const int lane = opaque(lane_index()), warp = __shfl_sync(ALL, warp_index() % 4, 0), g = lane / 4, c = lane % 4, c2 = c * 2;
         const int64_t state = static_cast<int64_t>(e.dk) * e.dv;
-        const bool finishes = warp / 2 == group;  // 16 tokens, from 16 warp on, for both groups
+        // Of the 16 tokens from 16 warp on either group has a warp: one for what the states add to dV, one for the pairs.
+        const bool of_states = warp / 2 == group;
         const int token = warp * 16 + g;
 
         // Element 4 n + 2 half + i of eight slots: row 8 n + c2 + i, column g of place_of(2 eight + half).
         float mine[EIGHTS][WIDE];
         const auto place_of = [&](int own) { return (group * EIGHTS + own / 2) * 8 + warp * 2 + own % 2; };
-        float out[4] = {};  // of tokens token and token + 8: dV less what the chunk before adds
+        float grown = 1;    // the adjoints are this times what stands in `mine`, so that a chunk's decay needs no pass over them
+        float out[4] = {};  // of tokens token and token + 8: what the chunk after theirs adds to dV, by way of states or pairs
 
-        // Rounds the slots that `numbers` (by place) numbers.
-        const auto publish = [&](const uint8_t* numbers) {
+        // Of a chunk's plan, for every own slot in turn.
+        using Slot = BackwardPlan::Slot;
+        uint2 slots[EIGHTS];
+        const auto load_slots = [&](const BackwardPlan* plan) {
+#pragma unroll
+            for (int eight = 0; eight < EIGHTS; eight++)
+                slots[eight] = *reinterpret_cast<const uint2*>(plan->slots + place_of(eight * 2));
+        };
+        const auto of_slot = [&](int own, size_t field) {
+            return static_cast<int>((own % 2 ? slots[own / 2].y : slots[own / 2].x) >> 8 * field & 0xff);
+        };
+        // Rounds the slots that this field numbers.
+        const auto publish = [&](size_t field) {
 #pragma unroll
             for (int own = 0; own < OWN; own++) {
-                const int number = numbers[place_of(own)];
+                const int number = of_slot(own, field);
                 if (number == NONE) continue;
                 const float* const x = &mine[own / 2][own % 2 * 2];
 #pragma unroll
@@ -282,7 +300,7 @@ struct Reverse {
         // What the window begins with, at its end.
         const auto carried_at = [&] {
             return reinterpret_cast<float4*>(p.carried) +
-                   static_cast<int64_t>(blockIdx.x) * (EIGHTS * WIDE / 4 + 1) * 256 + group * GROUP + warp * 32 + lane;
+                   static_cast<int64_t>(blockIdx.x) * (EIGHTS * WIDE / 4 + 2) * 256 + group * GROUP + warp * 32 + lane;
         };
         const bool goes_on = row.len > p.to;
         const BackwardPlan* const last = !goes_on && b.chunks > 0 ? p.plans + b.index(b.chunks - 1) : nullptr;
@@ -298,6 +316,7 @@ struct Reverse {
             }
             const float4 x = carried[EIGHTS * WIDE / 4 * 256];
             out[0] = x.x, out[1] = x.y, out[2] = x.z, out[3] = x.w;
+            grown = carried[(EIGHTS * WIDE / 4 + 1) * 256].x;
         } else if (p.final_states) {
             const int held = last ? static_cast<int>(last->exit_len) : held_at_start();
 #pragma unroll 1
@@ -322,9 +341,10 @@ struct Reverse {
             const int64_t first = b.from + static_cast<int64_t>(b.chunks - 1) * C;
             const int len = static_cast<int>(row.len - first);
             if (p.final_states) {
-                publish(last->last_published);
+                load_slots(last);
+                publish(offsetof(Slot, last_published));
                 group_barrier(BOTH_GROUPS, GROUPS * GROUP);
-                if (finishes) {
+                if (of_states) {
                     const auto load_key = [&](int step, uint32_t (&left)[4]) {
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
@@ -340,13 +360,15 @@ struct Reverse {
                 }
                 group_barrier(BOTH_GROUPS, GROUPS * GROUP);
             }
-            if (finishes && p.flow) {
+            if (of_states && p.flow) {
                 const auto pair = [&](int t) {
                     return t < len ? *reinterpret_cast<const uint32_t*>(b.values + (first + t) * b.columns_step + c2) : 0u;
                 };
                 leave_flow(first, pair, out);
             }
         }
+
+        if (of_states) parts[(4 + warp) * 32 + lane] = make_float4(out[0], out[1], out[2], out[3]);
 
         // This thread's first part of dV in the window's last chunk, and the tokens from there on.
         const int64_t out_step = static_cast<int64_t>(b.row.value_heads) * b.columns;
@@ -363,6 +385,7 @@ struct Reverse {
 
         // O's fragments of a chunk are right operands of 16 tokens and, transposed, left ones of 8 columns alike.
         uint32_t o[2][4], left[EIGHTS][4][4];
+        float shrink = 1;  // of all adjoints, before the chunk
         const auto load_outputs = [&](int buffer) {
 #pragma unroll
             for (int half = 0; half < 2; half++)
@@ -370,28 +393,31 @@ struct Reverse {
         };
         const auto weigh = [&](int buffer, int eight) {
             const float4* const weight = weights + (buffer * SLOTS + place_of(eight * 2)) * 16 + c;
+            const float inverse = 1.0f / grown;
 #pragma unroll
             for (int step = 0; step < 4; step++) {
                 const uint32_t early = o[step / 2][step % 2 * 2], late = o[step / 2][step % 2 * 2 + 1];
+                const float x[4] = {low_bf16(early) * inverse, high_bf16(early) * inverse, low_bf16(late) * inverse,
+                                    high_bf16(late) * inverse};
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const float4 w = weight[half * 16 + step * 4];
-                    left[eight][step][half] = pack_bf16(w.x * low_bf16(early), w.y * high_bf16(early));
-                    left[eight][step][2 + half] = pack_bf16(w.z * low_bf16(late), w.w * high_bf16(late));
+                    left[eight][step][half] = pack_bf16(w.x * x[0], w.y * x[1]);
+                    left[eight][step][2 + half] = pack_bf16(w.z * x[2], w.w * x[3]);
                 }
             }
         };
-        const auto let_pass = [&](int buffer, int eight) {
-            const float decay = reinterpret_cast<const BackwardPlan*>(plans + buffer * PLAN)->decay;
-#pragma unroll
-            for (int i = 0; i < WIDE; i++) mine[eight][i] *= decay;
-        };
         const auto await_chunk = [&](int m) {
-            barrier_wait(&barriers->full[m % 2], phase(m / 2));
+            const int buffer = m % 2;
+            barrier_wait(&barriers->full[buffer], phase(m / 2));
             fence_async();
-            load_outputs(m % 2);
-            weigh(m % 2, 0);
-            let_pass(m % 2, 0);
+            const BackwardPlan* const plan = reinterpret_cast<const BackwardPlan*>(plans + buffer * PLAN);
+            load_slots(plan);
+            grown *= plan->decay;
+            shrink = grown < LEAST_GROWN ? grown : 1.0f;
+            if (grown < LEAST_GROWN) grown = 1;
+            load_outputs(buffer);
+            weigh(buffer, 0);
         };
 
         const int chunks = b.chunks;
@@ -401,12 +427,14 @@ struct Reverse {
         for (int m = 0; m < chunks; m++) {
             const int buffer = m % 2;
             const BackwardPlan& plan = *reinterpret_cast<const BackwardPlan*>(plans + buffer * PLAN);
-
-            if (EIGHTS > 1) let_pass(buffer, 1);
+            if (shrink != 1) {
+#pragma unroll
+                for (int i = 0; i < EIGHTS * WIDE; i++) mine[i / WIDE][i % WIDE] *= shrink;
+            }
 
             // Rounded states; copies. What is staged here was last read before the barrier before last.
             barrier_wait(&barriers->read, phase(m + 1));
-            publish(plan.published);
+            publish(offsetof(Slot, published));
             const int copies = static_cast<int>(plan.copies);
             int staged_from = 0;
 #pragma unroll 1
@@ -414,7 +442,7 @@ struct Reverse {
                 float4* const stage = staged + (rounds++ % 2) * STAGED * STEPS * 32 + lane;
 #pragma unroll
                 for (int own = 0; own < OWN; own++) {
-                    const int number = plan.copied[place_of(own)] - staged_from;
+                    const int number = of_slot(own, offsetof(Slot, copied)) - staged_from;
                     if (number < 0 || number >= STAGED) continue;
 #pragma unroll
                     for (int i = 0; i < STEPS; i++) {
@@ -425,7 +453,7 @@ struct Reverse {
                 group_barrier(BOTH_GROUPS, GROUPS * GROUP);
 #pragma unroll
                 for (int own = 0; own < OWN; own++) {
-                    const int number = plan.copy_of[place_of(own)] - staged_from;
+                    const int number = of_slot(own, offsetof(Slot, copy_of)) - staged_from;
                     if (number < 0 || number >= STAGED) continue;
 #pragma unroll
                     for (int i = 0; i < STEPS; i++) {
@@ -450,46 +478,46 @@ struct Reverse {
                 wgmma_commit();
             }
 
-            // dV.
-            if (finishes) {
-                const int n = chunks - 1 - m;
-                const int64_t first = b.from + static_cast<int64_t>(n) * C;
-                const auto add_pairs = [&](float (&sum)[4], int block, int steps_from) {
+            // dV, of a chunk by the states when the next is at work, by the pairs when it is itself.
+            const int64_t first = b.from + static_cast<int64_t>(chunks - 1 - m) * C;
+            if (of_states) {
+                if (first > 0) {
+                    const auto load_key = [&](int step, uint32_t (&left)[4]) {
+                        ldmatrix_x4(left, keys + buffer * ROWS + (step * 2 + lane / 16) * UNIT + (warp * 16 + lane % 16) * 8);
+                    };
+                    through_states(plan.number, load_key, out);
+#pragma unroll
+                    for (int i = 0; i < 4; i++) out[i] *= plan.factor[b.exchanged][token + i / 2 * 8] * grown;
+                    parts[(m % 2 * 4 + warp) * 32 + lane] = make_float4(out[0], out[1], out[2], out[3]);
+                    if (p.flow) {
+                        const auto pair = [&](int t) {
+                            return *reinterpret_cast<const uint32_t*>(values + (buffer * C + t) * COLUMNS + c2);
+                        };
+                        leave_flow(first - C, pair, out);
+                    }
+                }
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&barriers->read);
+            } else {
+                const auto add_pairs = [&](int block, int steps_from) {
 #pragma unroll
                     for (int step = 0; step < 4; step++) {
                         if (step < steps_from) continue;
                         const uint4 x = pairs[(buffer * PAIRS + block + step) * 32 + lane];
                         const uint32_t of_tokens[4] = {x.x, x.y, x.z, x.w};
-                        mma_bf16(sum, of_tokens, o[step / 2][step % 2 * 2], o[step / 2][step % 2 * 2 + 1]);
+                        mma_bf16(out, of_tokens, o[step / 2][step % 2 * 2], o[step / 2][step % 2 * 2 + 1]);
                     }
                 };
                 // Rows of the triangle begin at its blocks 0, 4, 7 and 9.
-                add_pairs(out, CROSS + (warp == 0 ? 0 : warp == 1 ? 3 : warp == 2 ? 5 : 6), warp);
+                add_pairs(CROSS + (warp == 0 ? 0 : warp == 1 ? 3 : warp == 2 ? 5 : 6), warp);
+                const float4 part = parts[((m + 1) % 2 * 4 + warp) * 32 + lane];
+                out[0] += part.x, out[1] += part.y, out[2] += part.z, out[3] += part.w;
                 const int64_t tokens_left = b.row.len - first - token;
                 put_out(tokens_left < C ? static_cast<int>(tokens_left) : C);
                 out_at -= C * out_step;
 #pragma unroll
                 for (int i = 0; i < 4; i++) out[i] = 0;
-                if (first > 0) {
-                    float sum[4] = {};
-                    const auto load_key = [&](int step, uint32_t (&left)[4]) {
-                        ldmatrix_x4(left, keys + buffer * ROWS + (step * 2 + lane / 16) * UNIT + (warp * 16 + lane % 16) * 8);
-                    };
-                    through_states(plan.number, load_key, sum);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) sum[i] *= plan.factor[b.exchanged][token + i / 2 * 8];
-                    if (p.flow) {
-                        const auto pair = [&](int t) {
-                            return *reinterpret_cast<const uint32_t*>(values + (buffer * C + t) * COLUMNS + c2);
-                        };
-                        leave_flow(first - C, pair, sum);
-                    }
-                    add_pairs(out, warp * 4, 0);
-#pragma unroll
-                    for (int i = 0; i < 4; i++) out[i] += sum[i];
-                }
-                __syncwarp();
-                if (lane == 0) barrier_arrive(&barriers->read);
+                if (first > 0) add_pairs(warp * 4, 0);
             }
             // The next chunk's first left operands while the last products run.
             if (EIGHTS > 1) wgmma_wait_first();
@@ -511,6 +539,7 @@ struct Reverse {
                 carried[i * 256] = make_float4(x[0], x[1], x[2], x[3]);
             }
             carried[EIGHTS * WIDE / 4 * 256] = make_float4(out[0], out[1], out[2], out[3]);
+            carried[(EIGHTS * WIDE / 4 + 1) * 256] = make_float4(grown, 0, 0, 0);
             return;
         }
         if (!p.initial_states) return;
@@ -527,7 +556,7 @@ struct Reverse {
                 for (int n = 0; n < STEPS * 2; n++, to += 8 * step)
                     if (n * 8 < b.width) {
                         const float* const x = &mine[own / 2][n * 4 + own % 2 * 2];
-                        to[0] = used ? x[0] : 0.0f, to[step] = used ? x[1] : 0.0f;
+                        to[0] = used ? x[0] * grown : 0.0f, to[step] = used ? x[1] * grown : 0.0f;
                     }
             }
         }
@@ -545,10 +574,10 @@ DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
     if (p.from > 0 && reverse.block->row.len <= p.from) return;
     const int group = __shfl_sync(ALL, warp_index() / 4, 0);
     if (group == Reverse::GROUPS) {
-        registers_fewer<40>();
+        registers_fewer<64>();
         reverse.bring(p);
     } else {
-        registers_more<232>();
+        registers_more<224>();
         reverse.compute(p, group);
     }
 }
@@ -556,8 +585,8 @@ DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
 }  // namespace
 }  // namespace dla
 
-// Size of a row as computed, slots. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 168 at launch, then 232 in the
-// groups and 40 beside them.
+// Size of a row as computed, slots. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 168 at launch, then 224 in the
+// groups and 64 beside them.
 #define SCAN_BACKWARD_SM90(WIDTH, SLOTS)                                                          \
     KERNEL BLOCK_OF(384) scan_backward_sm90_##WIDTH##_##SLOTS(                                    \
         const __grid_constant__ dla::ScanBackwardSm90Params p) {                                  \

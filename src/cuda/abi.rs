@@ -751,8 +751,8 @@ impl ScanBackwardSm90 {
 
     /// Shared memory.
     pub fn shared_bytes(&self) -> usize {
-        let chunk = 2 * 136 * self.width + 64 * self.slots * 4 + 26 * 512 + 2 * 64 * 8 * 2 + 688;
-        2 * chunk + 16 * self.width * self.slots + 256 * self.width + 48 + 160
+        let chunk = 2 * 136 * self.width + 64 * self.slots * 4 + 26 * 512 + 2 * 64 * 8 * 2 + 720;
+        2 * chunk + 16 * self.width * self.slots + 256 * self.width + 4096 + 48 + 160
     }
 
     /// Shared memory of the kernel that prepares.
@@ -767,7 +767,7 @@ impl ScanBackwardSm90 {
             + 64 * 132
             + BACKWARD_PLAN_BYTES
             + 2 * 64 * geometry.capacity * 4
-            + 64 * 132 * 4
+            + (64 * 132 * 4).max(3 * 64 * (geometry.dk.max(geometry.dv).next_multiple_of(16) + 8) * 2)
     }
 
     /// Elements (u32) of the pairs.
@@ -807,7 +807,7 @@ impl ScanBackwardSm90 {
 
     /// Elements (f32) that go from window to window.
     pub fn carried_len(&self, geometry: &Geometry) -> usize {
-        self.blocks(geometry) * (self.width * self.slots / 128 + 1) * 1024
+        self.blocks(geometry) * (self.width * self.slots / 128 + 2) * 1024
     }
 
     /// Elements (f32) of `flow`.
