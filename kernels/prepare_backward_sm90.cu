@@ -19,6 +19,7 @@
 // sequence, for it would be what is left of terms far larger than itself.
 
 #include "common/chunk.cuh"
+#include "common/hopper.cuh"
 
 namespace dla {
 namespace {
@@ -106,16 +107,26 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
         if (thread < C) q_factor[thread] = 1;
         else if (thread < 3 * C) k_factor[thread - C] = 1;
     }
-#pragma unroll 4
-    for (int t = warp; t < len; t += WARPS)
-        if (lane < capacity) lambda[t * capacity + lane] = p.lambda[row.at(first + t) * p.lambda_columns + lane];
+    if (thread < len) prefetch_line(p.events + row.at(first + thread));
+    {
+        float x[C / WARPS];
+#pragma unroll
+        for (int i = 0; i < C / WARPS; i++) {
+            const int t = i * WARPS + warp;
+            x[i] = lane < capacity && t < len ? p.lambda[row.at(first + t) * p.lambda_columns + lane] : 0.0f;
+        }
+#pragma unroll
+        for (int i = 0; i < C / WARPS; i++)
+            if (lane < capacity) lambda[(i * WARPS + warp) * capacity + lane] = x[i];
+    }
     if (warp == 0) load_gamma(p.g, row, first, len, C, gamma);
     if (warp == 1 && follows) load_gamma(p.g, row, first - C, C, C, gamma_before);
-    if (thread < MOST_SLOTS) starts[thread] = thread < entry ? p.chunk_starts[entered * capacity + thread] : 0;
+    const bool held = thread < entry;
+    int start = 0, place = 0;
+    if (held) start = p.chunk_starts[entered * capacity + thread], place = p.chunk_place[entered * capacity + thread];
+    if (thread < MOST_SLOTS) starts[thread] = start;
     __syncthreads();
     if (thread < MOST_SLOTS) {
-        const bool held = thread < entry;
-        const int place = held ? p.chunk_place[entered * capacity + thread] : 0;
         entry_place[thread] = place;
         if (held && starts[thread] < bank_end) slot_at[place] = thread;
     } else if (thread < MOST_SLOTS + C) {
@@ -133,17 +144,19 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
     exits.find(replay, len, entry);
     const int exit_len = replay.len[len - 1];
     const auto weight_of = [&](int t, int slot) { return lambda[t * capacity + column_of(e, slot, replay.len[t])]; };
-    for (int i = thread; i < len * 2 * C / 4; i += THREADS) {
-        const int t = i / (2 * C / 4), s = i % (2 * C / 4) * 4;
+#pragma unroll
+    for (int i = 0; i < C * C / 4 / THREADS; i++) {
+        const int t = i * (THREADS / (C / 4)) + thread / (C / 4), s = thread % (C / 4) * 4;
+        if (t >= len) continue;
+        uint8_t* const to = slots + t * SLOTS_PITCH + s;
+        // Of tokens after t anything.
+        *reinterpret_cast<uint32_t*>(to + C) = *reinterpret_cast<const uint32_t*>(replay.place + t * replay.ITEMS + MOST_SLOTS + s);
+        if (!follows) continue;
+        const uint32_t before = *reinterpret_cast<const uint32_t*>(slot_before + s);
         uint32_t four = 0;
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            uint32_t slot = 0;
-            if (s >= C) slot = s + n - C <= t ? replay.of_token(t, s + n - C) : 0;
-            else if (follows) slot = replay.of_slot(t, slot_before[s + n]);
-            four |= slot << 8 * n;
-        }
-        *reinterpret_cast<uint32_t*>(slots + t * SLOTS_PITCH + s) = four;
+        for (int n = 0; n < 4; n++) four |= static_cast<uint32_t>(replay.of_slot(t, before >> 8 * n & 0xff)) << 8 * n;
+        *reinterpret_cast<uint32_t*>(to) = four;
     }
     for (int i = thread; i < C * capacity; i += THREADS) d_weights[i] = 0;
     if (thread < C) read_factor[thread] = p.scale * q_factor[thread] * expf(value(gamma[thread]));

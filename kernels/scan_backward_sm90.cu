@@ -152,17 +152,18 @@ struct Reverse {
         const int t0 = thread / 32 / WIDTHS * 4 + thread / 2 % 4;
         const bool live_unit = unit * 8 < b.width, of_outputs = thread < C;
         const int chunks = b.chunks, thin_t = thread % C;
-        const int64_t step = STEP * b.rows_step, chunk_step = C * b.rows_step, thin_step = C * b.columns_step;
-        int64_t first = b.from + (chunks - 1) * static_cast<int64_t>(C);
-        const int64_t last_len = b.row.len - first;
+        const int step = static_cast<int>(STEP * b.rows_step);
+        const int64_t chunk_step = C * b.rows_step, thin_step = C * b.columns_step;
+        const int64_t last = b.from + (chunks - 1) * static_cast<int64_t>(C), last_len = b.row.len - last;
         int len = last_len < C ? static_cast<int>(last_len) : C;
-        const Bf16* queries_at = b.queries + (first + t0) * b.rows_step + unit * 8;
-        const Bf16* keys_at = b.keys + (first - C + t0) * b.rows_step + unit * 8;
-        const Bf16* thin_at = (of_outputs ? b.outputs : b.values - thin_step) + (first + thin_t) * b.columns_step;
-        const bool flows = p.flow;
+        const Bf16* queries_at = b.queries + (last + t0) * b.rows_step + unit * 8;
+        const Bf16* keys_at = b.keys + (last - C + t0) * b.rows_step + unit * 8;
+        const Bf16* thin_at = (of_outputs ? b.outputs : b.values - thin_step) + (last + thin_t) * b.columns_step;
+        const bool starts = b.from == 0;
 #pragma unroll 1
-        for (int m = 0; m < chunks; m++, first -= C, len = C) {
+        for (int m = 0; m < chunks; m++, len = C) {
             const int buffer = m % 2, n = chunks - 1 - m;
+            const bool follows = n > 0 || !starts;  // there is a chunk before
             if (n >= AHEAD) ask_for(p, n - AHEAD, thread);
             barrier_wait(&barriers->empty[buffer], phase(m / 2 + 1));
             if (thread == 0) {
@@ -175,21 +176,21 @@ struct Reverse {
             }
             // Where nothing is read zeros are left.
             {
-                const Bf16* at = queries_at;
                 uint16_t* const to = queries + buffer * ROWS + unit * UNIT + t0 * 8;
 #pragma unroll
-                for (int i = 0; i < C / STEP; i++, at += step) copy_async_16(to + i * STEP * 8, at, t0 + i * STEP < len && live_unit);
+                for (int i = 0; i < C / STEP; i++)
+                    copy_async_16(to + i * STEP * 8, queries_at + static_cast<int64_t>(i) * step, t0 + i * STEP < len && live_unit);
                 queries_at -= chunk_step;
             }
-            if (first > 0) {
-                const Bf16* at = keys_at;
+            if (follows) {
                 uint16_t* const to = keys + buffer * ROWS + unit * UNIT + t0 * 8;
 #pragma unroll
-                for (int i = 0; i < C / STEP; i++, at += step) copy_async_16(to + i * STEP * 8, at, live_unit);
+                for (int i = 0; i < C / STEP; i++)
+                    copy_async_16(to + i * STEP * 8, keys_at + static_cast<int64_t>(i) * step, live_unit);
                 keys_at -= chunk_step;
             }
             uint16_t* const thin_to = (of_outputs ? outputs : values) + (buffer * C + thin_t) * COLUMNS;
-            if (of_outputs || (flows && first > 0)) copy_async_16(thin_to, thin_at, !of_outputs || thin_t < len);
+            if (of_outputs || (p.flow && follows)) copy_async_16(thin_to, thin_at, !of_outputs || thin_t < len);
             thin_at -= thin_step;
             copies_arrive(&barriers->full[buffer]);
         }
@@ -574,7 +575,7 @@ DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
     if (p.from > 0 && reverse.block->row.len <= p.from) return;
     const int group = __shfl_sync(ALL, warp_index() / 4, 0);
     if (group == Reverse::GROUPS) {
-        registers_fewer<64>();
+        registers_fewer<56>();
         reverse.bring(p);
     } else {
         registers_more<224>();
@@ -586,7 +587,7 @@ DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
 }  // namespace dla
 
 // Size of a row as computed, slots. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 168 at launch, then 224 in the
-// groups and 64 beside them.
+// groups and 56 beside them (168 x 3 is all that a block can share out).
 #define SCAN_BACKWARD_SM90(WIDTH, SLOTS)                                                          \
     KERNEL BLOCK_OF(384) scan_backward_sm90_##WIDTH##_##SLOTS(                                    \
         const __grid_constant__ dla::ScanBackwardSm90Params p) {                                  \
