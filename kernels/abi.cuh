@@ -520,6 +520,85 @@ static_assert(sizeof(SegmentStatesParams) == 168 && offsetof(SegmentStatesParams
               offsetof(SegmentStatesParams, qk_l2norm) == 160);
 static_assert(sizeof(SegmentBackwardParams) == 224 && offsetof(SegmentBackwardParams, d_v) == 136 &&
               offsetof(SegmentBackwardParams, qk_l2norm) == 216);
+// What a chunk of the reverse scan on Hopper does to the adjoints of its slots, by place unless said. The scan writes tokens a
+// chunk late: at a chunk's end those of the chunk before; only slots with older tokens are in its bank.
+struct BackwardPlan {
+    struct Slot {
+        uint8_t published;       // number of the exit slot here among those that hold tokens of the chunk before, else 255
+        uint8_t copied;          // number of the exit slot here among those into which slots of the bank merge, else 255
+        uint8_t copy_of;         // number of the one that the entry slot here merges into and does not give its place to, else 255
+        uint8_t last_published;  // a row's last chunk: as `published`, of its own tokens, which the final states hold too
+    } slots[32];
+    uint8_t number[64];      // of the exit slot of token s of the chunk before, among those published
+    float factor[2][64];     // decay of token s of the chunk before until that one's end; [0]: times its key's norm factor
+    uint32_t copies;         // exit slots numbered by `copied`
+    float decay;             // e^{Gamma_C}
+    uint32_t reserved[2];
+    // From here on for a row's last chunk alone: the same of its own tokens.
+    uint8_t last_number[64];
+    float last_factor[2][64];
+    uint32_t exit_len;       // slots held after the chunk
+    uint32_t reserved_too[3];
+    uint8_t exit_place[32];  // of exit slot i
+};
+
+// q, k, v, g, do, events, lambda -> what the reverse scan on Hopper takes of a chunk, and the gradients by way of the pairs of
+// tokens that the chunk reads: its own and the chunk's before. Grid W x HV (PrepareSm90Params).
+struct PrepareBackwardSm90Params {
+    Extents extents;
+    const void* q;                // [B,T,H,dk]
+    const void* k;                // [B,T,H,dk]
+    const void* v;                // [B,T,HV,dv]
+    const void* d_o;              // [B,T,HV,dv]
+    const float* g;               // [B,T,HV], or null: 0
+    const uint8_t* events;        // [B,T,HV]
+    const float* lambda;          // [B,T,HV,lambda_columns]
+    const uint32_t* chunk_len;    // as segment leaves them
+    const int32_t* chunk_starts;
+    const uint8_t* chunk_place;
+    uint32_t* pairs;              // [W, HV, 2, 26, 32, 4] bf16 pairs out: (P . Lambda)^T as left operands, of dV and of dK
+    float* weights;               // [W, HV, slots, 4, 4, 4] out: by place, 16 tokens, c, tokens 2 c, + 1, + 8, + 9 of these
+    BackwardPlan* plans;          // [W, HV] out
+    float* d_weights;             // [W, HV, C, M] out: of the read weights by way of the pairs, by slot; slots not held 0
+    float* d_g;                   // [W, HV, 2, C] out: of g by way of the pairs: for tokens of the chunk before, and its own
+    int64_t from, to;             // window of every sequence, multiples of C
+    int32_t lambda_columns;       // M or more
+    int32_t slots;                // places that have weights: 16 or 32
+    float scale;
+    int32_t qk_l2norm;
+};
+
+// The adjoint of the gated scan on Hopper, in reverse, for dV or, with the roles of q and do, k and v exchanged, for dK. Windows
+// come from the last to the first. Grid N x HV x dv / 8, or dk / 8.
+struct ScanBackwardSm90Params {
+    Extents extents;
+    const void* q;                // [B,T,H,dk]
+    const void* k;                // [B,T,H,dk]
+    const void* v;                // [B,T,HV,dv]
+    const void* d_o;              // [B,T,HV,dv]
+    const uint32_t* pairs;        // as prepare_backward_sm90 leaves them
+    const float* weights;
+    const BackwardPlan* plans;
+    const uint32_t* initial_len;  // [N,HV], or null: no initial cache
+    const float* final_states;    // [N,HV,M,dk,dv] gradient of the final states, or null: 0
+    float* initial_states;        // [N,HV,M,dk,dv] out where from = 0: gradient of the initial ones, unused slots 0; or null
+    float* carried;               // [blocks, WIDTH SLOTS / 128 + 2, 256, 4] from window to window (WIDTH: dk, exchanged dv, as
+                                  //   computed), one for dV and one for dK; or null: one window
+    void* out;                    // [B,T,HV,dv] out: dV; exchanged [B,T,HV,dk]: of keys as the recurrence uses them, of this value
+                                  //   head. Of tokens from the window's first chunk on
+    float* flow;                  // [dv / 8 or dk / 8, B T, HV] out: v_t . dV_t by way of the states, over a block's columns (k_t . dK_t,
+                                  //   exchanged, sums to the same); of tokens from the chunk before the window's first on; or null
+    int64_t from, to;             // window of every sequence, multiples of C
+    int32_t exchanged;            // 1: dK
+    int32_t out_f32;              // 1: `out` is f32, else bf16
+};
+
+static_assert(sizeof(BackwardPlan) == 1344 && offsetof(BackwardPlan, last_number) == 720 &&
+              offsetof(BackwardPlan, exit_place) == 1312);
+static_assert(sizeof(PrepareBackwardSm90Params) == 200 && offsetof(PrepareBackwardSm90Params, pairs) == 128 &&
+              offsetof(PrepareBackwardSm90Params, lambda_columns) == 184);
+static_assert(sizeof(ScanBackwardSm90Params) == 176 && offsetof(ScanBackwardSm90Params, initial_len) == 104 &&
+              offsetof(ScanBackwardSm90Params, exchanged) == 168);
 static_assert(sizeof(DeltaPlan) == 208 && offsetof(DeltaPlan, steps) == 160 && offsetof(DeltaPlan, exit_place) == 176);
 static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90Params, pairs) == 112 &&
               offsetof(PrepareDeltaSm90Params, from) == 160 && offsetof(PrepareDeltaSm90Params, qk_l2norm) == 192);

@@ -24,6 +24,8 @@ mod hopper;
 mod step;
 #[path = "emulation/whole_backward.rs"]
 mod whole_backward;
+#[path = "emulation/hopper_backward.rs"]
+mod hopper_backward;
 
 unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;

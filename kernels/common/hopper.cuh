@@ -21,6 +21,8 @@ using emulation::fence_async;
 using emulation::fence_barriers;
 using emulation::group_barrier;
 using emulation::keep_order;
+using emulation::prefetch_bulk;
+using emulation::prefetch_line;
 using emulation::registers_fewer;
 using emulation::registers_more;
 using emulation::stmatrix_x4_trans;
@@ -30,6 +32,7 @@ using emulation::wgmma_commit;
 using emulation::wgmma_hold;
 using emulation::wgmma_operand;
 using emulation::wgmma_wait;
+using emulation::wgmma_wait_first;
 
 #else
 
@@ -71,6 +74,11 @@ DEVICE void copy_bulk(void* to, const void* from, uint32_t bytes, Barrier* barri
                  ::"r"(shared_address(to)), "l"(from), "r"(bytes), "r"(shared_address(barrier))
                  : "memory");
 }
+// Asks for `bytes`, a multiple of 16, or for 128, to be in L2 when they are wanted.
+DEVICE void prefetch_bulk(const void* from, uint32_t bytes) {
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+}
+DEVICE void prefetch_line(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
 
 // The reverse of ldmatrix_x4_trans: lane l gives, of each matrix, elements (2 (l % 4), l / 4) and the one below, and the
 // address of row l % 8 of matrix l / 8.
@@ -105,6 +113,8 @@ DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits for all products of this warpgroup.
 DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// Waits for all but those since the last commit but one.
+DEVICE void wgmma_wait_first() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
 
 // Accumulators of a product in flight: nothing is done to them on the other side of this.
 template <int N>

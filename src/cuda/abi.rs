@@ -211,6 +211,72 @@ pub struct ScanSm90Params {
     pub to: i64,
 }
 
+/// Bytes of a `BackwardPlan`.
+pub const BACKWARD_PLAN_BYTES: usize = 1344;
+
+/// Parameters of `prepare_backward_sm90_bf16`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct PrepareBackwardSm90Params {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub d_o: DevicePointer,
+    pub g: DevicePointer,
+    pub events: DevicePointer,
+    pub lambda: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub chunk_starts: DevicePointer,
+    pub chunk_place: DevicePointer,
+    pub pairs: DevicePointer,
+    pub weights: DevicePointer,
+    pub plans: DevicePointer,
+    pub d_weights: DevicePointer,
+    pub d_g: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub lambda_columns: i32,
+    pub slots: i32,
+    pub scale: f32,
+    pub qk_l2norm: i32,
+}
+
+/// Parameters of `scan_backward_sm90_*`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct ScanBackwardSm90Params {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub k: DevicePointer,
+    pub v: DevicePointer,
+    pub d_o: DevicePointer,
+    pub pairs: DevicePointer,
+    pub weights: DevicePointer,
+    pub plans: DevicePointer,
+    pub initial_len: DevicePointer,
+    pub final_states: DevicePointer,
+    pub initial_states: DevicePointer,
+    pub carried: DevicePointer,
+    pub out: DevicePointer,
+    pub flow: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub exchanged: i32,
+    pub out_f32: i32,
+}
+
+const _: () = assert!(
+    size_of::<PrepareBackwardSm90Params>() == 200
+        && offset_of!(PrepareBackwardSm90Params, pairs) == 128
+        && offset_of!(PrepareBackwardSm90Params, lambda_columns) == 184
+);
+const _: () = assert!(
+    size_of::<ScanBackwardSm90Params>() == 176
+        && offset_of!(ScanBackwardSm90Params, initial_len) == 104
+        && offset_of!(ScanBackwardSm90Params, exchanged) == 168
+);
+
 /// Bytes of a `DeltaPlan`.
 pub const DELTA_PLAN_BYTES: usize = 208;
 
@@ -1244,5 +1310,113 @@ impl ScanSm90 {
     /// Blocks of the scan.
     pub fn blocks(&self, geometry: &Geometry) -> usize {
         geometry.rows() * geometry.dv.div_ceil(self.columns())
+    }
+}
+
+/// The reverse scan on Hopper, gated, for dV and, exchanged, for dK: `scan_backward_sm90_{width}_{slots}`. Workspaces are
+/// sized in `places` of chunks, [`ScanSm90::places`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScanBackwardSm90 {
+    /// Width of q's and k's rows as computed; exchanged, of do's and v's.
+    pub width: usize,
+    /// Places for slots.
+    pub slots: usize,
+    /// For dK.
+    pub exchanged: bool,
+}
+
+impl ScanBackwardSm90 {
+    /// Name of the kernel that prepares for both.
+    pub const PREPARE_NAME: &'static str = "prepare_backward_sm90_bf16";
+
+    /// The scan for dV or dK; `None` where there is none: inputs other than bf16, the delta rule, more than 32 slots, head
+    /// sizes above 128.
+    pub fn choose(geometry: &Geometry, exchanged: bool) -> Option<Self> {
+        let most = geometry.dk.max(geometry.dv);
+        if geometry.parts != 1 || geometry.delta || geometry.capacity > 32 || most > 128 {
+            return None;
+        }
+        let width = if exchanged { geometry.dv } else { geometry.dk };
+        Some(ScanBackwardSm90 {
+            width: if width <= 64 { 64 } else { 128 },
+            slots: if geometry.capacity <= 16 { 16 } else { 32 },
+            exchanged,
+        })
+    }
+
+    /// Name of the kernel.
+    pub fn name(&self) -> String {
+        format!("scan_backward_sm90_{}_{}", self.width, self.slots)
+    }
+
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        384
+    }
+
+    /// Shared memory.
+    pub fn shared_bytes(&self) -> usize {
+        let chunk = 2 * 136 * self.width + 64 * self.slots * 4 + 26 * 512 + 2 * 64 * 8 * 2 + 720;
+        2 * chunk + 16 * self.width * self.slots + 256 * self.width + 4096 + 48 + 160
+    }
+
+    /// Shared memory of the kernel that prepares.
+    pub fn prepare_shared_bytes(geometry: &Geometry) -> usize {
+        geometry.replay_shared_bytes()
+            + 2 * 64 * 2
+            + 2 * 64 * 8
+            + 3 * 64 * 4
+            + 4 * 64
+            + 64 * 4
+            + 64 * 4
+            + 64 * 132
+            + BACKWARD_PLAN_BYTES
+            + 2 * 64 * geometry.capacity * 4
+            + (64 * 132 * 4).max(3 * 64 * (geometry.dk.max(geometry.dv).next_multiple_of(16) + 8) * 2)
+    }
+
+    /// Elements (u32) of the pairs.
+    pub fn pairs_len(geometry: &Geometry, places: usize) -> usize {
+        places * geometry.value_heads * 2 * 26 * 128
+    }
+
+    /// Elements (f32) of the weights.
+    pub fn weights_len(&self, geometry: &Geometry, places: usize) -> usize {
+        places * geometry.value_heads * 64 * self.slots
+    }
+
+    /// Bytes of the plans.
+    pub fn plans_bytes(geometry: &Geometry, places: usize) -> usize {
+        places * geometry.value_heads * BACKWARD_PLAN_BYTES
+    }
+
+    /// Elements (f32) of `d_weights`.
+    pub fn d_weights_len(geometry: &Geometry, places: usize) -> usize {
+        places * geometry.value_heads * 64 * geometry.capacity
+    }
+
+    /// Elements (f32) of `d_g`.
+    pub fn d_g_len(geometry: &Geometry, places: usize) -> usize {
+        places * geometry.value_heads * 2 * 64
+    }
+
+    /// Slices of 8 columns: of dv, exchanged of dk.
+    pub fn slices(&self, geometry: &Geometry) -> usize {
+        if self.exchanged { geometry.dk / 8 } else { geometry.dv / 8 }
+    }
+
+    /// Blocks.
+    pub fn blocks(&self, geometry: &Geometry) -> usize {
+        geometry.rows() * self.slices(geometry)
+    }
+
+    /// Elements (f32) that go from window to window.
+    pub fn carried_len(&self, geometry: &Geometry) -> usize {
+        self.blocks(geometry) * (self.width * self.slots / 128 + 2) * 1024
+    }
+
+    /// Elements (f32) of `flow`.
+    pub fn flow_len(&self, geometry: &Geometry) -> usize {
+        self.slices(geometry) * geometry.tokens * geometry.value_heads
     }
 }

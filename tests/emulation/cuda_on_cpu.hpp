@@ -513,6 +513,8 @@ inline void copy_bulk(void* to, const void* from, uint32_t bytes, uint64_t*) {
     if (at < machine.shared || at + bytes > machine.shared + machine.shared_bytes) return fail("a bulk copy outside shared memory");
     memcpy(to, from, bytes);
 }
+inline void prefetch_bulk(const void*, uint32_t) {}
+inline void prefetch_line(const void*) {}
 inline void stmatrix_x4_trans(uint16_t* row, const uint32_t (&r)[4]) {
     const auto at = reinterpret_cast<unsigned char*>(row);
     if (at < machine.shared || at + 16 > machine.shared + machine.shared_bytes || reinterpret_cast<uintptr_t>(row) % 16 != 0)
@@ -548,6 +550,7 @@ inline void keep_order() {}
 inline void wgmma_begin() {}
 inline void wgmma_commit() {}
 inline void wgmma_wait() {}
+inline void wgmma_wait_first() {}
 template <size_t N>
 inline void wgmma_hold(float (&)[N]) {}
 inline uint64_t wgmma_operand(const void* at, uint32_t across) {

@@ -226,7 +226,7 @@ fn scan(
 }
 
 /// A log of a caller's own: merges anywhere, below capacity too.
-fn own_log(case: &Case, problem: &Problem, seed: u64) -> Vec<u8> {
+pub fn own_log(case: &Case, problem: &Problem, seed: u64) -> Vec<u8> {
     let mut rng = StdRng::seed_from_u64(seed);
     let shape = problem.shape();
     let mut log = vec![0; shape.tokens() * shape.value_heads];

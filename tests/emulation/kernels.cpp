@@ -11,6 +11,8 @@
 #include "../../kernels/route_backward.cu"
 #include "../../kernels/prepare_sm90.cu"
 #include "../../kernels/scan_sm90.cu"
+#include "../../kernels/prepare_backward_sm90.cu"
+#include "../../kernels/scan_backward_sm90.cu"
 // Files are compiled one by one for the device; here their names would meet.
 #define Scan ScanDelta
 #define GROUP GROUP_DELTA
@@ -91,6 +93,9 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN(prepare_delta_sm90_bf16);
     RUN(scan_delta_sm90_64_16, 384), RUN(scan_delta_sm90_64_32, 384);
     RUN(scan_delta_sm90_128_16, 384), RUN(scan_delta_sm90_128_32, 384);
+    RUN(prepare_backward_sm90_bf16);
+    RUN(scan_backward_sm90_64_16, 384), RUN(scan_backward_sm90_64_32, 384);
+    RUN(scan_backward_sm90_128_16, 384), RUN(scan_backward_sm90_128_32, 384);
     snprintf(error, error_bytes, "%s: %s", name, wrong.c_str());
     return wrong.empty() ? 0 : 1;
 }
