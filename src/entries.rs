@@ -201,7 +201,7 @@ impl Roster {
     /// A cache for as many entries.
     pub(crate) fn check_import(&self, entries: &[usize], cache: &Cache) -> Result<()> {
         self.check_distinct("entries", entries)?;
-        cache.validate(self.spec.dims(entries.len()), self.spec.read)
+        cache.view().validate_dims(self.spec.dims(entries.len()), self.spec.read)
     }
 
     fn check_problem(&self, problem: &Problem<'_>) -> Result<()> {
