@@ -25,8 +25,10 @@ namespace dla {
 
 using emulation::copies_wait;
 using emulation::copy_async_16;
+using emulation::copy_async_4;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
+using emulation::exp2_approx;
 using emulation::f16_to_f32;
 using emulation::f32_to_f16;
 using emulation::ldmatrix_x4;
@@ -88,6 +90,10 @@ DEVICE void copy_async_16(void* to, const void* from, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0)
                  : "memory");
 }
+// Copies 4 bytes.
+DEVICE void copy_async_4(void* to, const void* from) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+}
 // Waits for the copies of this thread.
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }
 
@@ -96,6 +102,13 @@ DEVICE uint32_t pack_bf16(float low, float high) {
     uint32_t packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+// 2^x within 2 units of the last place (PTX ISA, ex2.approx); below 2^-126 zero.
+DEVICE float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 DEVICE float f16_to_f32(uint16_t x) {
