@@ -145,22 +145,35 @@ struct ScanParams {
     int32_t reserved;
 };
 
-// What a chunk of the scan on Hopper does to its slots. Slots stand in places (SegmentParams) and stay there.
+// g -> its sums before chunks. Grid N x HV, GAMMAS_THREADS threads.
+constexpr int GAMMAS_THREADS = 1024;
+struct GammasSm90Params {
+    Extents extents;
+    const float* g;   // [B,T,HV], or null: 0
+    double* gammas;   // [B T / C + N, HV] out: over the sequence's tokens before the chunk
+};
+
+// What a chunk of the scan on Hopper does to its slots' states, which hold the tokens before the chunk before. Slots stand in
+// places (SegmentParams) and stay there.
 struct ChunkPlan {
-    // Exit slots that are not an entry slot as it was, oldest first: place | entry slots from << 8, to << 16 |
-    // tokens from << 24, to << 32. So those without entry slots come last.
+    // Exit slots whose states change, oldest first: place | entry slots from << 8, to << 16 | tokens of the chunk before
+    // from << 24, to << 32. Entry slots are those with a state.
     uint64_t changed[64];
-    float factor[64];         // decay of entry slot j until the chunk's end
-    float value_factor[64];   // of token s until the chunk's end, times its key's norm factor
+    float factor[64];         // of entry slot j's state in the one it goes into
+    float value_factor[64];   // decay of token s of the chunk before until that chunk's end, times its key's norm factor
     uint8_t entry_place[64];  // of entry slot j
-    uint32_t changes;         // entries of `changed`
+    uint32_t changes;         // entries of `changed`, the others 0
     uint32_t reserved[3];
     // From here on for a row's last chunk alone.
-    uint32_t exit_len;        // slots held after the chunk
+    uint32_t exit_len;            // slots held after the chunk
     uint32_t reserved_too[3];
-    float exit_factor[64];    // decay of exit slot i until the chunk's end
-    uint8_t exit_place[64];   // of exit slot i
+    float exit_factor[64];        // decay of exit slot i's state until the chunk's end
+    float exit_value_factor[64];  // of token s of the chunk until its end, times its key's norm factor
+    uint8_t exit_place[64];       // of exit slot i, 255: it has no state
+    uint8_t exit_from[64];        // tokens of the chunk that are in exit slot i
+    uint8_t exit_to[64];
 };
+constexpr int PAIR_BLOCKS = 26;  // of a chunk's P . Lambda: of 16 x 16, 16 with the chunk before and 10 with itself
 
 // q, k, g, events, lambda -> what the scan on Hopper takes of a chunk. Grid: W x HV. What it leaves of a chunk stands where
 // the chunk does among W = cu_seqlens ? B T / C + N : N x chunks of the window, sequence by sequence.
@@ -172,9 +185,11 @@ struct PrepareSm90Params {
     const uint8_t* events;        // [B,T,HV]
     const float* lambda;          // [B,T,HV,lambda_columns]
     const uint32_t* chunk_len;    // as segment leaves them
+    const int32_t* chunk_starts;
     const uint8_t* chunk_place;
-    const float* chunk_log;
-    uint32_t* pairs;              // [W, HV, 10, 32, 4] bf16 pairs out: P . Lambda, lower blocks, as left operands
+    const double* gammas;         // as gammas_sm90 leaves them
+    uint32_t* pairs;              // [W, HV, PAIR_BLOCKS, 32, 4] bf16 pairs out: P . Lambda as left operands; by 16 tokens, those
+                                  //   with the chunk before, then those with the chunk itself up to the diagonal
     float* weights;               // [W, HV, 4, slots / 4, 2, 8, 4] out: by warp, place / 4, half, row, place % 4
     ChunkPlan* plans;             // [W, HV] out
     int64_t from, to;             // window of every sequence, multiples of C
@@ -604,9 +619,11 @@ static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90
               offsetof(PrepareDeltaSm90Params, from) == 160 && offsetof(PrepareDeltaSm90Params, qk_l2norm) == 192);
 static_assert(sizeof(ScanDeltaSm90Params) == 168 && offsetof(ScanDeltaSm90Params, initial_len) == 104 &&
               offsetof(ScanDeltaSm90Params, from) == 152);
-static_assert(sizeof(ChunkPlan) == 1440 && offsetof(ChunkPlan, entry_place) == 1024 && offsetof(ChunkPlan, exit_len) == 1104);
-static_assert(sizeof(PrepareSm90Params) == 168 && offsetof(PrepareSm90Params, pairs) == 112 &&
-              offsetof(PrepareSm90Params, lambda_columns) == 152);
+static_assert(sizeof(GammasSm90Params) == 64 && offsetof(GammasSm90Params, gammas) == 56);
+static_assert(sizeof(ChunkPlan) == 1824 && offsetof(ChunkPlan, entry_place) == 1024 && offsetof(ChunkPlan, exit_len) == 1104 &&
+              offsetof(ChunkPlan, exit_place) == 1632);
+static_assert(sizeof(PrepareSm90Params) == 176 && offsetof(PrepareSm90Params, pairs) == 120 &&
+              offsetof(PrepareSm90Params, lambda_columns) == 160);
 static_assert(sizeof(ScanSm90Params) == 152 && offsetof(ScanSm90Params, initial_len) == 96 &&
               offsetof(ScanSm90Params, from) == 136);
 static_assert(sizeof(Extents) == 48 && offsetof(Extents, heads) == 24 && offsetof(Extents, newest_first) == 44);

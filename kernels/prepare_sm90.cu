@@ -34,8 +34,93 @@ namespace {
 // Row of block `block` of the ten of a lower triangle of 4 x 4 blocks, counted row after row.
 DEVICE int block_row(int block) { return block >= 6 ? 3 : block >= 3 ? 2 : block >= 1 ? 1 : 0; }
 
+// Replay (replay.cuh), an item's places together and 4 bytes more than C apart: then neither the items of a token nor the
+// tokens of an item share a bank.
+struct Items {
+    static constexpr int C = Bf16::CHUNK, PITCH = C + 4;
+    uint8_t* events;  // [C]
+    uint8_t* merges;  // [C] event - MERGE
+    uint8_t* len;     // [C] slots held after token t
+    uint8_t* place;   // [MOST_SLOTS + C][PITCH]
+
+    METHOD void take(Carve& carve) {
+        events = carve.take<uint8_t>(C);
+        merges = carve.take<uint8_t>(C);
+        len = carve.take<uint8_t>(C);
+        place = carve.take<uint8_t>((MOST_SLOTS + C) * PITCH);
+    }
+
+    METHOD const uint8_t* slot(int j) const { return place + j * PITCH; }
+    METHOD const uint8_t* token(int s) const { return place + (MOST_SLOTS + s) * PITCH; }
+    METHOD int of_slot(int t, int j) const { return slot(j)[t]; }
+    METHOD int of_token(int t, int s) const { return token(s)[t]; }
+
+    // By one warp.
+    METHOD void read(const uint8_t* log, const Row& row, int64_t first, int tokens, int entry) const {
+        const int lane = lane_index();
+        int held = entry;
+#pragma unroll
+        for (int from = 0; from < C; from += 32) {
+            const int t = from + lane, event = t < tokens ? log[row.at(first + t)] : EXTEND;
+            const uint32_t opens = __ballot_sync(ALL, event == OPEN);
+            events[t] = event, merges[t] = event - MERGE;
+            len[t] = held + __popc(opens & ((2u << lane) - 1));
+            held += __popc(opens);
+        }
+    }
+
+    // One item through the chunk. Before it opens a token is at 0, where no merge finds it.
+    METHOD void follow(int item) const {
+        const int from = item < MOST_SLOTS ? -1 : item - MOST_SLOTS;
+        uint32_t at = item < MOST_SLOTS ? item : 0;
+        const uint32_t opened = from < 0 ? 0 : len[from] - 1;
+        uint32_t* const to = reinterpret_cast<uint32_t*>(place + item * PITCH);
+#pragma unroll 4
+        for (int four = 0; four < C / 4; four++) {
+            const uint32_t all = reinterpret_cast<const uint32_t*>(merges)[four];
+            uint32_t places = 0;
+#pragma unroll
+            for (int i = 0; i < 4; i++) {
+                // EXTEND and OPEN are above every slot here.
+                if ((all >> 8 * i & 0xff) < at) at--;
+                if (four * 4 + i == from) at = opened;
+                places |= at << 8 * i;
+            }
+            to[four] = places;
+        }
+    }
+};
+
+// The first of `count` ascending ones that is at least x.
+DEVICE int first_from(const int32_t* ascending, int count, int64_t x) {
+    int low = 0, high = count;
+    while (low < high) {
+        const int middle = (low + high) / 2;
+        if (ascending[middle] < x) low = middle + 1;
+        else high = middle;
+    }
+    return low;
+}
+
+// Row `t` of a matrix [C][dk] to the tile, zeros where not `live`; by the block, complete after copies_wait.
+DEVICE void copy_rows(const Tile<1>& tile, const Bf16* from, const Row& row, int64_t first, int live, int dk) {
+    constexpr int C = Bf16::CHUNK;
+    const int units = padded(dk) / 8, shift = units <= 8 ? 3 : units <= 16 ? 4 : 5;
+    const int unit = threadIdx.x & ((1 << shift) - 1), rows = THREADS >> shift;
+    if (unit >= units) return;
+    for (int t = threadIdx.x >> shift; t < C; t += rows) {
+        const bool inside = t < live && unit * 8 < dk;
+        copy_async_16(tile.data + t * tile.stride + unit * 8,
+                      from + row.key_at(first + (inside ? t : 0)) * dk + (inside ? unit * 8 : 0), inside);
+    }
+}
+
+// A chunk's tokens are written a chunk late (scan_sm90.cu). So at its entry the states hold the tokens before the
+// chunk before: those of entry slots that start there, a prefix of them. What is before the chunk and not in a state, the
+// chunk before, is read as tokens. All from where slots start, so that chunks know nothing of each other.
 DEVICE void prepare_sm90(const PrepareSm90Params& p) {
     constexpr int C = Bf16::CHUNK;
+    constexpr int32_t NEVER = 0x7fffffff;
     const Extents& e = p.extents;
     const Chunk chunk = chunk_of(p);
     if (chunk.len == 0) return;
@@ -44,98 +129,117 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
     const int64_t index = chunk.kept * e.value_heads + row.head;
     const int len = chunk.len, dk = e.dk, width = padded(dk), capacity = e.capacity;
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
+    const bool lagged = first >= C, last = first + C >= row.len;
+    // Segment's record of the next chunk has what stands at this one's end; that of another window may not be written yet.
+    const bool recorded = !last && first + C < p.to;
+    const int64_t before = lagged ? first - C : 0;  // the chunk before, if there is one
     const Bf16* const q = static_cast<const Bf16*>(p.q);
     const Bf16* const k = static_cast<const Bf16*>(p.k);
 
     Carve carve{dynamic_shared()};
-    Replay<C> replay;
-    replay.take(carve);
+    Items items;
+    items.take(carve);
     Exits exits;
     exits.take(carve);
-    Gamma* const gamma = carve.take<Gamma>(C);
+    ChunkPlan* const plan = carve.take<ChunkPlan>(1);
+    Gamma* const gamma = carve.take<Gamma>(C);         // in units of log 2
+    Gamma* const lag_gamma = carve.take<Gamma>(C);
     float* const q_factor = carve.take<float>(C);
     float* const k_factor = carve.take<float>(C);
-    float* const logs = carve.take<float>(MOST_SLOTS);            // by place
-    uint8_t* const entry_place = carve.take<uint8_t>(MOST_SLOTS);
+    float* const lag_factor = carve.take<float>(C);
+    float* const row_factor = carve.take<float>(C);    // of the query, with its decay since the chunk's entry
+    float* const behind = carve.take<float>(MOST_SLOTS);  // log2 decay of entry slot j's state until the chunk's entry
+    float* const decay = carve.take<float>(MOST_SLOTS);   // and the decay
+    int32_t* const starts = carve.take<int32_t>(MOST_SLOTS);
+    int32_t* const exit_starts = carve.take<int32_t>(MOST_SLOTS);
     uint8_t* const exit_place = carve.take<uint8_t>(MOST_SLOTS);
-    uint8_t* const slot_at = carve.take<uint8_t>(MOST_SLOTS);     // entry slot at a place
-    const Tile<1> queries = carve.tile<1>(C, SLICE), keys = carve.tile<1>(C, SLICE);
+    uint8_t* const slot_at = carve.take<uint8_t>(MOST_SLOTS);   // entry slot whose state is at a place, else 255
+    uint8_t* const lag_slot = carve.take<uint8_t>(C);           // entry slot of a token of the chunk before
+    const Tile<1> queries = carve.tile<1>(C, width), keys = carve.tile<1>(C, width), lag_keys = carve.tile<1>(C, width);
     float* const lambda = carve.take<float>(C * capacity);
     carve.check();
 
-    const int entry = static_cast<int>(p.chunk_len[entered]);
-    if (thread < MOST_SLOTS) slot_at[thread] = 255;
-    for (int t = warp; t < C; t += WARPS) {
-        const bool live = t < len;
-        const float qf = norm_factor(live ? q + row.key_at(first + t) * dk : nullptr, dk, p.qk_l2norm);
-        const float kf = norm_factor(live ? k + row.key_at(first + t) * dk : nullptr, dk, p.qk_l2norm);
-        if (lane == 0) q_factor[t] = qf, k_factor[t] = kf;
-    }
+    copy_rows(queries, q, row, first, len, dk);
+    copy_rows(keys, k, row, first, len, dk);
+    copy_rows(lag_keys, k, row, before, lagged ? C : 0, dk);
     for (int t = warp; t < len; t += WARPS) {
         const float* const from = p.lambda + row.at(first + t) * p.lambda_columns;
-        for (int i = lane; i < capacity; i += 32) lambda[t * capacity + i] = from[i];
+        for (int i = lane; i < capacity; i += 32) copy_async_4(lambda + t * capacity + i, from + i);
     }
-    if (warp == 0) load_gamma(p.g, row, first, len, C, gamma);
+    const int entry = static_cast<int>(p.chunk_len[entered]);
+    if (warp == 0) items.read(p.events, row, first, len, entry);
+    if (warp == 1) load_gamma(p.g, row, first, len, C, gamma, LOG2E);
+    if (warp == 2) load_gamma(p.g, row, before, lagged ? C : 0, C, lag_gamma, LOG2E);
+    if (thread >= 128 && thread < 128 + MOST_SLOTS) {
+        const int j = thread - 128;
+        const bool held = j < entry;
+        starts[j] = held ? p.chunk_starts[entered * capacity + j] : NEVER;
+        plan->entry_place[j] = held ? p.chunk_place[entered * capacity + j] : 0;
+        plan->factor[j] = 0;
+        plan->changed[j] = 0;
+        slot_at[j] = 255;
+    }
+    if (thread >= 192 && recorded) {
+        const int i = thread - 192;
+        const int64_t next = entered + e.value_heads;
+        const bool held = i < static_cast<int>(p.chunk_len[next]);
+        exit_starts[i] = held ? p.chunk_starts[next * capacity + i] : NEVER;
+        exit_place[i] = held ? p.chunk_place[next * capacity + i] : 0;
+    }
+    if (p.qk_l2norm) {
+        for (int t = warp; t < C; t += WARPS) {
+            const bool live = t < len;
+            const float qf = norm_factor(live ? q + row.key_at(first + t) * dk : nullptr, dk, true);
+            const float kf = norm_factor(live ? k + row.key_at(first + t) * dk : nullptr, dk, true);
+            const float lf = norm_factor(lagged ? k + row.key_at(before + t) * dk : nullptr, dk, true);
+            if (lane == 0) q_factor[t] = p.scale * qf, k_factor[t] = kf, lag_factor[t] = lf;
+        }
+    } else if (thread < C) {
+        q_factor[thread] = p.scale, k_factor[thread] = 1.0f, lag_factor[thread] = 1.0f;
+    }
     __syncthreads();
-    if (thread < MOST_SLOTS) {
-        const bool held = thread < entry;
-        const int place = held ? p.chunk_place[entered * capacity + thread] : 0;
-        entry_place[thread] = place;
-        if (held) slot_at[place] = thread;
-        logs[thread] = thread < capacity ? p.chunk_log[entered * capacity + thread] : 0.0f;
-    }
-    replay.run(p.events, row, first, len, entry);
-    exits.find(replay, len, entry);
-    const int exit_len = replay.len[len - 1];
-    const auto weight_of = [&](int t, int slot) { return lambda[t * capacity + column_of(e, slot, replay.len[t])]; };
 
-    // P . Lambda, by blocks of 16 x 16 from the top left on, row after row: warp w has blocks w and w + 8 of ten.
-    constexpr int BLOCKS = 10, MINE = 2;
-    float qk[MINE][2][4];
-#pragma unroll
-    for (int i = 0; i < MINE; i++) clear(qk[i]);
-    for (int column = 0; column < width; column += SLICE) {
-        __syncthreads();
-        for (int i = thread; i < C * SLICE / 8; i += THREADS) {
-            const int t = i / (SLICE / 8), group = i % (SLICE / 8);
-            const int64_t at = row.key_at(first + t) * dk;
-            load_slice(queries, t, group, t < len ? q + at : nullptr, column, dk, 1.0f);
-            load_slice(keys, t, group, t < len ? k + at : nullptr, column, dk, 1.0f);
+    if (thread < MOST_SLOTS + C) {
+        items.follow(thread);
+    } else if (thread < 192) {
+        // A state is kept relative to the end of the chunk that has its last token.
+        const int j = thread - 128;
+        const int32_t written = static_cast<int32_t>(before);
+        float log = 0;
+        if (starts[j] < written || starts[j] < 0) {
+            const int32_t end = j + 1 < entry ? starts[j + 1] : NEVER, bound = end < written ? end : written;
+            const int64_t chunks_before = first / C, at = bound > 0 ? (bound + C - 1) / C : 0;
+            const double* const here = p.gammas + entered;
+            log = static_cast<float>((here[0] - here[(at - chunks_before) * e.value_heads]) * LOG2E);
+            slot_at[plan->entry_place[j]] = j;
+        }
+        behind[j] = log;
+        decay[j] = exp2_approx(log);
+    } else {
+        const int t = thread - 192;
+        row_factor[t] = q_factor[t] * exp2_approx(value(gamma[t]));
+        plan->value_factor[t] = lagged ? lag_factor[t] * exp2_approx(minus(lag_gamma[C - 1], lag_gamma[t])) : 0.0f;
+        lag_slot[t] = lagged ? first_from(starts, entry, before + t + 1) - 1 : 0;
+    }
+    copies_wait();
+    __syncthreads();
+    const int exit_len = items.len[len - 1];
+    if (!recorded) {
+        exits.find(items, len, entry);
+        if (warp == 0) exit_places(items, exits, len, entry, plan->entry_place, exit_place);
+        else if (thread >= 64 && thread < 64 + MOST_SLOTS) {
+            const int i = thread - 64;
+            const Exits::Range entries = exits.entries[i];
+            exit_starts[i] = i >= exit_len               ? NEVER
+                             : entries.from < entries.to ? starts[entries.from]
+                                                         : static_cast<int32_t>(first) + exits.tokens[i].from;
         }
         __syncthreads();
-#pragma unroll
-        for (int i = 0; i < MINE; i++) {
-            const int block = warp + i * WARPS;
-            if (block >= BLOCKS) continue;
-            const int t = block_row(block), s = block - t * (t + 1) / 2;
-#pragma unroll
-            for (int from = 0; from < SLICE; from += 16) {
-                uint32_t a[1][4], b[1][4];
-                load_a(queries, t * 16, from, a);
-                load_b(keys, s * 16, from, b);
-                multiply<1, 1>(qk[i], a, b);
-            }
-        }
     }
-#pragma unroll
-    for (int i = 0; i < MINE; i++) {
-        const int block = warp + i * WARPS;
-        if (block >= BLOCKS) continue;
-        const int t0 = block_row(block), s0 = (block - t0 * (t0 + 1) / 2) * 16;
-        uint32_t operand[4];
-        int n = 0;
-        each_pair(qk[i], [&](int r, int column, float x0, float x1) {
-            const int t = t0 * 16 + r, s = s0 + column;
-            const float factor = p.scale * q_factor[t];
-            const auto pair = [&](float x, int s) {
-                if (t >= len || s > t) return 0.0f;
-                return x * factor * k_factor[s] * expf(minus(gamma[t], gamma[s])) * weight_of(t, replay.of_token(t, s));
-            };
-            operand[n++] = pack_bf16(pair(x0, s), pair(x1, s + 1));
-        });
-        reinterpret_cast<uint4*>(p.pairs)[(index * BLOCKS + block) * 32 + lane] =
-            make_uint4(operand[0], operand[1], operand[2], operand[3]);
-    }
+
+    // Column of lambda that weighs slot 0 at token t, and the way to the next slot's.
+    const int way = e.newest_first ? -1 : 1;
+    const auto base = [&](int t) { return lambda + t * capacity + (e.newest_first ? items.len[t] - 1 : 0); };
 
     // The weights of four neighbouring places at a time.
     const int quads = p.slots / 4, shift = __ffs(quads) - 1;  // a power of two
@@ -143,48 +247,159 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
         const int g = i % 8, half = i / 8 % 2, quad = i / 16 & (quads - 1), t = (i >> (4 + shift)) * 16 + half * 8 + g;
         float x[4] = {};
         if (t < len) {
-            const float factor = p.scale * q_factor[t];
+            const float factor = row_factor[t];
+            const float* const at = base(t);
+            const uint32_t slots = reinterpret_cast<const uint32_t*>(slot_at)[quad];
 #pragma unroll
             for (int n = 0; n < 4; n++) {
-                const int place = quad * 4 + n, slot = slot_at[place];
-                if (slot == 255) continue;
-                x[n] = factor * weight_of(t, replay.of_slot(t, slot)) * expf(value(gamma[t]) + logs[place]);
+                const int slot = slots >> 8 * n & 0xff;
+                if (slot != 255) x[n] = factor * decay[slot] * at[way * items.of_slot(t, slot)];
             }
         }
         reinterpret_cast<float4*>(p.weights)[index * C * quads + i] = make_float4(x[0], x[1], x[2], x[3]);
     }
 
+    // P . Lambda, by blocks of 16 x 16: warp w the tokens from 16 (w % 4) on, warps 0 to 3 with the chunk before, the others
+    // with the chunk itself.
+    const int t0 = warp % 4 * 16, blocks = warp < 4 ? 4 : warp - 3;
+    float qk[4][2][4];
+#pragma unroll
+    for (int i = 0; i < 4; i++) clear(qk[i]);
+    const Tile<1> with = warp < 4 ? lag_keys : keys;
+    for (int from = 0; from < width; from += 16) {
+        uint32_t a[1][4], b[1][4];
+        load_a(queries, t0, from, a);
+#pragma unroll
+        for (int i = 0; i < 4; i++) {
+            if (i >= blocks) break;
+            load_b(with, i * 16, from, b);
+            multiply<1, 1>(qk[i], a, b);
+        }
+    }
+    uint4* const pairs = reinterpret_cast<uint4*>(p.pairs) +
+                         (index * PAIR_BLOCKS + warp % 4 * 4 + t0 / 16 * (t0 / 16 + 1) / 2 + (warp < 4 ? 0 : 4)) * 32 + lane;
+#pragma unroll
+    for (int i = 0; i < 4; i++) {
+        if (i >= blocks) break;
+        uint32_t operand[4];
+        int n = 0;
+        each_pair(qk[i], [&](int r, int column, float x0, float x1) {
+            const int t = t0 + r, s = i * 16 + column;
+            const float* const at = base(t);
+            float y[2] = {x0, x1};
+            if (warp < 4) {
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+                    y[m] = lagged && t < len ? y[m] * row_factor[t] * plan->value_factor[s + m] *
+                                                   at[way * items.of_slot(t, lag_slot[s + m])]
+                                             : 0.0f;
+            } else {
+                const float factor = q_factor[t];
+                const Gamma own = gamma[t];
+#pragma unroll
+                for (int m = 0; m < 2; m++)
+                    y[m] = t < len && s + m <= t ? y[m] * factor * k_factor[s + m] * exp2_approx(minus(own, gamma[s + m])) *
+                                                       at[way * items.of_token(t, s + m)]
+                                                 : 0.0f;
+            }
+            operand[n++] = pack_bf16(y[0], y[1]);
+        });
+        pairs[i * 32] = make_uint4(operand[0], operand[1], operand[2], operand[3]);
+    }
+
     // The plan.
-    ChunkPlan* const plan = p.plans + index;
     const Gamma total = gamma[C - 1];
-    if (warp == WARPS - 1) exit_places(replay, exits, len, entry, entry_place, exit_place);
-    __syncthreads();
-    if (warp == 0) {
+    if (warp == 4) {
+        // Entry slots that have a state.
+        const int held = first_from(starts, entry, before);
         int changes = 0;
 #pragma unroll
         for (int half = 0; half < 2; half++) {
             const int i = lane + 32 * half;
-            const Exits::Range entries = exits.entries[i], tokens = exits.tokens[i];
-            const bool same = entries.to - entries.from == 1 && tokens.to == tokens.from;
-            const bool changed = i < exit_len && !same;
+            const bool present = i < exit_len;
+            const int32_t start = present ? exit_starts[i] : NEVER, end = i + 1 < exit_len ? exit_starts[i + 1] : NEVER;
+            const auto among = [&](int64_t from) {
+                const auto inside = [&](int32_t x) { return static_cast<uint8_t>(x <= from ? 0 : x - from < C ? x - from : C); };
+                return Exits::Range{inside(start), inside(end)};
+            };
+            int from = first_from(starts, entry, start), to = first_from(starts, entry, end);
+            if (from > held) from = held;
+            if (to > held) to = held;
+            const Exits::Range tokens = lagged ? among(before) : Exits::Range{0, 0};
+            const bool written = tokens.from < tokens.to;
+            // Of the state that the exit slot then has.
+            const float log = written || to == from ? 0.0f : behind[to - 1];
+            const bool changed = present && (written || to - from > 1);
+            if (changed) {
+                for (int j = from; j < to; j++) plan->factor[j] = exp2_approx(behind[j] - log);
+            }
             const uint32_t all = __ballot_sync(ALL, changed);
             if (changed)
                 plan->changed[changes + __popc(all & ((1u << lane) - 1))] =
-                    static_cast<uint64_t>(exit_place[i]) | static_cast<uint64_t>(entries.from) << 8 |
-                    static_cast<uint64_t>(entries.to) << 16 | static_cast<uint64_t>(tokens.from) << 24 |
-                    static_cast<uint64_t>(tokens.to) << 32;
+                    static_cast<uint64_t>(exit_place[i]) | static_cast<uint64_t>(from) << 8 | static_cast<uint64_t>(to) << 16 |
+                    static_cast<uint64_t>(tokens.from) << 24 | static_cast<uint64_t>(tokens.to) << 32;
             changes += __popc(all);
-            plan->exit_place[i] = exit_place[i];
-            plan->exit_factor[i] = i < exit_len && same ? expf(logs[exit_place[i]] + value(total)) : 1.0f;
+            const bool state = present && (written || to > from);
+            const Exits::Range own = among(first);
+            plan->exit_place[i] = state ? exit_place[i] : 255;
+            plan->exit_factor[i] = state ? exp2_approx(log + value(total)) : 0.0f;
+            plan->exit_from[i] = present ? own.from : 0;
+            plan->exit_to[i] = present ? own.to : 0;
         }
+        if (lane < 3) plan->reserved[lane] = plan->reserved_too[lane] = 0;
         if (lane == 0) plan->changes = changes, plan->exit_len = exit_len;
-    } else if (warp < 4) {
-        const int i = thread - 32;
-        if (i < C) plan->value_factor[i] = i < len ? k_factor[i] * expf(minus(total, gamma[i])) : 0.0f;
-    } else if (warp < 6) {
-        const int j = thread - 128;
-        plan->factor[j] = j < entry ? expf(logs[entry_place[j]] + value(total)) : 0.0f;
-        plan->entry_place[j] = entry_place[j];
+    } else if (warp == 5) {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            const int t = lane + 32 * half;
+            plan->exit_value_factor[t] = t < len ? k_factor[t] * exp2_approx(minus(total, gamma[t])) : 0.0f;
+        }
+    }
+    __syncthreads();
+    const int units = static_cast<int>(last ? sizeof(ChunkPlan) : offsetof(ChunkPlan, exit_len)) / 16;
+    if (thread < units) reinterpret_cast<uint4*>(p.plans + index)[thread] = reinterpret_cast<const uint4*>(plan)[thread];
+}
+
+// g -> its sums before every chunk. One block a row, a thread 8 tokens.
+DEVICE void gammas_sm90(const GammasSm90Params& p) {
+    constexpr int C = Bf16::CHUNK, EACH = 8, BLOCK = GAMMAS_THREADS, WARPS_HERE = BLOCK / 32, AT_ONCE = BLOCK * EACH / C;
+    static_assert(WARPS_HERE == 32);
+    const Extents& e = p.extents;
+    const Row row = row_of(e, blockIdx.x / e.value_heads, static_cast<int>(blockIdx.x % e.value_heads));
+    const int thread = threadIdx.x, lane = lane_index(), warp = warp_index();
+    Carve carve{dynamic_shared()};
+    double* const sums = carve.take<double>(2 * WARPS_HERE);
+    carve.check();
+    const int64_t chunks = (row.len + C - 1) / C;
+    double* const out = p.gammas + first_chunk(row, C) * e.value_heads + row.head;
+    double carry = 0;
+    for (int64_t from = 0, n = 0; from < chunks; from += AT_ONCE, n++) {
+        const int64_t first = from * C + thread * EACH;
+        double own = 0;
+        if (p.g) {
+#pragma unroll
+            for (int i = 0; i < EACH; i++)
+                if (first + i < row.len) own += fmaxf(p.g[row.at(first + i)], LEAST_G);
+        }
+        double sum = own;
+        const auto scan = [&](double& x) {
+#pragma unroll
+            for (int by = 1; by < 32; by *= 2) {
+                const double below = __shfl_up_sync(ALL, x, by);
+                if (lane >= by) x += below;
+            }
+        };
+        scan(sum);
+        double* const here = sums + n % 2 * WARPS_HERE;
+        if (lane == 31) here[warp] = sum;
+        __syncthreads();
+        double warps = here[lane];
+        scan(warps);
+        const double below = __shfl_sync(ALL, warps, warp == 0 ? 0 : warp - 1);
+        const int64_t chunk = from + thread / (C / EACH);
+        if (thread % (C / EACH) == 0 && chunk < chunks)
+            out[chunk * e.value_heads] = carry + (warp == 0 ? 0 : below) + (sum - own);
+        carry += __shfl_sync(ALL, warps, 31);
     }
 }
 
@@ -476,7 +691,8 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
 }  // namespace
 }  // namespace dla
 
-KERNEL BLOCKS_OF(dla::THREADS, 4) prepare_sm90_bf16(const __grid_constant__ dla::PrepareSm90Params p) { dla::prepare_sm90(p); }
+KERNEL BLOCK_OF(dla::GAMMAS_THREADS) gammas_sm90(const __grid_constant__ dla::GammasSm90Params p) { dla::gammas_sm90(p); }
+KERNEL BLOCKS_OF(dla::THREADS, 3) prepare_sm90_bf16(const __grid_constant__ dla::PrepareSm90Params p) { dla::prepare_sm90(p); }
 KERNEL BLOCK_OF(dla::THREADS) prepare_delta_sm90_bf16(const __grid_constant__ dla::PrepareDeltaSm90Params p) {
     dla::prepare_delta_sm90(p);
 }

@@ -33,11 +33,11 @@
 namespace dla {
 namespace {
 
-constexpr int GROUP = 128;   // threads of a group
-constexpr int COLUMNS = 8;   // of dv, a group
-constexpr int MERGED_AT_ONCE = 4;
+constexpr int GROUP = 128;     // threads of a group
+constexpr int COLUMNS = 8;     // of dv, a group
 constexpr int BRINGING = 128;  // threads that bring a chunk's rows
-constexpr int PLAN = 1104;   // bytes of a plan that every chunk needs
+constexpr int PLAN = 1104;     // bytes of a plan that every chunk needs
+constexpr int NO_STATE = 255;  // exit_place of a slot without a state
 
 DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
 
@@ -49,38 +49,78 @@ struct Rows {
     METHOD uint16_t* unit(int row, int unit) const { return data + row * DK + (unit ^ (row & 7)) * 8; }
 };
 
-// The slots of a group: element (k, column) of a place in the plane of upper halves at (k / 8) 128 + (k % 8) 16 + 2 column
-// bytes from the place's start, in that of bytes at half of it.
-template <int DK>
+// The slots of a group, element (k, column) of a place: the upper half in two planes, of 16 rows of k those that stand first
+// in a step of the product and the others, each [place][step][8][8]; the second plane 64 bytes off, so that a warp's rows lie
+// in different banks. The lower bytes as their threads have them.
+// A thread's: of the warp's tiles of 16 rows, rows g and g + 8, columns 2 c and 2 c + 1.
+template <int DK, int SLOTS>
 struct Slots {
-    unsigned char *upper, *lower;
+    static constexpr int SHARE = DK / 64;                  // tiles of a warp
+    static constexpr int OTHERS = SLOTS * DK * 8 + 64;     // second plane
+    static constexpr int LOWER = 2 * SLOTS * DK * 8 + 64;
+    static constexpr int BYTES = SLOTS * DK * 24 + 64;
 
-    METHOD unsigned char* upper_at(int place, int k, int column) const { return upper + place * DK * 16 + k * 16 + column * 2; }
-    METHOD unsigned char* lower_at(int place, int k, int column) const { return lower + place * DK * 8 + k * 8 + column; }
+    unsigned char *all, *upper, *lower;  // of the group; of the thread
 
-    // Two neighbours in a row. With 0x8080 added to an f32's bits the upper half is the bf16 nearest to it, and the next
+    METHOD static Slots of(unsigned char* all, int warp, int g, int c) {
+        // Row 4 i + e of 16 is thread i's element e of its 8-byte load of Q.
+        const int stands = (g % 4 < 2 ? 0 : OTHERS) + (g / 4 * 2 + g % 2) * 16;
+        return {all, all + stands + warp * SHARE * 128 + c * 4, all + LOWER + (warp * 32 + g * 4 + c) * SHARE * 4};
+    }
+
+    // Elements 4 tile + 2 half + n. With 0x8080 added to an f32's bits the upper half is the bf16 nearest to it, and the next
     // byte what is left, less 0x80.
-    METHOD void load2(int place, int k, int column, float& x0, float& x1) const {
-        const uint32_t high = *reinterpret_cast<const uint32_t*>(upper_at(place, k, column));
-        const uint32_t low = *reinterpret_cast<const uint16_t*>(lower_at(place, k, column));
-        x0 = __uint_as_float(__byte_perm(high, low, 0x1046) - 0x8000);
-        x1 = __uint_as_float(__byte_perm(high, low, 0x3256) - 0x8000);
+    METHOD void load(int place, float (&x)[SHARE * 4]) const {
+        const unsigned char* const from = upper + place * DK * 8;
+        const unsigned char* const low_from = lower + place * DK * 8;
+        uint32_t low[SHARE];
+        if constexpr (SHARE == 4) {
+            const uint4 all = *reinterpret_cast<const uint4*>(low_from);
+            low[0] = all.x, low[1] = all.y, low[2] = all.z, low[3] = all.w;
+        } else if constexpr (SHARE == 2) {
+            const uint2 all = *reinterpret_cast<const uint2*>(low_from);
+            low[0] = all.x, low[1] = all.y;
+        } else {
+            low[0] = *reinterpret_cast<const uint32_t*>(low_from);
+        }
+#pragma unroll
+        for (int tile = 0; tile < SHARE; tile++) {
+            const uint32_t top = *reinterpret_cast<const uint32_t*>(from + tile * 128);
+            const uint32_t bottom = *reinterpret_cast<const uint32_t*>(from + tile * 128 + 64);
+            const uint32_t even = low[tile] & 0x00ff00ffu, odd = low[tile] >> 8 & 0x00ff00ffu;
+            x[tile * 4] = __uint_as_float(__byte_perm(top, even, 0x1045) - 0x8000);
+            x[tile * 4 + 1] = __uint_as_float(__byte_perm(top, odd, 0x3245) - 0x8000);
+            x[tile * 4 + 2] = __uint_as_float(__byte_perm(bottom, even, 0x1067) - 0x8000);
+            x[tile * 4 + 3] = __uint_as_float(__byte_perm(bottom, odd, 0x3267) - 0x8000);
+        }
     }
-    METHOD void store2(int place, int k, int column, float x0, float x1) const {
-        const uint32_t a = __float_as_uint(x0) + 0x8080, b = __float_as_uint(x1) + 0x8080;
-        *reinterpret_cast<uint32_t*>(upper_at(place, k, column)) = __byte_perm(a, b, 0x7632);
-        *reinterpret_cast<uint16_t*>(lower_at(place, k, column)) = static_cast<uint16_t>(__byte_perm(a, b, 0x51));
-    }
-    METHOD void clear(int thread) const {
-        reinterpret_cast<uint4*>(upper)[thread] = make_uint4(0, 0, 0, 0);
-        reinterpret_cast<uint2*>(lower)[thread] = make_uint2(0x80808080, 0x80808080);
+    METHOD void store(int place, float (&x)[SHARE * 4]) const {
+        // Adding to the bits of the NaN that sums make would turn it into a zero.
+        float sum = 0;
+#pragma unroll
+        for (int i = 0; i < SHARE * 4; i++) sum += x[i];
+        if (sum != sum) {
+#pragma unroll
+            for (int i = 0; i < SHARE * 4; i++)
+                if (x[i] != x[i]) x[i] = __uint_as_float(0x7fc00000u);
+        }
+        unsigned char* const to = upper + place * DK * 8;
+        unsigned char* const low_to = lower + place * DK * 8;
+        uint32_t low[SHARE];
+#pragma unroll
+        for (int tile = 0; tile < SHARE; tile++) {
+            uint32_t bits[4];
+#pragma unroll
+            for (int i = 0; i < 4; i++) bits[i] = __float_as_uint(x[tile * 4 + i]) + 0x8080;
+            *reinterpret_cast<uint32_t*>(to + tile * 128) = __byte_perm(bits[0], bits[1], 0x7632);
+            *reinterpret_cast<uint32_t*>(to + tile * 128 + 64) = __byte_perm(bits[2], bits[3], 0x7632);
+            low[tile] = __byte_perm(__byte_perm(bits[0], bits[1], 0x51), __byte_perm(bits[2], bits[3], 0x51), 0x5410);
+        }
+        if constexpr (SHARE == 4) *reinterpret_cast<uint4*>(low_to) = make_uint4(low[0], low[1], low[2], low[3]);
+        else if constexpr (SHARE == 2) *reinterpret_cast<uint2*>(low_to) = make_uint2(low[0], low[1]);
+        else *reinterpret_cast<uint32_t*>(low_to) = low[0];
     }
 };
-
-// Adding to the bits of the NaN that sums make would turn it into a zero.
-DEVICE void keep_nan(float& x) {
-    if (x != x) x = __uint_as_float(0x7fc00000u);
-}
 
 template <int DK, int SLOTS, int WARPGROUPS>
 struct Scan {
@@ -89,93 +129,161 @@ struct Scan {
     static constexpr int AT_ONCE = SLOTS / PARTS;     // slots of one
     static constexpr int QUADS = (SLOTS + 3) / 4;
     static constexpr int TILES = DK / 16;             // of 16 rows of dk
+    static constexpr int SHARE = TILES / 4;           // of a warp
     static constexpr int STEPS = TILES < 8 ? TILES : 8;  // Q's operands held at once: large heads have no registers for all
-    static constexpr int BANK = SLOTS * DK * 24;      // bytes of a group's slots
-    static constexpr int STAGE = C * DK * 2 + WARPGROUPS * C * COLUMNS * 2 + PLAN;
-    static constexpr int FIXED = WARPGROUPS * BANK + C * QUADS * 16 + 64;
-    static constexpr int STAGES = FIXED + 2 * STAGE <= 232448 ? 2 : 1;
+    static constexpr int BANK = Slots<DK, SLOTS>::BYTES;
+    static constexpr int PAIRS = PAIR_BLOCKS * 512;   // bytes
+    static constexpr int VALUES = 3;                  // chunks of V: read, read a chunk late and written, coming
 
-    // Phases: `full` when the copies have come, `empty` when every warp that reads them has.
+    // Phases: `full` when the copies have come, `empty` when every warp that reads them has. `early`: P . Lambda, V, plan;
+    // `late`: weights, K of the chunk before.
     struct Barriers {
-        Barrier full[2], weights_full;
-        Barrier empty[2], weights_empty;
-        Barrier turn[2];  // the other group may read
+        Barrier early_full, late_full;
+        Barrier early_empty, late_empty;
+        Barrier turn[2];  // the other group has read, so this one may
     };
 
-    // What a chunk writes from.
-    struct Stage {
-        Rows<DK> k_rows;
-        uint16_t* values;  // [WARPGROUPS][64][8]
-        ChunkPlan* plan;
-    };
-
-    Slots<DK> slots;
+    unsigned char* banks;  // [WARPGROUPS][BANK]
     float4* weights;
-    unsigned char* stages;
+    uint4* pairs;
+    Rows<DK> k_rows;
+    uint16_t* values;      // [VALUES][WARPGROUPS][64][8]
+    ChunkPlan* plans;      // [2]
     Barriers* barriers;
 
     METHOD void take(Carve& carve) {
-        slots.upper = carve.take<unsigned char>(WARPGROUPS * SLOTS * DK * 16);
-        slots.lower = carve.take<unsigned char>(WARPGROUPS * SLOTS * DK * 8);
+        banks = carve.take<unsigned char>(WARPGROUPS * BANK);
         weights = carve.take<float4>(C * QUADS);
-        stages = carve.take<unsigned char>(STAGES * STAGE);
+        pairs = carve.take<uint4>(PAIRS / 16);
+        k_rows.data = carve.take<uint16_t>(C * DK);
+        values = carve.take<uint16_t>(VALUES * WARPGROUPS * C * COLUMNS);
+        plans = carve.take<ChunkPlan>(2);
         barriers = carve.take<Barriers>(1);
         carve.check();
     }
 
-    METHOD Stage stage(int64_t n) const {
-        unsigned char* const at = stages + (STAGES == 2 ? n % 2 * STAGE : 0);
-        return {{reinterpret_cast<uint16_t*>(at)},
-                reinterpret_cast<uint16_t*>(at + C * DK * 2),
-                reinterpret_cast<ChunkPlan*>(at + C * DK * 2 + WARPGROUPS * C * COLUMNS * 2)};
-    }
+    // V of chunk n, -1 the one before the window, and its plan.
+    METHOD uint16_t* values_of(int64_t n) const { return values + (n + 1) % VALUES * (WARPGROUPS * C * COLUMNS); }
+    METHOD ChunkPlan* plan_of(int64_t n) const { return plans + n % 2; }
 
     METHOD void init_barriers() const {
-#pragma unroll
-        for (int i = 0; i < 3; i++) barrier_init(&barriers->full[0] + i, BRINGING);
-#pragma unroll
-        for (int i = 0; i < 3; i++) barrier_init(&barriers->empty[0] + i, 4 * WARPGROUPS);
-#pragma unroll
-        for (int i = 0; i < 2; i++) barrier_init(&barriers->turn[i], 4);
+        barrier_init(&barriers->early_full, BRINGING + 1), barrier_init(&barriers->late_full, BRINGING + 1);
+        barrier_init(&barriers->early_empty, 4 * WARPGROUPS), barrier_init(&barriers->late_empty, 4 * WARPGROUPS);
+        barrier_init(&barriers->turn[0], 4), barrier_init(&barriers->turn[1], 4);
         fence_barriers();
     }
 
-    // The warps that bring K, V, plan and weights of every chunk.
+    // The warps that bring what every chunk reads.
     METHOD void bring(const ScanSm90Params& p, const Row& row, int slice, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
         const int dk = e.dk, dv = e.dv, thread = threadIdx.x % BRINGING;
         constexpr int UNITS = DK / 8, STEP = BRINGING / UNITS;
         const int unit = thread % UNITS, group = thread / C, t_of_v = thread % C, column = slice + group * COLUMNS;
         const int64_t place0 = first_of_window(e, row, from, p.to, C), step = static_cast<int64_t>(STEP) * row.heads * dk;
-        int64_t n = 0;
-        for (int64_t first = from; first < to; first += C, n++) {
-            const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-            const int64_t index = (place0 + n) * e.value_heads + row.head;
-            const int which = STAGES == 2 ? static_cast<int>(n % 2) : 0;
-            const Stage into = stage(n);
-            barrier_wait(&barriers->empty[which], phase(n / STAGES + 1));
-            const Bf16* at = static_cast<const Bf16*>(p.k) + row.key_at(first + thread / UNITS) * dk + unit * 8;
+        // `live` tokens of a chunk, zeros after them.
+        const auto bring_values = [&](int64_t n, int64_t first, int live_tokens) {
+            if (group >= WARPGROUPS) return;
+            const bool live = t_of_v < live_tokens && column < dv;
+            copy_async_16(values_of(n) + (group * C + t_of_v) * COLUMNS,
+                          static_cast<const Bf16*>(p.v) + row.at(live ? first + t_of_v : from) * dv + (live ? column : 0), live);
+        };
+        const auto bring_keys = [&](int64_t first, int live_tokens) {
+            const Bf16* at = static_cast<const Bf16*>(p.k) + row.key_at(live_tokens ? first + thread / UNITS : from) * dk + unit * 8;
 #pragma unroll 8
             for (int t = thread / UNITS; t < C; t += STEP) {
-                copy_async_16(into.k_rows.unit(t, unit), at, t < len && unit * 8 < dk);
-                if (t + STEP < len) at += step;
+                copy_async_16(k_rows.unit(t, unit), at, t < live_tokens && unit * 8 < dk);
+                if (t + STEP < live_tokens) at += step;
             }
-            if (group < WARPGROUPS) {
-                const bool live = t_of_v < len && column < dv;
-                copy_async_16(into.values + (group * C + t_of_v) * COLUMNS,
-                              static_cast<const Bf16*>(p.v) + row.at(first + (live ? t_of_v : 0)) * dv + (live ? column : 0), live);
+        };
+        const auto len_of = [&](int64_t first) { return row.len - first < C ? static_cast<int>(row.len - first) : C; };
+        const auto bring_from = [&](void* to, const void* from, int bytes, Barrier* barrier) {
+            copy_bulk(to, from, static_cast<uint32_t>(bytes), barrier);
+        };
+        int64_t n = 0, index = place0 * e.value_heads + row.head;
+        for (int64_t first = from; first < to; first += C, n++, index += e.value_heads) {
+            barrier_wait(&barriers->early_empty, phase(n + 1));
+            if (thread == 0) {
+                barrier_expect(&barriers->early_full, PAIRS + PLAN);
+                bring_from(pairs, p.pairs + index * (PAIRS / 4), PAIRS, &barriers->early_full);
+                bring_from(plan_of(n), p.plans + index, PLAN, &barriers->early_full);
             }
-            if (thread < PLAN / 16)
-                copy_async_16(reinterpret_cast<unsigned char*>(into.plan) + thread * 16,
-                              reinterpret_cast<const unsigned char*>(p.plans + index) + thread * 16, true);
-            copies_arrive(&barriers->full[which]);
+            if (n == 0) bring_values(-1, first - C, first > 0 ? C : 0);
+            bring_values(n, first, len_of(first));
+            copies_arrive(&barriers->early_full);
 
-            barrier_wait(&barriers->weights_empty, phase(n + 1));
-            const float4* const weights_in = reinterpret_cast<const float4*>(p.weights) + index * C * QUADS;
-#pragma unroll
-            for (int i = thread; i < C * QUADS; i += BRINGING) copy_async_16(weights + i, weights_in + i, true);
-            copies_arrive(&barriers->weights_full);
+            barrier_wait(&barriers->late_empty, phase(n + 1));
+            if (thread == 0) {
+                barrier_expect(&barriers->late_full, C * QUADS * 16);
+                bring_from(weights, p.weights + index * (C * QUADS * 4), C * QUADS * 16, &barriers->late_full);
+            }
+            bring_keys(first - C, first > 0 ? C : 0);
+            copies_arrive(&barriers->late_full);
         }
+        // For the final states the last chunk's keys and the rest of its plan.
+        if (n == 0 || to < row.len || !p.states) return;
+        constexpr int REST = static_cast<int>(sizeof(ChunkPlan)) - PLAN;
+        index -= e.value_heads, n--;
+        barrier_wait(&barriers->late_empty, phase(n));
+        if (thread == 0) {
+            barrier_expect(&barriers->late_full, REST);
+            bring_from(reinterpret_cast<unsigned char*>(plan_of(n)) + PLAN,
+                       reinterpret_cast<const unsigned char*>(p.plans + index) + PLAN, REST, &barriers->late_full);
+        }
+        bring_keys(from + n * C, len_of(from + n * C));
+        copies_arrive(&barriers->late_full);
+    }
+
+    // A chunk's keys as left operands of K^T V: rows of dk of the warp's tiles, 16 tokens a step.
+    METHOD void load_keys(uint32_t (&keys)[4][SHARE][4], int warp, int lane) const {
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+#pragma unroll
+            for (int tile = 0; tile < SHARE; tile++)
+                ldmatrix_x4_trans(keys[s][tile],
+                                  k_rows.unit(s * 16 + lane % 8 + lane / 16 * 8, (warp * SHARE + tile) * 2 + lane / 8 % 2));
+    }
+    // A chunk's values, 16 tokens a step.
+    METHOD void load_values(uint32_t (&v)[4][2], const uint16_t* from, int lane) const {
+#pragma unroll
+        for (int half = 0; half < 2; half++) {
+            uint32_t two[4];
+            ldmatrix_x4_trans(two, from + (half * 32 + lane) * COLUMNS);
+            v[half * 2][0] = two[0], v[half * 2][1] = two[1], v[half * 2 + 1][0] = two[2], v[half * 2 + 1][1] = two[3];
+        }
+    }
+    // The same times their factors, in two planes.
+    METHOD void load_factored(uint32_t (&v)[4][2][2], const uint16_t* from, const float* factors, int lane) const {
+        uint32_t raw[4][2];
+        load_values(raw, from, lane);
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const float2 factor = *reinterpret_cast<const float2*>(factors + s * 16 + i * 8 + lane % 4 * 2);
+                split<2>(factor.x * low_bf16(raw[s][i]), factor.y * high_bf16(raw[s][i]), v[s][i]);
+            }
+    }
+    // x += K^T V of tokens from..to.
+    METHOD void add_tokens(float (&x)[SHARE * 4], const uint32_t (&keys)[4][SHARE][4], const uint32_t (&v)[4][2][2], int from,
+                           int to, int lane) const {
+        float sums[SHARE][4] = {};
+#pragma unroll
+        for (int s = 0; s < 4; s++) {
+            if (from >= s * 16 + 16 || to <= s * 16) continue;
+            uint32_t masked[2][2];
+#pragma unroll
+            for (int i = 0; i < 2; i++) {
+                const int t = s * 16 + i * 8 + lane % 4 * 2;
+                const uint32_t mask = (t >= from && t < to ? 0xffffu : 0u) | (t + 1 >= from && t + 1 < to ? 0xffff0000u : 0u);
+                masked[0][i] = v[s][i][0] & mask, masked[1][i] = v[s][i][1] & mask;
+            }
+#pragma unroll
+            for (int plane = 1; plane >= 0; plane--)
+#pragma unroll
+                for (int tile = 0; tile < SHARE; tile++) mma_bf16(sums[tile], keys[s][tile], masked[plane][0], masked[plane][1]);
+        }
+#pragma unroll
+        for (int i = 0; i < SHARE * 4; i++) x[i] += sums[i / 4][i % 4];
     }
 
     // One group: 8 columns of dv from `column` on.
@@ -183,37 +291,33 @@ struct Scan {
         const Extents& e = p.extents;
         const int dk = e.dk, dv = e.dv, capacity = e.capacity;
         const int lane = lane_index(), warp = __shfl_sync(ALL, warp_index() % 4, 0), g = lane / 4, c = lane % 4, c2 = c * 2;
-        const Slots<DK> mine = {slots.upper + group * SLOTS * DK * 16, slots.lower + group * SLOTS * DK * 8};
+        const Slots<DK, SLOTS> mine = Slots<DK, SLOTS>::of(banks + group * BANK, warp, g, c);
         const bool live_columns = column < dv;
-        const int64_t place0 = first_of_window(e, row, from, p.to, C), state = static_cast<int64_t>(dk) * dv;
-        // Where rows g and g + 8 of a tile stand (half = 0, 1).
-        const int g_at = g % 4 < 2 ? g / 4 * 2 + g % 2 : g / 4 * 2 + g % 2 + 8;
-        const auto stands = [&](int tile, int half) { return tile * 16 + g_at + half * 4; };
-        // The warp's share of a slot, where all warps work at one.
-        constexpr int SHARE = TILES / 4;
+        const int64_t state = static_cast<int64_t>(dk) * dv;
+        // Row of dk of the thread's elements (Slots).
         const auto k_of = [&](int tile, int half) { return (warp * SHARE + tile) * 16 + half * 8 + g; };
 
         // The slots that the window begins with; every other place zero, for a read multiplies them all.
         const int thread = threadIdx.x % GROUP;
         uint4* const left = reinterpret_cast<uint4*>(p.banks + (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + group) * BANK);
         if (from > 0) {
-            for (int i = thread; i < SLOTS * DK; i += GROUP) reinterpret_cast<uint4*>(mine.upper)[i] = left[i];
-            for (int i = thread; i < SLOTS * DK / 2; i += GROUP) reinterpret_cast<uint4*>(mine.lower)[i] = left[SLOTS * DK + i];
+            for (int i = thread; i < BANK / 16; i += GROUP) reinterpret_cast<uint4*>(mine.all)[i] = left[i];
         } else {
-            for (int i = thread; i < SLOTS * DK; i += GROUP) mine.clear(i);
-            group_barrier(1 + group, GROUP);
             const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
 #pragma unroll 2
-            for (int i = 0; i < held; i++) {
-                const float* const in = p.initial_states + (row.index() * capacity + i) * state;
+            for (int i = 0; i < SLOTS; i++) {
+                float x[SHARE * 4] = {};
+                if (i < held) {
+                    const float* const in = p.initial_states + (row.index() * capacity + i) * state;
 #pragma unroll
-                for (int n = 0; n < SHARE * 2; n++) {
-                    const int k = k_of(n / 2, n % 2);
-                    float2 x = make_float2(0, 0);
-                    if (k < dk && live_columns)
-                        x = *reinterpret_cast<const float2*>(in + static_cast<int64_t>(k) * dv + column + c2);
-                    mine.store2(i, stands(warp * SHARE + n / 2, n % 2), c2, x.x, x.y);
+                    for (int n = 0; n < SHARE * 2; n++) {
+                        const int k = k_of(n / 2, n % 2);
+                        if (k >= dk || !live_columns) continue;
+                        const float2 two = *reinterpret_cast<const float2*>(in + static_cast<int64_t>(k) * dv + column + c2);
+                        x[n * 2] = two.x, x[n * 2 + 1] = two.y;
+                    }
                 }
+                mine.store(i, x);
             }
         }
         fence_async();
@@ -237,27 +341,21 @@ struct Scan {
         };
         if (STEPS == TILES && from < to) load_q(from, 0);
 
-        const uint64_t operand = wgmma_operand(mine.upper, DK * 16);
-        const uint4* pairs_at = reinterpret_cast<const uint4*>(p.pairs) +
-                                ((place0 * e.value_heads + row.head) * 10 + warp * (warp + 1) / 2) * 32 + lane;
+        const uint64_t operand = wgmma_operand(mine.all, DK * 8, Slots<DK, SLOTS>::OTHERS);
+        const uint4* const my_pairs = pairs + (warp * 4 + warp * (warp + 1) / 2) * 32 + lane;
+        Barrier* const my_turn = &barriers->turn[group];
+        Barrier* const read_done = &barriers->turn[1 - group];
         Bf16* o_at = static_cast<Bf16*>(p.o) + row.at(from + warp * 16 + g) * dv + column + c2;
         const int64_t o_row = static_cast<int64_t>(e.value_heads) * dv;
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-            const int which = STAGES == 2 ? static_cast<int>(n % 2) : 0;
-            const Stage stage = this->stage(n);
+            const ChunkPlan& plan = *plan_of(n);
 
             // Read.
             float out[4] = {};
-            uint4 pairs[4];
-            const auto load_pairs = [&] {
+            if (WARPGROUPS == 2) barrier_wait(my_turn, phase(n + 1 - group));
 #pragma unroll
-                for (int s = 0; s < 4; s++)
-                    if (s <= warp) pairs[s] = pairs_at[s * 32];
-            };
-            if (WARPGROUPS == 2) barrier_wait(&barriers->turn[group], phase(n + 1 - group));
-#pragma unroll 1
             for (int part = 0; part < PARTS; part++) {
                 float read[AT_ONCE * 4];  // the first product overwrites it
 #pragma unroll
@@ -273,17 +371,39 @@ struct Scan {
                     wgmma_begin();
 #pragma unroll
                     for (int step = 0; step < STEPS; step++)
-                        wgmma_bf16(read, q[step], operand + part * AT_ONCE * DK + (from_step + step) * 16, from_step + step > 0);
+                        wgmma_bf16(read, q[step], operand + (part * AT_ONCE * DK * 8 + (from_step + step) * 128) / 16,
+                                   from_step + step > 0);
                     wgmma_commit();
                 }
-                if (STEPS == TILES && part == PARTS - 1) load_pairs();
-                if (part == 0) barrier_wait(&barriers->weights_full, phase(n));
-                wgmma_wait();
-                if (part == PARTS - 1) {
-                    if (WARPGROUPS == 2) {
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(&barriers->turn[1 - group]);
+                if (part == 0) {
+                    // While the products run: the tokens that are not in the slots, this chunk's and those of the one before.
+                    // Blocks beyond the diagonal are none: zeros of V instead, for a branch would end the products' overlap.
+                    barrier_wait(&barriers->early_full, phase(n));
+                    uint32_t v[4][2];
+                    load_values(v, values_of(n - 1) + group * C * COLUMNS, lane);
+#pragma unroll
+                    for (int s = 0; s < 4; s++) {
+                        const uint4 x = my_pairs[s * 32];
+                        const uint32_t a[4] = {x.x, x.y, x.z, x.w};
+                        mma_bf16(out, a, v[s][0], v[s][1]);
                     }
+                    load_values(v, values_of(n) + group * C * COLUMNS, lane);
+#pragma unroll
+                    for (int s = 0; s < 4; s++) {
+                        const bool within = s <= warp;
+                        const uint4 x = my_pairs[(4 + (within ? s : warp)) * 32];
+                        const uint32_t a[4] = {x.x, x.y, x.z, x.w};
+                        mma_bf16(out, a, within ? v[s][0] : 0, within ? v[s][1] : 0);
+                    }
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(&barriers->early_empty);
+                    barrier_wait(&barriers->late_full, phase(n));
+                }
+                wgmma_wait();
+                wgmma_hold(read);
+                if (part == PARTS - 1) {
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(read_done);
                     // The next chunk's Q, now that the products are done with its registers; after the last chunk too, for
                     // under a condition the loads would be waited for here.
                     if (STEPS == TILES) load_q(first + C, 0);
@@ -302,23 +422,6 @@ struct Scan {
                     }
                 }
             }
-            if (STEPS < TILES) load_pairs();
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers->weights_empty);
-            pairs_at += static_cast<int64_t>(e.value_heads) * 320;
-
-            // The chunk's own tokens; o.
-            barrier_wait(&barriers->full[which], phase(n / STAGES));
-            uint32_t v[2][4];  // right operands of 32 tokens each
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                ldmatrix_x4_trans(v[half], stage.values + (group * C + half * 32 + lane) * COLUMNS);
-#pragma unroll
-            for (int s = 0; s < 4; s++) {
-                if (s > warp) continue;
-                const uint32_t a[4] = {pairs[s].x, pairs[s].y, pairs[s].z, pairs[s].w};
-                mma_bf16(out, a, v[s / 2][s % 2 * 2], v[s / 2][s % 2 * 2 + 1]);
-            }
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 if (warp * 16 + half * 8 + g < len && live_columns)
@@ -326,131 +429,86 @@ struct Scan {
             }
             o_at += C * o_row;
 
-            // Write. First what merges, every warp its share of dk, a few entry slots at a time, into the oldest one's place.
-            const ChunkPlan& plan = *stage.plan;
+            // Write: every warp its share of dk, so that no warp waits for another; a slot at a time, oldest first, so that
+            // none is overwritten that a later one takes in.
+            uint32_t keys[4][SHARE][4], v[4][2][2];
+            load_keys(keys, warp, lane);
+            load_factored(v, values_of(n - 1) + group * C * COLUMNS, plan.value_factor, lane);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->late_empty);
+            barrier_wait(read_done, phase(n));
             const int changes = static_cast<int>(plan.changes);
-            group_barrier(1 + group, GROUP);  // every warp has read the slots
+            uint64_t next = plan.changed[0];
 #pragma unroll 1
             for (int change = 0; change < changes; change++) {
-                const uint64_t what = plan.changed[change];
+                const uint64_t what = next;
+                next = plan.changed[change + 1 < changes ? change + 1 : change];
                 const int place = what & 0xff, entries_from = what >> 8 & 0xff, entries_to = what >> 16 & 0xff;
-                if (entries_from == entries_to) break;  // so do none of the later ones
-                float sum[SHARE * 2][2] = {};
-#pragma unroll 1
-                for (int j = entries_from; j < entries_to; j += MERGED_AT_ONCE) {
-                    float x[MERGED_AT_ONCE][SHARE * 2][2], factor[MERGED_AT_ONCE];
-#pragma unroll
-                    for (int m = 0; m < MERGED_AT_ONCE; m++) {
-                        // Past the last the last again, times nothing.
-                        const bool live = j + m < entries_to;
-                        const int entry = live ? j + m : entries_to - 1, from_place = plan.entry_place[entry];
-                        factor[m] = live ? plan.factor[entry] : 0.0f;
-#pragma unroll
-                        for (int i = 0; i < SHARE * 2; i++)
-                            mine.load2(from_place, stands(warp * SHARE + i / 2, i % 2), c2, x[m][i][0], x[m][i][1]);
-                    }
-#pragma unroll
-                    for (int m = 0; m < MERGED_AT_ONCE; m++)
-#pragma unroll
-                        for (int i = 0; i < SHARE * 4; i++) sum[i / 2][i % 2] += factor[m] * x[m][i / 2][i % 2];
-                }
-                float all = 0;
-#pragma unroll
-                for (int i = 0; i < SHARE * 2; i++) all += sum[i][0] + sum[i][1];
-                if (all != all) {
-#pragma unroll
-                    for (int i = 0; i < SHARE * 4; i++) keep_nan(sum[i / 2][i % 2]);
-                }
-#pragma unroll
-                for (int i = 0; i < SHARE * 2; i++)
-                    mine.store2(place, stands(warp * SHARE + i / 2, i % 2), c2, sum[i][0], sum[i][1]);
-            }
-            group_barrier(1 + group, GROUP);
-
-            // Then the chunk's tokens, every warp the slots that fall to it.
-#pragma unroll 1
-            for (int change = warp; change < changes; change += 4) {
-                const uint64_t what = plan.changed[change];
-                const int place = what & 0xff;
-                const bool merged = (what >> 8 & 0xff) != (what >> 16 & 0xff);
                 const int tokens_from = what >> 24 & 0xff, tokens_to = what >> 32 & 0xff;
-                if (tokens_from == tokens_to) continue;
-                float sum[TILES][4];
+                float sum[SHARE * 4] = {};
+                if (tokens_from < tokens_to) add_tokens(sum, keys, v, tokens_from, tokens_to, lane);
+#pragma unroll 1
+                for (int j = entries_from; j < entries_to; j++) {
+                    float x[SHARE * 4];
+                    mine.load(plan.entry_place[j], x);
+                    const float factor = plan.factor[j];
 #pragma unroll
-                for (int i = 0; i < TILES * 4; i++) sum[i / 4][i % 4] = 0;
-#pragma unroll
-                for (int s = 0; s < 4; s++) {
-                    if (tokens_from >= s * 16 + 16 || tokens_to <= s * 16) continue;
-                    uint32_t vd[2][2];  // v with its decay: planes, halves of the step
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const int t = s * 16 + i * 8 + c2;
-                        const uint32_t pair = v[s / 2][s % 2 * 2 + i];
-                        const float2 factor = *reinterpret_cast<const float2*>(plan.value_factor + t);
-                        const float x0 = t >= tokens_from && t < tokens_to ? factor.x * low_bf16(pair) : 0.0f;
-                        const float x1 = t + 1 >= tokens_from && t + 1 < tokens_to ? factor.y * high_bf16(pair) : 0.0f;
-                        uint32_t planes[2];
-                        split<2>(x0, x1, planes);
-                        vd[0][i] = planes[0], vd[1][i] = planes[1];
-                    }
-#pragma unroll
-                    for (int tile = 0; tile < TILES; tile++) {
-                        uint32_t k[4];
-                        ldmatrix_x4_trans(k, stage.k_rows.unit(s * 16 + lane % 8 + lane / 16 * 8, tile * 2 + lane / 8 % 2));
-                        mma_bf16(sum[tile], k, vd[1][0], vd[1][1]);
-                        mma_bf16(sum[tile], k, vd[0][0], vd[0][1]);
-                    }
+                    for (int i = 0; i < SHARE * 4; i++) sum[i] += factor * x[i];
                 }
-                if (merged) {
-#pragma unroll
-                    for (int i = 0; i < TILES * 2; i++) {
-                        if (i == 16) keep_order();  // of large heads all loads at once would need more registers than there are
-                        float x0, x1;
-                        mine.load2(place, stands(i / 2, i % 2), c2, x0, x1);
-                        sum[i / 2][i % 2 * 2] += x0, sum[i / 2][i % 2 * 2 + 1] += x1;
-                    }
-                }
-                float all[4] = {};
-#pragma unroll
-                for (int i = 0; i < TILES * 4; i++) all[i % 4] += sum[i / 4][i % 4];
-                const float whole = (all[0] + all[1]) + (all[2] + all[3]);
-                if (whole != whole) {
-#pragma unroll
-                    for (int i = 0; i < TILES * 4; i++) keep_nan(sum[i / 4][i % 4]);
-                }
-#pragma unroll
-                for (int i = 0; i < TILES * 2; i++)
-                    mine.store2(place, stands(i / 2, i % 2), c2, sum[i / 2][i % 2 * 2], sum[i / 2][i % 2 * 2 + 1]);
+                mine.store(place, sum);
             }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers->empty[which]);
             fence_async();
             group_barrier(1 + group, GROUP);
         }
 
         if (to < row.len) {
-            for (int i = thread; i < SLOTS * DK; i += GROUP) left[i] = reinterpret_cast<const uint4*>(mine.upper)[i];
-            for (int i = thread; i < SLOTS * DK / 2; i += GROUP) left[SLOTS * DK + i] = reinterpret_cast<const uint4*>(mine.lower)[i];
+            for (int i = thread; i < BANK / 16; i += GROUP) left[i] = reinterpret_cast<const uint4*>(mine.all)[i];
             return;
         }
-        // The cache, oldest first; unused slots zero.
+        // The cache, oldest first, unused slots zero: states and the last chunk's tokens.
         if (!p.states) return;
-        const ChunkPlan* const last = to > 0 ? p.plans + (place0 + (to - 1 - from) / C) * e.value_heads + row.head : nullptr;
-        const int held = last ? static_cast<int>(last->exit_len) : p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
-#pragma unroll 2
-        for (int i = 0; i < capacity; i++) {
-            const int place = i >= held ? 0 : last ? last->exit_place[i] : i;
-            const float factor = i < held && last ? last->exit_factor[i] : 1.0f;
-            float* const out = p.states + (row.index() * capacity + i) * state;
-#pragma unroll
-            for (int n = 0; n < SHARE * 2; n++) {
-                const int k = k_of(n / 2, n % 2);
-                float2 x = make_float2(0, 0);
-                if (i < held) mine.load2(place, stands(warp * SHARE + n / 2, n % 2), c2, x.x, x.y);
-                if (k < dk && live_columns)
-                    *reinterpret_cast<float2*>(out + static_cast<int64_t>(k) * dv + column + c2) =
-                        make_float2(factor * x.x, factor * x.y);
+        if (to == 0) {
+            const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
+            for (int i = 0; i < capacity; i++) {
+                float x[SHARE * 4] = {};
+                if (i < held) mine.load(i, x);
+                put_state(p, row, x, i, warp, g, column, c2);
             }
+            return;
+        }
+        const ChunkPlan& plan = *plan_of(n - 1);
+        barrier_wait(&barriers->late_full, phase(n));
+        uint32_t keys[4][SHARE][4], v[4][2][2];
+        load_keys(keys, warp, lane);
+        load_factored(v, values_of(n - 1) + group * C * COLUMNS, plan.exit_value_factor, lane);
+        const int held = static_cast<int>(plan.exit_len);
+#pragma unroll 1
+        for (int i = 0; i < capacity; i++) {
+            float x[SHARE * 4] = {};
+            if (i < held) {
+                const int place = plan.exit_place[i], tokens_from = plan.exit_from[i], tokens_to = plan.exit_to[i];
+                if (place != NO_STATE) {
+                    mine.load(place, x);
+                    const float factor = plan.exit_factor[i];
+#pragma unroll
+                    for (int m = 0; m < SHARE * 4; m++) x[m] *= factor;
+                }
+                if (tokens_from < tokens_to) add_tokens(x, keys, v, tokens_from, tokens_to, lane);
+            }
+            put_state(p, row, x, i, warp, g, column, c2);
+        }
+    }
+
+    // A thread's elements of slot i of the final cache.
+    METHOD void put_state(const ScanSm90Params& p, const Row& row, const float (&x)[SHARE * 4], int i, int warp, int g, int column,
+                          int c2) const {
+        const int dk = p.extents.dk, dv = p.extents.dv;
+        float* const out = p.states + (row.index() * p.extents.capacity + i) * (static_cast<int64_t>(dk) * dv) + column + c2;
+#pragma unroll
+        for (int n = 0; n < SHARE * 2; n++) {
+            const int k = (warp * SHARE + n / 2) * 16 + n % 2 * 8 + g;
+            if (k < dk && column < dv)
+                *reinterpret_cast<float2*>(out + static_cast<int64_t>(k) * dv) = make_float2(x[n * 2], x[n * 2 + 1]);
         }
     }
 };

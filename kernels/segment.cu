@@ -973,6 +973,7 @@ DEVICE void merge_steps(const uint2* list, const uint4* begun, const uint32_t* p
 }
 
 // A round's boundaries. The list of the next round begins with what this one leaves.
+template <int C>
 DEVICE void merge_round(const SegmentParams& p, const Row& row, int64_t first, int64_t end, bool fast, State& state,
                         Boundaries& in, Boundaries& next, Round& round) {
     const int lane = lane_index(), capacity = p.extents.capacity;

@@ -39,8 +39,8 @@ DEVICE Chunk chunk_of(const Params& p) {
 // The places of the slots that are held after the chunk (0: not held), by one warp; lane i has tokens and slots i and
 // i + 32. The slot that a token opens takes the place of the one that merges away then, which is that of its first item,
 // or if none merges the next free one. An item is an entry slot or a token that opened a slot: so tokens lead to tokens.
-template <int CHUNK>
-DEVICE void exit_places(const Replay<CHUNK>& replay, const Exits& exits, int len, int entry, const uint8_t* entry_place,
+template <typename R>
+DEVICE void exit_places(const R& replay, const Exits& exits, int len, int entry, const uint8_t* entry_place,
                         uint8_t* exit_place) {
     constexpr int FOUND = 128;  // + place; less: the token whose place it is
     const int lane = lane_index();

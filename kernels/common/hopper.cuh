@@ -124,9 +124,9 @@ DEVICE void wgmma_hold(float (&d)[N]) {
 }
 
 // A right operand [k][n] in shared memory whose blocks of 8 x 8 (n contiguous, 16 bytes a row of k) lie `across`
-// bytes apart in n and 128 in k, no swizzle.
-DEVICE uint64_t wgmma_operand(const void* at, uint32_t across) {
-    return static_cast<uint64_t>(shared_address(at) >> 4 & 0x3fff) | static_cast<uint64_t>(128 >> 4) << 16 |
+// bytes apart in n and `down` in k, no swizzle.
+DEVICE uint64_t wgmma_operand(const void* at, uint32_t across, uint32_t down = 128) {
+    return static_cast<uint64_t>(shared_address(at) >> 4 & 0x3fff) | static_cast<uint64_t>(down >> 4) << 16 |
            static_cast<uint64_t>(across >> 4) << 32;
 }
 

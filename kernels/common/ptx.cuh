@@ -31,6 +31,7 @@ using emulation::copy_async_4;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
 using emulation::arrive;
+using emulation::exp2_approx;
 using emulation::f16_to_f32;
 using emulation::f32_to_f16;
 using emulation::ldmatrix_x4;
@@ -164,6 +165,13 @@ DEVICE uint32_t pack_bf16(float low, float high) {
     uint32_t packed;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(packed) : "f"(high), "f"(low));
     return packed;
+}
+
+// 2^x within 2 units of the last place (PTX ISA, ex2.approx); below 2^-126 zero.
+DEVICE float exp2_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
 }
 
 DEVICE float f16_to_f32(uint16_t x) {

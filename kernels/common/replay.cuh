@@ -73,8 +73,8 @@ struct Exits {
     }
 
     // By the block, after the replay; ends with a barrier.
-    template <int C>
-    METHOD void find(const Replay<C>& replay, int count, int entry) const {
+    template <typename R>
+    METHOD void find(const R& replay, int count, int entry) const {
         const int thread = threadIdx.x;
         for (int i = thread; i < MOST_SLOTS; i += THREADS) entries[i] = {0, 0}, tokens[i] = {0, 0};
         __syncthreads();

@@ -8,6 +8,7 @@ namespace dla {
 
 // Log decays below this are taken as this: e^-800 is 0 even in f64.
 constexpr float LEAST_G = -800.0f;
+constexpr double LOG2E = 1.4426950408889634;
 // Added to the squared norm of a q or k row under qk_l2norm.
 constexpr float L2NORM_EPS = 1e-6f;
 
@@ -73,8 +74,8 @@ DEVICE float minus(Gamma a, Gamma b) { return (a.high - b.high) + (a.low - b.low
 DEVICE float value(Gamma a) { return a.high + a.low; }
 
 // Inclusive sums of g over a chunk of at most 64 tokens, `chunk` entries: those past `len` repeat the last. By
-// one warp.
-DEVICE void load_gamma(const float* g, const Row& row, int64_t first, int len, int chunk, Gamma* gamma) {
+// one warp. `unit`: a factor of them.
+DEVICE void load_gamma(const float* g, const Row& row, int64_t first, int len, int chunk, Gamma* gamma, double unit = 1) {
     const int lane = lane_index();
     double carry = 0;
     for (int from = 0; from < chunk; from += 32) {
@@ -88,8 +89,9 @@ DEVICE void load_gamma(const float* g, const Row& row, int64_t first, int len, i
         }
         sum += carry;
         carry = __shfl_sync(ALL, sum, 31);
-        const float high = static_cast<float>(sum);
-        gamma[t] = {high, static_cast<float>(sum - high)};
+        const double scaled = sum * unit;
+        const float high = static_cast<float>(scaled);
+        gamma[t] = {high, static_cast<float>(scaled - high)};
     }
 }
 

@@ -165,7 +165,21 @@ pub struct ScanParams {
 }
 
 /// Bytes of a `ChunkPlan`.
-pub const CHUNK_PLAN_BYTES: usize = 1440;
+pub const CHUNK_PLAN_BYTES: usize = 1824;
+/// Blocks of 16 x 16 of a chunk's P . Lambda.
+const PAIR_BLOCKS: usize = 26;
+/// Threads of `gammas_sm90`, and its shared memory.
+pub const GAMMAS_THREADS: u32 = 1024;
+pub const GAMMAS_SHARED_BYTES: usize = 2 * 32 * 8;
+
+/// Parameters of `gammas_sm90`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct GammasSm90Params {
+    pub extents: Extents,
+    pub g: DevicePointer,
+    pub gammas: DevicePointer,
+}
 
 /// Parameters of `prepare_sm90_bf16`.
 #[repr(C)]
@@ -178,8 +192,9 @@ pub struct PrepareSm90Params {
     pub events: DevicePointer,
     pub lambda: DevicePointer,
     pub chunk_len: DevicePointer,
+    pub chunk_starts: DevicePointer,
     pub chunk_place: DevicePointer,
-    pub chunk_log: DevicePointer,
+    pub gammas: DevicePointer,
     pub pairs: DevicePointer,
     pub weights: DevicePointer,
     pub plans: DevicePointer,
@@ -609,8 +624,9 @@ const _: () = {
     assert!(size_of::<ScanDeltaSm90Params>() == 168);
     assert!(offset_of!(ScanDeltaSm90Params, initial_len) == 104);
     assert!(offset_of!(ScanDeltaSm90Params, from) == 152);
-    assert!(size_of::<PrepareSm90Params>() == 168 && offset_of!(PrepareSm90Params, pairs) == 112);
-    assert!(offset_of!(PrepareSm90Params, lambda_columns) == 152);
+    assert!(size_of::<PrepareSm90Params>() == 176 && offset_of!(PrepareSm90Params, pairs) == 120);
+    assert!(offset_of!(PrepareSm90Params, lambda_columns) == 160);
+    assert!(size_of::<GammasSm90Params>() == 64 && offset_of!(GammasSm90Params, gammas) == 56);
     assert!(size_of::<ScanSm90Params>() == 152 && offset_of!(ScanSm90Params, initial_len) == 96);
     assert!(offset_of!(ScanSm90Params, from) == 136);
     assert!(size_of::<Extents>() == 48 && offset_of!(Extents, heads) == 24);
@@ -1241,26 +1257,36 @@ impl ScanSm90 {
                 + 2 * 4 * self.dk * 32
                 + 64;
         }
-        let fixed = self.groups * self.slots * self.dk * 24 + 64 * self.weight_slots() * 4 + 64;
-        let stage = 64 * self.dk * 2 + self.groups * 64 * 8 * 2 + 1104;
-        // Two stages where there is room for them.
-        fixed + if fixed + 2 * stage <= 232_448 { 2 * stage } else { stage }
+        self.bank_bytes()
+            + 64 * self.weight_slots() * 4
+            + PAIR_BLOCKS * 512
+            + 64 * self.dk * 2
+            + 3 * self.groups * 64 * 8 * 2
+            + 2 * CHUNK_PLAN_BYTES
+            + 48
     }
 
     /// Shared memory of the kernel that prepares for it.
     pub fn prepare_shared_bytes(&self, geometry: &Geometry) -> usize {
-        let common =
-            geometry.replay_shared_bytes() + 2 * 64 * 2 + 64 * 8 + 3 * 64 * 4 + 64 * geometry.capacity * 4;
+        let lambda = 64 * geometry.capacity * 4;
         if self.delta {
-            common + 3 * 64 + DELTA_PLAN_BYTES + 4 * Geometry::tile(2, 64, 64)
-        } else {
-            common + 3 * 64 + 2 * Geometry::tile(1, 64, 64)
+            let replay = geometry.replay_shared_bytes() + 2 * 64 * 2;
+            return replay
+                + 64 * 8
+                + 3 * 64 * 4
+                + 3 * 64
+                + DELTA_PLAN_BYTES
+                + 4 * Geometry::tile(2, 64, 64)
+                + lambda;
         }
+        let replay = 3 * 64 + (64 + 64) * 68 + 2 * 64 * 2;
+        let numbers = 2 * 64 * 8 + 4 * 64 * 4 + 4 * 64 * 4 + 3 * 64;
+        replay + CHUNK_PLAN_BYTES + numbers + 3 * Geometry::tile(1, 64, geometry.padded_dk()) + lambda
     }
 
     /// Bytes that a block of the gated scan leaves to the next window's.
     pub fn bank_bytes(&self) -> usize {
-        if self.delta { 0 } else { self.groups * self.slots * self.dk * 24 }
+        if self.delta { 0 } else { self.groups * (self.slots * self.dk * 24 + 64) }
     }
 
     /// Places of chunks for the window `from..to` of every sequence; `packed`: there are cu_seqlens.
@@ -1274,7 +1300,7 @@ impl ScanSm90 {
 
     /// Elements (u32) of P . Lambda.
     pub fn pairs_len(&self, geometry: &Geometry, places: usize) -> usize {
-        places * geometry.value_heads * 10 * 32 * 4
+        places * geometry.value_heads * if self.delta { 10 } else { PAIR_BLOCKS } * 32 * 4
     }
 
     /// Elements (f32) of the weights.

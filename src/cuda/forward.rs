@@ -18,6 +18,7 @@ use cudarc::driver::sys::CUstream;
 pub(super) fn forked(stages: &Stages<'_>, main: CUstream, side: &SideStream) -> Result<()> {
     let beside = side.fork(main)?;
     stages.segment_gram(beside)?;
+    stages.gammas(main)?;
     stages.route_sums(main)?;
     for window in stages.windows() {
         stages.segment(window.clone(), beside)?;
@@ -46,7 +47,12 @@ pub(super) fn timed(stages: &Stages<'_>, main: CUstream, timeline: &Timeline) ->
         stages.route(0..i64::MAX as usize, main)
     })?;
     for (index, window) in stages.windows().enumerate() {
-        timeline.time(Stage::Prepare, index, main, || stages.prepare(window.clone(), main))?;
+        timeline.time(Stage::Prepare, index, main, || {
+            if index == 0 {
+                stages.gammas(main)?;
+            }
+            stages.prepare(window.clone(), main)
+        })?;
         timeline.time(Stage::Scan, index, main, || stages.scan(window, main))?;
     }
     Ok(())

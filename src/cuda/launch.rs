@@ -1,8 +1,8 @@
 //! One function per stage: its parameters and its launch.
 
 use super::abi::{
-    DevicePointer, Extents, PrepareDeltaSm90Params, PrepareParams, PrepareSm90Params, RouteParams,
-    RouteSumsParams, ScanDeltaSm90Params, ScanParams, ScanSm90, ScanSm90Params, SegmentParams,
+    DevicePointer, Extents, GammasSm90Params, PrepareDeltaSm90Params, PrepareParams, PrepareSm90Params,
+    RouteParams, RouteSumsParams, ScanDeltaSm90Params, ScanParams, ScanSm90, ScanSm90Params, SegmentParams,
 };
 use super::backward::{BackwardKernel, Launcher};
 use super::driver::call;
@@ -199,8 +199,9 @@ impl<'a> Stages<'a> {
                     events: self.outputs.events,
                     lambda,
                     chunk_len: self.at(layout.chunk_len),
+                    chunk_starts: self.at(layout.chunk_starts),
                     chunk_place: self.at(layout.chunk_place),
-                    chunk_log: self.at(layout.chunk_log),
+                    gammas: self.at(layout.gammas),
                     pairs: self.at(layout.pairs),
                     weights: self.at(layout.weights),
                     plans: self.at(layout.plans),
@@ -214,6 +215,14 @@ impl<'a> Stages<'a> {
                 launch(&kernel, &params, stream)
             }
         }
+    }
+
+    /// g -> its sums before every chunk, for prepare on Hopper. Others have no such stage.
+    pub(super) fn gammas(&self, stream: CUstream) -> Result<()> {
+        let Scan::Hopper { gammas: Some(kernel), .. } = &self.plan.pipeline.scan else { return Ok(()) };
+        let gammas = self.at(self.plan.layout.gammas);
+        let params = GammasSm90Params { extents: self.extents, g: self.inputs.g, gammas };
+        launch(kernel, &params, stream)
     }
 
     /// k -> sums of keys, of all tokens: the part of route that knows nothing of the log. Given reads have no such stage.

@@ -1,6 +1,8 @@
 //! What a call will launch: the one place that chooses kernels by card, dtype and shape.
 
-use super::abi::{Extents, Geometry, SEGMENT_THREADS, SEGMENT_WINDOW, ScanSm90};
+use super::abi::{
+    Extents, GAMMAS_SHARED_BYTES, GAMMAS_THREADS, Geometry, SEGMENT_THREADS, SEGMENT_WINDOW, ScanSm90,
+};
 use super::backward::{BUDGET, Backward, BackwardKernel};
 use super::module::{Choice, Device, Kernel};
 use super::workspace::{Layout, Windowed};
@@ -49,8 +51,8 @@ pub(super) struct Pipeline {
 pub(super) enum Scan {
     /// Any card.
     Portable { prepare: Kernel, scan: Kernel },
-    /// Hopper, bf16. prepare comes after the log; its blocks are those of the largest window.
-    Hopper { form: ScanSm90, prepare: Kernel, scan: Kernel },
+    /// Hopper, bf16. prepare comes after the log; its blocks are those of the largest window. Gated: sums of g first.
+    Hopper { form: ScanSm90, gammas: Option<Kernel>, prepare: Kernel, scan: Kernel },
 }
 
 impl Pipeline {
@@ -88,8 +90,14 @@ impl Pipeline {
         let scan = match hopper {
             Some(form) => {
                 let prepare = form.prepare_shared_bytes(g);
+                let gammas = (!g.delta).then(|| {
+                    Choice::portable("prepare_sm90", "gammas_sm90".to_owned(), g.rows(), GAMMAS_SHARED_BYTES)
+                        .of_threads(GAMMAS_THREADS)
+                        .resolve(device)
+                });
                 Scan::Hopper {
                     form,
+                    gammas: gammas.transpose()?,
                     prepare: Choice::portable(
                         "prepare_sm90",
                         form.prepare_name().to_owned(),

@@ -24,6 +24,8 @@ pub(super) struct Layout {
     pub(super) next: usize,
     /// A row's record between two windows of segment.
     pub(super) state: usize,
+    /// Hopper's gated scan: sums of g before chunks `[chunks,HV]` f64.
+    pub(super) gammas: usize,
     /// Hopper's scan, of a window: P . Lambda, weights and plans; delta rule: Qt, transitions and Kh.
     pub(super) pairs: usize,
     pub(super) weights: usize,
@@ -104,6 +106,7 @@ impl Layout {
         let totals = take(true, &[8, places, heads, chunk / 32])?;
         let next = take(true, &[places, heads, chunk])?;
         let state = take(true, &[rows, SEGMENT_STATE_BYTES])?;
+        let gammas = take(hopper.is_some() && !g.delta, &[8, places, heads])?;
         let mut of_window = |len: fn(&ScanSm90, &Geometry, usize) -> usize, bytes: usize| {
             take(true, &[bytes, hopper.map_or(0, |windowed| len(&windowed.scan, g, windowed.places))])
         };
@@ -146,6 +149,7 @@ impl Layout {
             totals,
             next,
             state,
+            gammas,
             pairs,
             weights,
             plans,
@@ -222,6 +226,7 @@ mod tests {
                 (layout.totals, 8 * g.starts_len() / 32),
                 (layout.next, g.starts_len()),
                 (layout.state, 6 * SEGMENT_STATE_BYTES),
+                (layout.gammas, if hopper.is_some() && !delta { 8 * g.chunks() * g.value_heads } else { 0 }),
                 (layout.pairs, 4 * of_window(ScanSm90::pairs_len)),
                 (layout.weights, 4 * of_window(ScanSm90::weights_len)),
                 (layout.plans, of_window(ScanSm90::plans_bytes)),

@@ -499,6 +499,7 @@ inline void copy_async_16(void* to, const void* from, bool live) {
     else memset(to, 0, 16);
 }
 inline void copy_async_4(void* to, const void* from) { memcpy(to, from, 4); }
+inline float exp2_approx(float x) { return exp2f(x); }
 inline void copies_wait() {}
 inline void copies_commit() {}
 template <int N>
@@ -540,7 +541,7 @@ inline void group_barrier(int id, int threads) {
 }
 
 // The warpgroup's product, a warp's 16 rows at a time and at once. Operands as wgmma_operand makes them: offset in
-// shared memory and stride.
+// shared memory and strides.
 template <int>
 inline void registers_fewer() {}
 template <int>
@@ -553,10 +554,10 @@ inline void wgmma_wait() {}
 inline void wgmma_wait_first() {}
 template <size_t N>
 inline void wgmma_hold(float (&)[N]) {}
-inline uint64_t wgmma_operand(const void* at, uint32_t across) {
+inline uint64_t wgmma_operand(const void* at, uint32_t across, uint32_t down = 128) {
     const auto offset = static_cast<const unsigned char*>(at) - machine.shared;
     if (offset < 0 || offset % 16 != 0 || offset + 256 > machine.shared_bytes) fail("an operand outside shared memory");
-    return uint64_t(offset / 16) | uint64_t(across / 16) << 32;
+    return uint64_t(offset / 16) | uint64_t(down / 16) << 16 | uint64_t(across / 16) << 32;
 }
 template <size_t REGISTERS>
 inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) {
@@ -578,11 +579,11 @@ inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b
                 }
             }
             const unsigned char* from = machine.shared + (b & 0x3fff) * 16;
-            const size_t across = (b >> 32 & 0x3fff) * 16;
+            const size_t across = (b >> 32 & 0x3fff) * 16, down = (b >> 16 & 0x3fff) * 16;
             for (unsigned k = 0; k < 16; k++)
                 for (unsigned n = 0; n < N; n++) {
                     uint16_t bits;
-                    memcpy(&bits, from + n / 8 * across + k / 8 * 128 + k % 8 * 16 + n % 8 * 2, 2);
+                    memcpy(&bits, from + n / 8 * across + k / 8 * down + k % 8 * 16 + n % 8 * 2, 2);
                     B[k][n] = bf16_bits_to_f32(bits);
                 }
             memset(D, 0, sizeof D);

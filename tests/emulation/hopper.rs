@@ -2,7 +2,8 @@
 
 use super::*;
 use dla::cuda::abi::{
-    PrepareDeltaSm90Params, PrepareSm90Params, ScanDeltaSm90Params, ScanSm90, ScanSm90Params,
+    GAMMAS_SHARED_BYTES, GammasSm90Params, PrepareDeltaSm90Params, PrepareSm90Params, ScanDeltaSm90Params,
+    ScanSm90, ScanSm90Params,
 };
 use dla::events::MERGE;
 use rand::rngs::StdRng;
@@ -11,8 +12,8 @@ use rand::{RngExt, SeedableRng};
 /// What the segment stage says of every chunk: the slots at its entry (abi.cuh, SegmentParams).
 pub struct ChunkRecords {
     pub len: Vec<u32>,
+    pub starts: Vec<i32>,
     pub place: Vec<u8>,
-    pub log: Vec<f32>,
 }
 
 /// Replays a log on the host.
@@ -22,41 +23,32 @@ pub fn chunk_records(case: &Case, problem: &Problem, events: &[u8], chunk: usize
     let places = (shape.tokens() / chunk + shape.sequences) * heads;
     let mut records = ChunkRecords {
         len: vec![u32::MAX; places],
+        starts: vec![i32::MIN; places * capacity],
         place: vec![255; places * capacity],
-        log: vec![f32::NAN; places * capacity],
     };
     for (n, sequence) in problem.sequences().iter().enumerate() {
         for head in 0..heads {
             let row = n * heads + head;
             let initial = case.cache.as_ref().map_or(0, |cache| cache.len[row] as usize);
             let mut order: Vec<u8> = (0..initial as u8).collect();
-            let mut logs = vec![0.0f64; capacity];
+            let mut starts: Vec<i32> = (0..initial as i32).map(|j| j - initial as i32).collect();
             for first in (0..sequence.len).step_by(chunk) {
                 let at = (sequence.start / chunk + n + first / chunk) * heads + head;
                 records.len[at] = order.len() as u32;
                 records.place[at * capacity..][..order.len()].copy_from_slice(&order);
-                for (to, &log) in records.log[at * capacity..].iter_mut().zip(&logs) {
-                    *to = log as f32;
-                }
-                let mut total = 0.0;
-                let mut touched = vec![false; capacity];
+                records.starts[at * capacity..][..order.len()].copy_from_slice(&starts);
                 for t in first..sequence.len.min(first + chunk) {
-                    let at = (sequence.start + t) * heads + head;
-                    total += case.g.as_ref().map_or(0.0, |g| f64::from(g[at].max(-800.0)));
-                    match events[at] {
-                        EXTEND => {}
+                    match events[(sequence.start + t) * heads + head] {
+                        EXTEND => continue,
                         OPEN => order.push(order.len() as u8),
                         event => {
-                            let pair = (event - MERGE) as usize;
-                            let freed = order.remove(pair + 1);
-                            touched[order[pair] as usize] = true;
+                            let gone = (event - MERGE) as usize + 1;
+                            starts.remove(gone);
+                            let freed = order.remove(gone);
                             order.push(freed);
                         }
                     }
-                    touched[*order.last().unwrap() as usize] = true;
-                }
-                for (log, touched) in logs.iter_mut().zip(touched) {
-                    *log = if touched { 0.0 } else { *log + total };
+                    starts.push(t as i32);
                 }
             }
         }
@@ -107,13 +99,18 @@ fn scan(
     let initial_states = case.cache.as_ref().map(|cache| Array::of(&cache.states));
     let records = chunk_records(case, problem, events, 64);
     let log = Array::of(events);
-    let (chunk_len, chunk_place, chunk_log) =
-        (Array::of(&records.len), Array::of(&records.place), Array::of(&records.log));
+    let (chunk_len, chunk_starts, chunk_place) =
+        (Array::of(&records.len), Array::of(&records.starts), Array::of(&records.place));
     let beta = case.beta.as_ref().map(|x| Array::of(x));
     let packed = case.cu_seqlens.is_some();
     let o = Array::poisoned(shape.tokens() * shape.value_heads * shape.dv * 2);
     let states = Array::poisoned(dims.rows() * dims.bank() * 4);
     let banks = Array::poisoned(kernel.blocks(&geometry) * kernel.bank_bytes());
+    let gammas = Array::poisoned(geometry.chunks() * shape.value_heads * 8);
+    if !kernel.delta {
+        let params = GammasSm90Params { extents, g: pointer(&g), gammas: gammas.pointer() };
+        launch(emulate, "gammas_sm90", geometry.rows(), GAMMAS_SHARED_BYTES, &params);
+    }
     let mut from = 0;
     while from == 0 || from < shape.time {
         let to = from + window;
@@ -184,8 +181,9 @@ fn scan(
                 events: log.pointer(),
                 lambda: lambda.pointer(),
                 chunk_len: chunk_len.pointer(),
+                chunk_starts: chunk_starts.pointer(),
                 chunk_place: chunk_place.pointer(),
-                chunk_log: chunk_log.pointer(),
+                gammas: gammas.pointer(),
                 pairs: pairs.pointer(),
                 weights: weights.pointer(),
                 plans: plans.pointer(),

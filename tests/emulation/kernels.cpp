@@ -85,6 +85,7 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES(route_backward);
     RUN_DTYPES(route_backward_keys);
     RUN(head_sums);
+    RUN(gammas_sm90, dla::GAMMAS_THREADS);
     RUN(prepare_sm90_bf16);
     RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
     RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 256), RUN(scan_sm90_128_30_2, 384);
