@@ -25,6 +25,7 @@ namespace dla {
 
 using emulation::copies_wait;
 using emulation::copy_async_16;
+using emulation::copy_async_8;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
 using emulation::f16_to_f32;
@@ -86,6 +87,11 @@ DEVICE void trap() { asm volatile("trap;"); }
 // Copies 16 bytes to shared memory, zeros where not `live`.
 DEVICE void copy_async_16(void* to, const void* from, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0)
+                 : "memory");
+}
+// The same of 8 bytes.
+DEVICE void copy_async_8(void* to, const void* from, bool live) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 8 : 0)
                  : "memory");
 }
 // Waits for the copies of this thread.

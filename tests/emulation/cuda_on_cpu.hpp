@@ -461,6 +461,12 @@ inline void copy_async_16(void* to, const void* from, bool live) {
     if (live) memcpy(to, from, 16);
     else memset(to, 0, 16);
 }
+inline void copy_async_8(void* to, const void* from, bool live) {
+    if (reinterpret_cast<uintptr_t>(to) % 8 != 0 || (live && reinterpret_cast<uintptr_t>(from) % 8 != 0))
+        fail("a copy that is not aligned");
+    if (live) memcpy(to, from, 8);
+    else memset(to, 0, 8);
+}
 inline void copies_wait() {}
 inline void copies_arrive(uint64_t* barrier) { barrier_arrive(barrier); }
 // Its bytes have come when it returns, so the phase has only the arrivals to wait for.
@@ -515,7 +521,7 @@ inline uint64_t wgmma_operand(const void* at, uint32_t across) {
     return uint64_t(offset / 16) | uint64_t(across / 16) << 32;
 }
 template <size_t REGISTERS>
-inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+inline void wgmma_of(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate, bool nk) {
     constexpr unsigned N = REGISTERS * 2;
     collective(
         -6,
@@ -538,7 +544,10 @@ inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b
             for (unsigned k = 0; k < 16; k++)
                 for (unsigned n = 0; n < N; n++) {
                     uint16_t bits;
-                    memcpy(&bits, from + n / 8 * across + k / 8 * 128 + k % 8 * 16 + n % 8 * 2, 2);
+                    memcpy(&bits,
+                           nk ? from + n / 8 * 128 + k / 8 * across + n % 8 * 16 + k % 8 * 2
+                              : from + n / 8 * across + k / 8 * 128 + k % 8 * 16 + n % 8 * 2,
+                           2);
                     B[k][n] = bf16_bits_to_f32(bits);
                 }
             memset(D, 0, sizeof D);
@@ -552,6 +561,16 @@ inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b
                 }
         });
 }
+
+template <size_t REGISTERS>
+inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    wgmma_of(d, a, b, accumulate, false);
+}
+template <size_t REGISTERS>
+inline void wgmma_bf16_nk(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    wgmma_of(d, a, b, accumulate, true);
+}
+inline uint64_t wgmma_operand_nk(const void* at, uint32_t along) { return wgmma_operand(at, along); }
 
 // All lanes put a value in; lane l takes out what `pick` makes of them.
 template <typename T, typename Pick>
