@@ -71,6 +71,8 @@ struct Planes {
 
 using Quadrant = Planes<2, 64, 64>;
 
+constexpr int GROUP_THREADS = 128;
+
 // Where a chunk's events put its entry slots and tokens: which items begin a slot after every token.
 struct Heads {
     static constexpr int C = DELTA_CHUNK, ENTRIES = 32, WORDS = 1 + C / 32;
@@ -263,7 +265,7 @@ DEVICE void invert_quadrant(const Quadrant& tile, const float* diagonal, int gro
             *tile.at(lane / 16, r0 + i, r0 + column) = static_cast<uint16_t>(lane < 16 ? planes[0] : planes[1]);
         }
     }
-    group_barrier(1 + group, 128);
+    group_barrier(1 + group, GROUP_THREADS);
     const auto left_of = [](const float(&c)[2][4], uint32_t(&a)[2][4]) {
 #pragma unroll
         for (int i = 0; i < 4; i++) {
@@ -284,7 +286,7 @@ DEVICE void invert_quadrant(const Quadrant& tile, const float* diagonal, int gro
         multiply<2, 2>(c, a, b);
         each_pair(c, [&](int r, int n, float x0, float x1) { tile.put2(r0 + r, r0 - 16 + n, -x0, -x1); });
     }
-    group_barrier(1 + group, 128);
+    group_barrier(1 + group, GROUP_THREADS);
     uint32_t x[2][2][4];
     if (warp >= 2) {
 #pragma unroll
@@ -297,7 +299,7 @@ DEVICE void invert_quadrant(const Quadrant& tile, const float* diagonal, int gro
             left_of(c, x[v]);
         }
     }
-    group_barrier(1 + group, 128);
+    group_barrier(1 + group, GROUP_THREADS);
     if (warp >= 2) {
 #pragma unroll
         for (int column = 0; column < 2; column++) {
@@ -337,8 +339,12 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     const int dk = e.dk, capacity = e.capacity;
     const int thread = threadIdx.x, lane = lane_index(), group = warp_index() / 4, warp = warp_index() % 4;
     const int g = lane / 4, c2 = lane % 4 * 2;
-    const Bf16* const q = static_cast<const Bf16*>(p.q);
-    const Bf16* const k = static_cast<const Bf16*>(p.k);
+    // Of a chunk's first token, and from token to token.
+    const int64_t at_token = row.at(first);
+    const Bf16* const q = static_cast<const Bf16*>(p.q) + row.key_at(first) * dk;
+    const Bf16* const k = static_cast<const Bf16*>(p.k) + row.key_at(first) * dk;
+    const int key_stride = e.heads * dk;
+    const auto key_row = [&](int t) { return static_cast<int64_t>(t) * key_stride; };
 
     Carve carve{dynamic_shared()};
     Heads heads;
@@ -366,26 +372,26 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     for (int i = thread; i < C * D / 8; i += THREADS) {
         const int t = i % 8 + i / D * 8, column = i / 8 % (D / 8) * 8;
         const bool live = t < len && column < dk;
-        copy_async_16(keys.at(0, t, column), k + row.key_at(first + (live ? t : 0)) * dk + (live ? column : 0), live);
+        copy_async_16(keys.at(0, t, column), k + key_row(live ? t : 0) + (live ? column : 0), live);
     }
     const int entry = static_cast<int>(p.chunk_len[entered]);
     if (thread < Heads::ENTRIES) slot_at[thread] = 255;
     for (int t = warp_index(); t < len; t += WARPS) {
-        const float* const from = p.lambda + row.at(first + t) * p.lambda_columns;
+        const float* const from = p.lambda + (at_token + static_cast<int64_t>(t) * e.value_heads) * p.lambda_columns;
         if (lane < capacity) lambda[t * capacity + lane] = from[lane];
     }
     if (p.qk_l2norm) {
         for (int t = warp_index(); t < C; t += WARPS) {
             const bool live = t < len;
-            const float qf = norm_factor(live ? q + row.key_at(first + t) * dk : nullptr, dk, true);
-            const float kf = norm_factor(live ? k + row.key_at(first + t) * dk : nullptr, dk, true);
+            const float qf = norm_factor(live ? q + key_row(t) : nullptr, dk, true);
+            const float kf = norm_factor(live ? k + key_row(t) : nullptr, dk, true);
             if (lane == 0) q_factor[t] = p.scale * qf, k_factor[t] = kf;
         }
     } else if (thread < C) {
         q_factor[thread] = p.scale, k_factor[thread] = 1.0f;
     }
     if (warp_index() == 7) load_gamma(p.g, row, first, len, C, gamma);
-    if (thread < C) beta[thread] = thread < len ? p.beta[row.at(first + thread)] : 0.0f;
+    if (thread < C) beta[thread] = thread < len ? p.beta[at_token + static_cast<int64_t>(thread) * e.value_heads] : 0.0f;
     __syncthreads();
     if (thread < C) {
         from_entry[thread] = beta[thread] * k_factor[thread] * __expf(value(gamma[thread]));
@@ -421,6 +427,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
 
     // L, the group's rows; 64 columns at a time.
     const int t0 = group * HALF + warp * 16;
+#pragma unroll 1
     for (int half = 0; half <= group; half++) {
         float c[32];
         {
@@ -474,36 +481,40 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
         multiply_planes(c, a, quadrant(1, 0), false);
         left_operands(c, a);
         multiply_planes(c, a, quadrant(0, 0), false);
-        group_barrier(2, 128);  // L21 has been read
+        group_barrier(2, GROUP_THREADS);  // L21 has been read
 #pragma unroll
         for (int i = 0; i < 16; i++)
             quadrant(1, 0).put2(warp * 16 + i % 2 * 8 + g, i / 2 * 8 + c2, -c[i * 2], -c[i * 2 + 1]);
         fence_async();
-        group_barrier(2, 128);
+        group_barrier(2, GROUP_THREADS);
     }
 
-    // P, 64 columns at a time; the first of group 1 is a sum of two products.
-    uint32_t left_of_keys[2][4][4];  // P diag(e^Gamma)
+    // P, 64 columns at a time. A is made anew for each: registers, and code for one.
+    uint32_t left_of_keys[4][4];  // P diag(e^Gamma)
+    uint32_t* const stash = reinterpret_cast<uint32_t*>(diagonals) + thread % GROUP_THREADS;  // of group 1, its first 64 columns
     const int row_block = group * 4 + warp;
     {
         const auto query_operands = [&](int half, uint32_t(&a)[4][2][4]) {
             float c[32];
-            {
-                uint32_t x[D / 16][4];
+            // Queries of 64 columns at a time: registers.
 #pragma unroll
-                for (int step = 0; step < D / 16; step++)
+            for (int column = 0; column < D; column += 64) {
+                uint32_t x[4][4];
+#pragma unroll
+                for (int step = 0; step < 4; step++)
 #pragma unroll
                     for (int i = 0; i < 4; i++) {
-                        const int t = t0 + i % 2 * 8 + g, d = step * 16 + i / 2 * 8 + c2;
+                        const int t = t0 + i % 2 * 8 + g, d = column + step * 16 + i / 2 * 8 + c2;
                         x[step][i] = t < len && d < dk
-                                         ? *reinterpret_cast<const uint32_t*>(q + row.key_at(first + t) * dk + d)
+                                         ? *reinterpret_cast<const uint32_t*>(q + key_row(t) + d)
                                          : 0;
                     }
                 wgmma_hold(c);
                 wgmma_begin();
 #pragma unroll
-                for (int step = 0; step < D / 16; step++)
-                    wgmma_bf16_nk(c, x[step], wgmma_operand_nk(keys.at(0, half * HALF, step * 16), C * 16), step > 0);
+                for (int step = 0; step < 4; step++)
+                    wgmma_bf16_nk(c, x[step], wgmma_operand_nk(keys.at(0, half * HALF, column + step * 16), C * 16),
+                                  column + step > 0);
                 wgmma_commit();
                 wgmma_wait();
                 wgmma_hold(c);
@@ -523,8 +534,25 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
                 }
             left_operands(c, a);
         };
-        // What is made of 64 columns of A Tm.
+        uint4* const pairs_out = reinterpret_cast<uint4*>(p.pairs) + index * PAIRS * 32;
+        // What is made of 64 columns of A Tm: by a thread, of two rows.
         const auto finish = [&](const float(&c)[32], int half, uint32_t(&a)[4][4]) {
+            const float* row_weights[2];
+            uint32_t words[2][2];
+            int slots[2][2];  // that begin before the 32 tokens of a word, less one
+#pragma unroll
+            for (int r = 0; r < 2; r++) {
+                const int t = t0 + r * 8 + g;
+                // Rows past the end have no weights; none is read.
+                const bool live = t < len;
+                row_weights[r] = lambda + (live ? t * capacity + (e.newest_first ? heads.len[t] - 1 : 0) : 0);
+                slots[r][0] = live ? heads.before(t, half * HALF) - 1 : 0;
+                words[r][0] = live ? heads.tokens_from(t, half * HALF) : 0;
+                const bool second = live && half * HALF + 32 <= t;
+                words[r][1] = second ? heads.tokens_from(t, half * HALF + 32) : 0;
+                slots[r][1] = slots[r][0] + __popc(words[r][0]);
+            }
+            const int direction = e.newest_first ? -1 : 1;
 #pragma unroll
             for (int block = 0; block < 4; block++) {
                 uint32_t operand[4];
@@ -535,53 +563,51 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
                     const float2 factor = *reinterpret_cast<const float2*>(from_entry + s);
                     a[block][i] = pack_bf16(x0 * factor.x, x1 * factor.y);
                     // Past the diagonal a token has no slot.
-                    const bool live = t < len && s <= t;
                     const float2 b = *reinterpret_cast<const float2*>(beta + s);
-                    float y0 = 0, y1 = 0;
-                    if (live) {
-                        const uint32_t word = heads.tokens_from(t, s / 32 * 32);
-                        const int slots = heads.before(t, s / 32 * 32) - 1;
-                        y0 = x0 * b.x * weight_of(t, slots + Heads::count(word, s % 32));
-                        if (s < t) y1 = x1 * b.y * weight_of(t, slots + Heads::count(word, s % 32 + 1));
-                    }
+                    const int slot = slots[r][n / 4] + Heads::count(words[r][n / 4], n % 4 * 8 + c2);
+                    const int next = slot + (words[r][n / 4] >> (n % 4 * 8 + c2 + 1) & 1);
+                    const bool live = t < len && s <= t, live_next = t < len && s < t;
+                    const float y0 = live ? x0 * b.x * row_weights[r][slot * direction] : 0.0f;
+                    const float y1 = live_next ? x1 * b.y * row_weights[r][next * direction] : 0.0f;
                     operand[i] = pack_bf16(y0, y1);
                 }
                 const int column_block = half * 4 + block;
                 if (column_block <= row_block)
-                    reinterpret_cast<uint4*>(
-                        p.pairs)[(index * PAIRS + row_block * (row_block + 1) / 2 + column_block) * 32 + lane] =
+                    pairs_out[(row_block * (row_block + 1) / 2 + column_block) * 32 + lane] =
                         make_uint4(operand[0], operand[1], operand[2], operand[3]);
             }
         };
-        float c[32];
-        uint32_t a[4][2][4];
-        query_operands(0, a);
-        multiply_planes(c, a, quadrant(0, 0), false);
-        if (group == 0) {
-            finish(c, 0, left_of_keys[0]);
-        } else {
-            query_operands(1, a);
-            multiply_planes(c, a, quadrant(1, 0), true);
-            finish(c, 0, left_of_keys[0]);
-            multiply_planes(c, a, quadrant(1, 1), false);
-            finish(c, 1, left_of_keys[1]);
+#pragma unroll 1
+        for (int half = 0; half <= group; half++) {
+            float c[32];
+#pragma unroll 1
+            for (int u = half; u <= group; u++) {
+                uint32_t a[4][2][4];
+                query_operands(u, a);
+                multiply_planes(c, a, quadrant(u, half), u > half);
+            }
+            finish(c, half, left_of_keys);
+            if (half < group) {
+#pragma unroll
+                for (int i = 0; i < 16; i++) stash[i * GROUP_THREADS] = left_of_keys[i / 4][i % 4];
+            }
         }
     }
 
     // Qt.
     {
         float c[D / 2];
-        wgmma_hold(c);
-        wgmma_begin();
+#pragma unroll 1
+        for (int half = group; half >= 0; half--) {
+            if (half < group) {
 #pragma unroll
-        for (int step = 0; step < 4; step++) wgmma_bf16(c, left_of_keys[0][step], keys.operand(0, step * 16), step > 0);
-        wgmma_commit();
-        wgmma_wait();
-        wgmma_hold(c);
-        if (group == 1) {
+                for (int i = 0; i < 16; i++) left_of_keys[i / 4][i % 4] = stash[i * GROUP_THREADS];
+            }
+            wgmma_hold(c);
             wgmma_begin();
 #pragma unroll
-            for (int step = 0; step < 4; step++) wgmma_bf16(c, left_of_keys[1][step], keys.operand(0, HALF + step * 16), 1);
+            for (int step = 0; step < 4; step++)
+                wgmma_bf16(c, left_of_keys[step], keys.operand(0, half * HALF + step * 16), half < group || step > 0);
             wgmma_commit();
             wgmma_wait();
             wgmma_hold(c);
@@ -597,7 +623,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
             for (int i = 0; i < 4; i++) {
                 const int n = step * 2 + i / 2, r = i % 2, t = t0 + r * 8 + g, d = n * 8 + c2;
                 float q0 = 0, q1 = 0;
-                if (t < len && d < dk) load2(q + row.key_at(first + t) * dk + d, q0, q1);
+                if (t < len && d < dk) load2(q + key_row(t) + d, q0, q1);
                 operand[i] = pack_bf16(factor[r] * q0 - c[n * 4 + r * 2], factor[r] * q1 - c[n * 4 + r * 2 + 1]);
             }
             reinterpret_cast<uint4*>(out)[layout.query(row_block, step, lane)] =
@@ -635,8 +661,8 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     };
     float c[D / 2];
     // Kh.
-    times_keys(c, quadrant(group, group), group, true, to_exit, false);
-    if (group == 0) times_keys(c, quadrant(1, 0), 1, true, to_exit, true);
+#pragma unroll 1
+    for (int half = group; half < 2; half++) times_keys(c, quadrant(half, group), half, true, to_exit, half > group);
     uint16_t* const writes_out = p.writes + index * layout.writes();
 #pragma unroll
     for (int i = 0; i < D / 4; i++) {
@@ -645,8 +671,8 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
             pack_bf16(beta[t] * c[i * 2], beta[t] * c[i * 2 + 1]);
     }
     // W'.
-    times_keys(c, quadrant(group, 0), 0, false, from_entry, false);
-    if (group == 1) times_keys(c, quadrant(1, 1), 1, false, from_entry, true);
+#pragma unroll 1
+    for (int half = 0; half <= group; half++) times_keys(c, quadrant(group, half), half, false, from_entry, half > 0);
     __syncthreads();
 #pragma unroll
     for (int i = 0; i < D / 4; i++) {

@@ -44,6 +44,13 @@ constexpr int STAGED = 4;     // slots of a group that merge away at once
 
 DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
 
+// What a block has: a sequence and value head, columns of dv from `column` on, tokens before `to`.
+struct Slice {
+    Row row;
+    int column;
+    int64_t to;
+};
+
 template <int DK, int SLOTS, int COLUMNS>
 struct Scan {
     static constexpr int C = DELTA_CHUNK, HALF = 64, STEPS = DK / 16;
@@ -95,6 +102,18 @@ struct Scan {
         barrier_init(&barriers->transition_full, 1), barrier_init(&barriers->writes_full, 1);
         barrier_init(&barriers->transition_empty, 4 * GROUPS), barrier_init(&barriers->writes_empty, 4 * GROUPS);
         fence_barriers();
+    }
+
+    METHOD static Slice slice_of(const ScanDeltaSm90Params& p, int block) {
+        const Extents& e = p.extents;
+        constexpr int WIDTH = GROUPS * COLUMNS;
+        const int slices = (e.dv + WIDTH - 1) / WIDTH;
+        const int64_t index = block / slices;
+        Slice slice;
+        slice.row = row_of(e, index / e.value_heads, static_cast<int>(index % e.value_heads));
+        slice.column = block % slices * WIDTH;
+        slice.to = slice.row.len < p.to ? slice.row.len : p.to;
+        return slice;
     }
 
     // The first column of a group; the last one's again where dv ends before.
@@ -163,7 +182,8 @@ struct Scan {
         const int column0 = column_of_group(e, column, group), own_column = column0 + g % COLUMNS;
         const int64_t entered = (first_chunk(row, HALF) + from / HALF) * e.value_heads + row.head;
         const int64_t place0 = first_of_window(e, row, from, p.to, C), state = static_cast<int64_t>(dk) * dv;
-        float* const states = p.states ? p.states + row.index() * capacity * state : nullptr;
+        const bool resumed = from > 0;
+        const float* const states = resumed ? p.states : p.initial_states;
         uint16_t* const own_slots = slots + group * SLOTS * COLUMNS * DK;
 
         // Element 4 n + 2 half + i of a block of slots: k = 8 n + c2 + i, column g % COLUMNS of place_of(block, half).
@@ -182,7 +202,6 @@ struct Scan {
         };
 
         // The slots that the window begins with; every other place zero, for a read multiplies them all.
-        const bool resumed = from > 0;
         int held = 0;
         if (resumed) held = static_cast<int>(p.chunk_len[entered]);
         else if (p.initial_len) held = static_cast<int>(p.initial_len[row.index()]);
@@ -195,8 +214,7 @@ struct Scan {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 const int place = place_of(block, half), slot = resumed && place < held ? slot_at[place] : place;
-                const float* const in = resumed ? states + slot * state
-                                                : p.initial_states + (row.index() * capacity + slot) * state;
+                const float* const in = states + (row.index() * capacity + slot) * state;
 #pragma unroll
                 for (int n = 0; n < WIDE / 2; n++) {
                     const int k = n / 2 * 8 + c2 + n % 2;
@@ -399,29 +417,39 @@ struct Scan {
             group_barrier(1 + group, GROUP);
         }
 
-        // The states, for the cache and the next window alike.
-        if (!states) return;
+        // The states, for the cache and the next window alike. Nothing of the above is kept for it in registers.
+        if (!p.states) return;
+        const Slice end = slice_of(p, opaque(static_cast<int>(blockIdx.x)));
+        const int thread = opaque(static_cast<int>(threadIdx.x)), row_in = thread % 32 / 4, pair = thread % 4 * 2;
+        const int in_group = thread / GROUP;
         bool renamed = false;
-        if (chunks > 0) {
-            const DeltaPlan& last = p.plans[(place0 + chunks - 1) * e.value_heads + row.head];
-            held = static_cast<int>(last.exit_len), renamed = true;
-            if (warp == 0 && lane < held) slot_at[last.exit_place[lane]] = lane;
-            group_barrier(1 + group, GROUP);
+        int left = 0;
+        uint8_t* const chronological = reinterpret_cast<uint8_t*>(staged + in_group * STAGED * DK / 4 * COLUMNS);
+        if (end.to > p.from) {
+            const int64_t last = first_of_window(e, end.row, p.from, p.to, C) + (end.to - p.from - 1) / C;
+            const DeltaPlan& plan = p.plans[last * e.value_heads + end.row.head];
+            left = static_cast<int>(plan.exit_len), renamed = true;
+            if (thread % GROUP < left) chronological[plan.exit_place[thread % GROUP]] = thread % GROUP;
+            group_barrier(1 + in_group, GROUP);
+        } else if (p.initial_len) {
+            left = static_cast<int>(p.initial_len[end.row.index()]);
         }
-        if (!stores) return;
+        if (end.column + in_group * COLUMNS >= e.dv) return;
+        const int64_t size = static_cast<int64_t>(e.dk) * e.dv;
+        float* const out = p.states + end.row.index() * e.capacity * size + column_of_group(e, end.column, in_group) + row_in % COLUMNS;
 #pragma unroll
         for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const int place = place_of(block, half);
-                if (place >= capacity) continue;
-                const bool used = place < held;
-                float* const to_slot = states + (used && renamed ? slot_at[place] : place) * state + own_column;
+                const int place = block * PLACES + (thread % GROUP / 32 * 16 + half * 8 + row_in) / COLUMNS;
+                if (place >= e.capacity) continue;
+                const bool used = place < left;
+                float* const slot = out + (used && renamed ? chronological[place] : place) * size;
 #pragma unroll
                 for (int x = 0; x < WIDE / 2; x++) {
-                    const int k = x / 2 * 8 + c2 + x % 2;
-                    if (k < dk)
-                        to_slot[static_cast<int64_t>(k) * dv] = used ? mine[block][x / 2 * 4 + half * 2 + x % 2] : 0.0f;
+                    const int k = x / 2 * 8 + pair + x % 2;
+                    if (k < e.dk)
+                        slot[static_cast<int64_t>(k) * e.dv] = used ? mine[block][x / 2 * 4 + half * 2 + x % 2] : 0.0f;
                 }
             }
     }
@@ -429,13 +457,8 @@ struct Scan {
 
 template <int DK, int SLOTS, int COLUMNS>
 DEVICE void scan_delta_sm90(const ScanDeltaSm90Params& p) {
-    const Extents& e = p.extents;
-    constexpr int WIDTH = GROUPS * COLUMNS;
-    const int slices = (e.dv + WIDTH - 1) / WIDTH, column = blockIdx.x % slices * WIDTH;
-    const int64_t index = blockIdx.x / slices;
-    const Row row = row_of(e, index / e.value_heads, static_cast<int>(index % e.value_heads));
-    if (p.from > 0 && row.len <= p.from) return;
-    const int64_t to = row.len < p.to ? row.len : p.to;
+    const Slice slice = Scan<DK, SLOTS, COLUMNS>::slice_of(p, static_cast<int>(blockIdx.x));
+    if (p.from > 0 && slice.row.len <= p.from) return;
 
     Carve carve{dynamic_shared()};
     Scan<DK, SLOTS, COLUMNS> scan;
@@ -445,10 +468,10 @@ DEVICE void scan_delta_sm90(const ScanDeltaSm90Params& p) {
     const int group = warp_index() / 4;
     if (group == GROUPS) {
         registers_fewer<40>();
-        if (warp_index() == 4 * GROUPS) scan.bring(p, row, column, p.from, to);
+        if (warp_index() == 4 * GROUPS) scan.bring(p, slice.row, slice.column, p.from, slice.to);
     } else {
         registers_more<232>();
-        scan.compute(p, row, group, column, p.from, to);
+        scan.compute(p, slice.row, group, slice.column, p.from, slice.to);
     }
 }
 
