@@ -378,7 +378,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     if (thread < Heads::ENTRIES) slot_at[thread] = 255;
     for (int t = warp_index(); t < len; t += WARPS) {
         const float* const from = p.lambda + (at_token + static_cast<int64_t>(t) * e.value_heads) * p.lambda_columns;
-        if (lane < capacity) lambda[t * capacity + lane] = from[lane];
+        if (lane < capacity) copy_async_4(lambda + t * capacity + lane, from + lane, true);
     }
     if (p.qk_l2norm) {
         for (int t = warp_index(); t < C; t += WARPS) {
@@ -406,6 +406,10 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     heads.run(p.events, row, first, len, entry);
     const auto weight_of = [&](int t, int slot) { return lambda[t * capacity + column_of(e, slot, heads.len[t])]; };
 
+    copies_wait();
+    fence_async();
+    __syncthreads();
+
     // The weights of four places at a time: neighbours, or where a thread of the scan has every other place, of those.
     const int quads = p.slots / 4, shift = __ffs(quads) - 1;  // a power of two
     for (int i = thread; i < C * quads; i += THREADS) {
@@ -421,9 +425,6 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
         }
         reinterpret_cast<float4*>(p.weights)[index * C * quads + i] = make_float4(x[0], x[1], x[2], x[3]);
     }
-    copies_wait();
-    fence_async();
-    __syncthreads();
 
     // L, the group's rows; 64 columns at a time.
     const int t0 = group * HALF + warp * 16;
@@ -470,6 +471,13 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     }
     __syncwarp();
     invert_quadrant(quadrant(group, group), diagonals + warp_index() * 16 * 17, group);
+    // The first group has less to do.
+    if (warp_index() == 0) {
+        make_plan(heads, len, entry, entry_place, begins, link, __expf(value(gamma[C - 1])), plan);
+        __syncwarp();
+        if (lane < static_cast<int>(sizeof(DeltaPlan) / 16))
+            reinterpret_cast<uint4*>(p.plans + index)[lane] = reinterpret_cast<const uint4*>(plan)[lane];
+    }
     fence_async();
     __syncthreads();
     if (group == 1) {
@@ -629,12 +637,6 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
             reinterpret_cast<uint4*>(out)[layout.query(row_block, step, lane)] =
                 make_uint4(operand[0], operand[1], operand[2], operand[3]);
         }
-    }
-    if (warp_index() == 0) {
-        make_plan(heads, len, entry, entry_place, begins, link, __expf(value(gamma[C - 1])), plan);
-        __syncwarp();
-        if (lane < static_cast<int>(sizeof(DeltaPlan) / 16))
-            reinterpret_cast<uint4*>(p.plans + index)[lane] = reinterpret_cast<const uint4*>(plan)[lane];
     }
     __syncthreads();
 

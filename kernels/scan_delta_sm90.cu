@@ -15,9 +15,9 @@
 // Read, 64 tokens at a time. Qt in registers, a block of slots a product: m64n64k16, dk / 16 steps. A thread's accumulators
 // are of the slots of its columns, so the sum over slots is arithmetic inside the thread, and where COLUMNS is 4 between two.
 // (P . Lambda) V by mma while the first product runs.
-// Merge. Slots that merge away are handed over through shared memory, STAGED at a time.
-// Transition and write, of a block of slots: m64n(dk)k16, dk / 16 steps with F, and one with Kh for each 16 tokens of
-// which some end here; left operands S^T and V^T, the latter masked by slot. Only operands are rounded.
+// Merge. Slots that merge away are handed over in f32 where the slots are read from, half as many at a time.
+// Transition and write, of a block of slots: m64n(dk)k16, dk / 16 steps with F and C / 16 with Kh; left operands S^T and V^T, the
+// latter masked by slot. Only operands are rounded.
 //
 // F, and not W and Kd one after the other: as many clocks, one wait less, no rounding of W S, and no registers for W S, so that
 // the states fit there. Why 128 tokens: F acts once for twice the tokens, fewer slots hold tokens at a chunk's end (simulated at
@@ -25,10 +25,9 @@
 // with blocks of 64 tokens by 64 (prepare_delta_sm90.cu).
 //
 // Shared memory (bytes; D = dk as computed, N = SLOTS COLUMNS): slots 4 N D; F D D 2; Kh 256 D; Qt 256 D; weights 512 SLOTS;
-// P . Lambda 18,432; V 8,192; plans 416; merging 32 COLUMNS D; barriers 96. D = 128, SLOTS = 32, COLUMNS = 4: 223,712.
-// Floor, not measured: clocks of the tensor cores a chunk and block at D = 128, M = 32: read 2,048, transition 2,048, write 64
-// for each 16 tokens and block of slots where they meet, 1,024 to 2,048: 5,200. At S3 256 blocks on 132 multiprocessors: two
-// rounds of 256 chunks, 1.5 ms. Through L2 come 136 KB a chunk and block.
+// P . Lambda 18,432; V 8,192; plans 416; barriers 96; SLOTS. D = 128, SLOTS = 32, COLUMNS = 4: 207,360.
+// Floor, not measured: clocks of the tensor cores a chunk and block at D = 128, M = 32: read, transition and write 2,048
+// each. At S3 256 blocks on 132 multiprocessors: two rounds of 256 chunks, 1.8 ms. Through L2 come 136 KB a chunk and block.
 // Numerics: operands bf16, sums and states f32. On the emulator, dk = 128, 1,024 tokens without decay: NUMBERS.
 
 #include "common/delta.cuh"
@@ -40,7 +39,7 @@ namespace {
 
 constexpr int GROUP = 128;    // threads of a group
 constexpr int GROUPS = 2;
-constexpr int STAGED = 4;     // slots of a group that merge away at once
+constexpr int BOTH_GROUPS = 3;  // a barrier; 1 and 2 are the groups'
 
 DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
 
@@ -62,6 +61,8 @@ struct Scan {
     static constexpr int TRANSITION = DeltaLayout{DK}.transition(), WRITES = DeltaLayout{DK}.writes();
     static constexpr int PAIRS = 36 * 32, FIRST_PAIRS = 10 * 32;           // of the chunk and of its first 64 tokens, in 16 bytes
     static constexpr int VALUES = GROUPS * C * 8;
+    static constexpr int STAGED = SLOTS / 2;             // slots of a group that merge away at once, where slots are read from
+    static constexpr int WIDTH = GROUPS * COLUMNS;       // columns of a block
 
     // `full` when the copies have come, `empty` when every warp that reads them has.
     struct Barriers {
@@ -77,7 +78,7 @@ struct Scan {
     uint4* pairs;
     uint16_t* values;       // [2][GROUPS][C][8], of 4 columns twice
     DeltaPlan* plans;       // [2]
-    float4* staged;         // [GROUPS][STAGED][DK / 16][COLUMNS][4]
+    uint8_t* slot_at;       // [SLOTS] the slot, oldest first, that stands at a place
     Barriers* barriers;
 
     METHOD void take(Carve& carve) {
@@ -89,7 +90,7 @@ struct Scan {
         pairs = carve.take<uint4>(PAIRS);
         values = carve.take<uint16_t>(2 * VALUES);
         plans = carve.take<DeltaPlan>(2);
-        staged = carve.take<float4>(GROUPS * STAGED * DK / 4 * COLUMNS);
+        slot_at = carve.take<uint8_t>(SLOTS);
         barriers = carve.take<Barriers>(1);
         carve.check();
     }
@@ -106,7 +107,6 @@ struct Scan {
 
     METHOD static Slice slice_of(const ScanDeltaSm90Params& p, int block) {
         const Extents& e = p.extents;
-        constexpr int WIDTH = GROUPS * COLUMNS;
         const int slices = (e.dv + WIDTH - 1) / WIDTH;
         const int64_t index = block / slices;
         Slice slice;
@@ -174,16 +174,60 @@ struct Scan {
         }
     }
 
+    // States by way of shared memory, where slots are read from, so that whole sectors of memory are touched: calls
+    // f(place, k, column of the block, four columns) for all of them, and then puts these into the registers (`in`), or before
+    // takes them from there. By both groups, half of the slots at a time; ends with a barrier of both.
+    template <typename F>
+    METHOD void exchange(float (&mine)[BLOCKS][WIDE], F f, bool in) const {
+        constexpr int AT_ONCE = BLOCKS / 2, PLACES_AT_ONCE = AT_ONCE * PLACES;
+        const int thread = threadIdx.x, warp = thread % GROUP / 32, g = thread % 32 / 4, c2 = thread % 4 * 2;
+        float* const room = reinterpret_cast<float*>(slots);
+        const auto move = [&](int pass) {
+#pragma unroll
+            for (int i = 0; i < AT_ONCE * 2; i++) {
+                const int place = i / 2 * PLACES + (warp * 16 + i % 2 * 8 + g) / COLUMNS;
+                float* const at = room + place * DK * WIDTH + c2 * WIDTH + thread / GROUP * COLUMNS + g % COLUMNS;
+#pragma unroll
+                for (int x = 0; x < WIDE / 2; x++)
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        if (half != pass) continue;
+                        float& y = mine[half * AT_ONCE + i / 2][x / 2 * 4 + i % 2 * 2 + x % 2];
+                        float& z = at[(x / 2 * 8 + x % 2) * WIDTH];
+                        if (in) y = z;
+                        else z = y;
+                    }
+            }
+        };
+#pragma unroll 1
+        for (int pass = 0; pass < 2; pass++) {
+            group_barrier(BOTH_GROUPS, GROUPS * GROUP);
+            if (!in) {
+                move(pass);
+                group_barrier(BOTH_GROUPS, GROUPS * GROUP);
+            }
+            for (int i = thread; i < PLACES_AT_ONCE * DK * WIDTH / 4; i += GROUPS * GROUP) {
+                float4& x = reinterpret_cast<float4*>(room)[i];
+                const int row = i / (WIDTH / 4);
+                f(pass * PLACES_AT_ONCE + row / DK, row % DK, i % (WIDTH / 4) * 4, x);
+            }
+            if (in) {
+                group_barrier(BOTH_GROUPS, GROUPS * GROUP);
+                move(pass);
+            }
+        }
+        group_barrier(BOTH_GROUPS, GROUPS * GROUP);
+    }
+
     METHOD void compute(const ScanDeltaSm90Params& p, const Row& row, int group, int column, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
         const int dk = e.dk, dv = e.dv, capacity = e.capacity;
         const int lane = lane_index(), warp = warp_index() % 4, g = lane / 4, c = lane % 4, c2 = c * 2;
         const bool stores = column + group * COLUMNS < dv;
-        const int column0 = column_of_group(e, column, group), own_column = column0 + g % COLUMNS;
+        const int column0 = column_of_group(e, column, group);
         const int64_t entered = (first_chunk(row, HALF) + from / HALF) * e.value_heads + row.head;
         const int64_t place0 = first_of_window(e, row, from, p.to, C), state = static_cast<int64_t>(dk) * dv;
         const bool resumed = from > 0;
-        const float* const states = resumed ? p.states : p.initial_states;
         uint16_t* const own_slots = slots + group * SLOTS * COLUMNS * DK;
 
         // Element 4 n + 2 half + i of a block of slots: k = 8 n + c2 + i, column g % COLUMNS of place_of(block, half).
@@ -205,33 +249,29 @@ struct Scan {
         int held = 0;
         if (resumed) held = static_cast<int>(p.chunk_len[entered]);
         else if (p.initial_len) held = static_cast<int>(p.initial_len[row.index()]);
-        // The slot, oldest first, that stands at a place; places held are 0 .. held - 1.
-        uint8_t* const slot_at = reinterpret_cast<uint8_t*>(staged + group * STAGED * DK / 4 * COLUMNS);
-        if (resumed && warp == 0 && lane < held) slot_at[p.chunk_place[entered * capacity + lane]] = lane;
-        group_barrier(1 + group, GROUP);
 #pragma unroll
-        for (int block = 0; block < BLOCKS; block++) {
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int place = place_of(block, half), slot = resumed && place < held ? slot_at[place] : place;
-                const float* const in = states + (row.index() * capacity + slot) * state;
-#pragma unroll
-                for (int n = 0; n < WIDE / 2; n++) {
-                    const int k = n / 2 * 8 + c2 + n % 2;
-                    mine[block][n / 2 * 4 + half * 2 + n % 2] =
-                        place < held && k < dk ? in[static_cast<int64_t>(k) * dv + own_column] : 0.0f;
-                }
-            }
-            publish(block);
+        for (int i = 0; i < BLOCKS * WIDE; i++) mine[i / WIDE][i % WIDE] = 0;
+        if (held > 0) {
+            const int thread = threadIdx.x;
+            if (thread < held) slot_at[resumed ? p.chunk_place[entered * capacity + thread] : thread] = thread;
+            const float* const in = (resumed ? p.states : p.initial_states) + row.index() * capacity * state + column;
+            exchange(mine, [&](int place, int k, int at, float4& x) {
+                x = make_float4(0, 0, 0, 0);
+                if (place < held && k < dk && column + at < dv)
+                    x = *reinterpret_cast<const float4*>(in + slot_at[place] * state + static_cast<int64_t>(k) * dv + at);
+            }, true);
         }
+#pragma unroll
+        for (int block = 0; block < BLOCKS; block++) publish(block);
         fence_async();
         group_barrier(1 + group, GROUP);
 
         // This thread's part of o: two columns of tokens from row g on.
         Bf16* o_at = static_cast<Bf16*>(p.o) + row.at(from + warp * 16 + g) * dv + column0 + c2 % COLUMNS;
-        int64_t tokens_left = row.len - from - warp * 16 - g;
         const int64_t row8 = static_cast<int64_t>(8) * e.value_heads * dv;
         const int chunks = to > from ? static_cast<int>((to - from + C - 1) / C) : 0;
+        // Tokens from this thread's first row on, in the last chunk.
+        const int last_tokens = static_cast<int>(to - from - static_cast<int64_t>(chunks - 1) * C) - warp * 16 - g;
 #pragma unroll 1
         for (int n = 0; n < chunks; n++) {
             const int buffer = n % 2;
@@ -298,30 +338,29 @@ struct Scan {
                 }
 #pragma unroll
                 for (int x = 0; x < 4; x++) out[x] += own[x];
+                const int tokens = (n + 1 < chunks ? C : last_tokens) - half * HALF;
                 if constexpr (COLUMNS == 4) {
                     const bool lower = c >= 2;
-                    if (stores && (lower ? 8 : 0) < tokens_left)
+                    if (stores && (lower ? 8 : 0) < tokens)
                         *reinterpret_cast<uint32_t*>(o_at + (lower ? row8 : 0)) =
                             lower ? pack_bf16(out[2], out[3]) : pack_bf16(out[0], out[1]);
                 } else {
 #pragma unroll
                     for (int i = 0; i < 2; i++)
-                        if (stores && i * 8 < tokens_left)
+                        if (stores && i * 8 < tokens)
                             *reinterpret_cast<uint32_t*>(o_at + i * row8) = pack_bf16(out[i * 2], out[i * 2 + 1]);
                 }
                 o_at += row8 * 8;
-                tokens_left -= HALF;
             }
 
-            // The slots that merge away. What is written here was last read before the end of the chunk before.
+            // The slots that merge away. They are handed over where the slots are read from, once all are.
             const DeltaPlan& plan = plans[buffer];
             const int merges = static_cast<int>(plan.merges);
-            float4* const stage = staged + group * STAGED * DK / 4 * COLUMNS + g % COLUMNS * 4 + c;
-            // A barrier at least: slots are written below that all warps of the group read.
-            if (merges == 0) group_barrier(1 + group, GROUP);
+            float4* const stage = reinterpret_cast<float4*>(own_slots) + g % COLUMNS * 4 + c;
 #pragma unroll 1
-            for (int staged_from = 0; staged_from < merges; staged_from += STAGED) {
-                if (staged_from > 0) group_barrier(1 + group, GROUP);
+            for (int staged_from = 0;; staged_from += STAGED) {
+                group_barrier(1 + group, GROUP);
+                if (staged_from >= merges) break;
 #pragma unroll
                 for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
@@ -357,7 +396,8 @@ struct Scan {
                 __syncwarp();
             }
 
-            // Transition.
+            // Transition and write. V's fragments as right operands of 16 tokens and V^T's as left ones, of both rows of a thread,
+            // are alike. Every 16 tokens are multiplied, though none may end in a block: a branch would cost a wait.
             const float decay = plan.decay;
             barrier_wait(&barriers->transition_full, phase(n));
 #pragma unroll
@@ -373,44 +413,49 @@ struct Scan {
                 for (int step = 0; step < STEPS; step++)
                     wgmma_bf16(mine[block], a[step], wgmma_operand(transition + step * 128, DK * 16), 1);
                 wgmma_commit();
-                wgmma_wait();
-                wgmma_hold(mine[block]);
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers->transition_empty);
-
-            // Write. V's fragments as right operands of 16 tokens and V^T's as left ones, of both rows of a thread, are alike.
-            barrier_wait(&barriers->writes_full, phase(n));
-#pragma unroll
-            for (int block = 0; block < BLOCKS; block++) {
-                int begin[2], count[2];
+                if (block > 0) {
+                    // The block before is done.
+                    wgmma_wait_but<1>();
+                    wgmma_hold(mine[block - 1]);
+                    publish(block - 1);
+                }
+                int begin[2];
+                uint32_t count[2];
 #pragma unroll
                 for (int half = 0; half < 2; half++) {
                     const int place = place_of(block, half);
-                    begin[half] = plan.tokens_from[place], count[half] = plan.tokens_to[place] - begin[half];
+                    begin[half] = c2 - plan.tokens_from[place];
+                    count[half] = static_cast<uint32_t>(plan.tokens_to[place] - plan.tokens_from[place]);
                 }
-                uint32_t steps = plan.steps[block * PLACES / 8];
-                if constexpr (COLUMNS == 4) steps |= plan.steps[block * PLACES / 8 + 1];
-#pragma unroll 1
-                for (; steps != 0; steps &= steps - 1) {
-                    const int step = __ffs(steps) - 1;
-                    uint32_t v[4], tokens[4];
-                    ldmatrix_x4_trans(v, own_values + (step * 16 + lane % 16) * 8);
+                if (block == 0) barrier_wait(&barriers->writes_full, phase(n));
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const uint32_t at = static_cast<uint32_t>(step * 16 + i / 2 * 8 + c2 - begin[i % 2]);
-                        const uint32_t until = static_cast<uint32_t>(count[i % 2]);
-                        tokens[i] = v[i / 2] & ((at < until ? 0xffffu : 0u) | (at + 1 < until ? 0xffff0000u : 0u));
+                for (int from_step = 0; from_step < C / 16; from_step += 4) {
+                    uint32_t tokens[4][4];
+#pragma unroll
+                    for (int step = 0; step < 4; step += 2) {
+                        uint32_t v[4];
+                        ldmatrix_x4_trans(v, own_values + ((from_step + step) * 16 + lane) * 8);
+#pragma unroll
+                        for (int i = 0; i < 8; i++) {
+                            const uint32_t at = static_cast<uint32_t>((from_step + step) * 16 + i / 2 * 8 + begin[i % 2]);
+                            tokens[step + i / 4][i % 4] =
+                                v[i / 2] & ((at < count[i % 2] ? 0xffffu : 0u) | (at + 1 < count[i % 2] ? 0xffff0000u : 0u));
+                        }
                     }
-                    // A wait each: products in flight across a branch would be serialised.
                     wgmma_begin();
-                    wgmma_bf16(mine[block], tokens, wgmma_operand(writes + step * 128, C * 16), 1);
+#pragma unroll
+                    for (int step = 0; step < 4; step++)
+                        wgmma_bf16(mine[block], tokens[step], wgmma_operand(writes + (from_step + step) * 128, C * 16), 1);
                     wgmma_commit();
-                    wgmma_wait();
-                    wgmma_hold(mine[block]);
+                    // What was committed before is done: its left operands' registers are free.
+                    wgmma_wait_but<1>();
                 }
-                publish(block);
             }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->transition_empty);
+            wgmma_wait();
+            wgmma_hold(mine[BLOCKS - 1]);
+            publish(BLOCKS - 1);
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->values_empty[buffer]), barrier_arrive(&barriers->writes_empty);
             fence_async();
@@ -420,38 +465,25 @@ struct Scan {
         // The states, for the cache and the next window alike. Nothing of the above is kept for it in registers.
         if (!p.states) return;
         const Slice end = slice_of(p, opaque(static_cast<int>(blockIdx.x)));
-        const int thread = opaque(static_cast<int>(threadIdx.x)), row_in = thread % 32 / 4, pair = thread % 4 * 2;
-        const int in_group = thread / GROUP;
-        bool renamed = false;
+        const int thread = opaque(static_cast<int>(threadIdx.x));
         int left = 0;
-        uint8_t* const chronological = reinterpret_cast<uint8_t*>(staged + in_group * STAGED * DK / 4 * COLUMNS);
         if (end.to > p.from) {
             const int64_t last = first_of_window(e, end.row, p.from, p.to, C) + (end.to - p.from - 1) / C;
             const DeltaPlan& plan = p.plans[last * e.value_heads + end.row.head];
-            left = static_cast<int>(plan.exit_len), renamed = true;
-            if (thread % GROUP < left) chronological[plan.exit_place[thread % GROUP]] = thread % GROUP;
-            group_barrier(1 + in_group, GROUP);
+            left = static_cast<int>(plan.exit_len);
+            if (thread < left) slot_at[plan.exit_place[thread]] = thread;
         } else if (p.initial_len) {
             left = static_cast<int>(p.initial_len[end.row.index()]);
+            if (thread < left) slot_at[thread] = thread;
         }
-        if (end.column + in_group * COLUMNS >= e.dv) return;
         const int64_t size = static_cast<int64_t>(e.dk) * e.dv;
-        float* const out = p.states + end.row.index() * e.capacity * size + column_of_group(e, end.column, in_group) + row_in % COLUMNS;
-#pragma unroll
-        for (int block = 0; block < BLOCKS; block++)
-#pragma unroll
-            for (int half = 0; half < 2; half++) {
-                const int place = block * PLACES + (thread % GROUP / 32 * 16 + half * 8 + row_in) / COLUMNS;
-                if (place >= e.capacity) continue;
-                const bool used = place < left;
-                float* const slot = out + (used && renamed ? chronological[place] : place) * size;
-#pragma unroll
-                for (int x = 0; x < WIDE / 2; x++) {
-                    const int k = x / 2 * 8 + pair + x % 2;
-                    if (k < e.dk)
-                        slot[static_cast<int64_t>(k) * e.dv] = used ? mine[block][x / 2 * 4 + half * 2 + x % 2] : 0.0f;
-                }
-            }
+        float* const out = p.states + end.row.index() * e.capacity * size + end.column;
+        exchange(mine, [&](int place, int k, int at, float4& x) {
+            if (place >= e.capacity || k >= e.dk || end.column + at >= e.dv) return;
+            const bool used = place < left;
+            *reinterpret_cast<float4*>(out + (used ? slot_at[place] : place) * size + static_cast<int64_t>(k) * e.dv + at) =
+                used ? x : make_float4(0, 0, 0, 0);
+        }, false);
     }
 };
 

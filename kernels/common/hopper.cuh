@@ -32,6 +32,7 @@ using emulation::wgmma_hold;
 using emulation::wgmma_operand;
 using emulation::wgmma_operand_nk;
 using emulation::wgmma_wait;
+using emulation::wgmma_wait_but;
 
 #else
 
@@ -107,6 +108,12 @@ DEVICE void wgmma_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory
 DEVICE void wgmma_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 // Waits for all products of this warpgroup.
 DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+
+// Waits for all but the last `COUNT` that were committed.
+template <int COUNT>
+DEVICE void wgmma_wait_but() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
+}
 
 // Accumulators of a product in flight: nothing is done to them on the other side of this.
 template <int N>

@@ -25,6 +25,7 @@ namespace dla {
 
 using emulation::copies_wait;
 using emulation::copy_async_16;
+using emulation::copy_async_4;
 using emulation::copy_async_8;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
@@ -89,7 +90,11 @@ DEVICE void copy_async_16(void* to, const void* from, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0)
                  : "memory");
 }
-// The same of 8 bytes.
+// The same of 4 and of 8 bytes.
+DEVICE void copy_async_4(void* to, const void* from, bool live) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 4 : 0)
+                 : "memory");
+}
 DEVICE void copy_async_8(void* to, const void* from, bool live) {
     asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 8 : 0)
                  : "memory");

@@ -593,7 +593,7 @@ impl ScanSm90 {
                 + 36 * 512
                 + 2 * 2 * DELTA_CHUNK * 16
                 + 2 * DELTA_PLAN_BYTES
-                + 2 * 4 * self.group_columns() * self.dk * 4
+                + self.slots
                 + 96;
         }
         let fixed = self.groups * self.slots * self.dk * 24 + 64 * self.weight_slots() * 4 + 64;

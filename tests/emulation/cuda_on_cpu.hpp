@@ -461,6 +461,10 @@ inline void copy_async_16(void* to, const void* from, bool live) {
     if (live) memcpy(to, from, 16);
     else memset(to, 0, 16);
 }
+inline void copy_async_4(void* to, const void* from, bool live) {
+    if (live) memcpy(to, from, 4);
+    else memset(to, 0, 4);
+}
 inline void copy_async_8(void* to, const void* from, bool live) {
     if (reinterpret_cast<uintptr_t>(to) % 8 != 0 || (live && reinterpret_cast<uintptr_t>(from) % 8 != 0))
         fail("a copy that is not aligned");
@@ -513,6 +517,8 @@ inline void keep_order() {}
 inline void wgmma_begin() {}
 inline void wgmma_commit() {}
 inline void wgmma_wait() {}
+template <int>
+inline void wgmma_wait_but() {}
 template <size_t N>
 inline void wgmma_hold(float (&)[N]) {}
 inline uint64_t wgmma_operand(const void* at, uint32_t across) {
