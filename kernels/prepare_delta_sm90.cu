@@ -364,7 +364,6 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     float* const lambda = carve.take<float>(C * capacity);
     const Planes<1, C, D> keys = {carve.take<uint16_t>(C * D)};
     uint16_t* const quadrants = carve.take<uint16_t>(3 * 2 * HALF * HALF);  // T11, T21, T22; then W'
-    const Planes<1, C, D> w = {quadrants};
     carve.check();
     const auto quadrant = [&](int i, int j) { return Quadrant{quadrants + (i + j) * 2 * HALF * HALF}; };
 
@@ -394,8 +393,8 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     if (thread < C) beta[thread] = thread < len ? p.beta[at_token + static_cast<int64_t>(thread) * e.value_heads] : 0.0f;
     __syncthreads();
     if (thread < C) {
-        from_entry[thread] = beta[thread] * k_factor[thread] * __expf(value(gamma[thread]));
-        to_exit[thread] = k_factor[thread] * __expf(minus(gamma[C - 1], gamma[thread]));
+        from_entry[thread] = beta[thread] * k_factor[thread] * exp_approx(value(gamma[thread]));
+        to_exit[thread] = k_factor[thread] * exp_approx(minus(gamma[C - 1], gamma[thread]));
     }
     if (thread < Heads::ENTRIES) {
         const bool held = thread < entry;
@@ -425,6 +424,15 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
         }
         reinterpret_cast<float4*>(p.weights)[index * C * quads + i] = make_float4(x[0], x[1], x[2], x[3]);
     }
+
+    // e^{Gamma_t - Gamma_s} and the key's factor, of s and the next; no more than 1 past the diagonal.
+    const auto decays = [&](int t, int s, float(&x)[2]) {
+        const Gamma at = gamma[t];
+        const float4 of = *reinterpret_cast<const float4*>(gamma + s);
+        const float2 factor = *reinterpret_cast<const float2*>(k_factor + s);
+        x[0] = exp_approx(fminf(minus(at, {of.x, of.y}), 0.0f)) * factor.x;
+        x[1] = exp_approx(fminf(minus(at, {of.z, of.w}), 0.0f)) * factor.y;
+    };
 
     // L, the group's rows; 64 columns at a time.
     const int t0 = group * HALF + warp * 16;
@@ -456,12 +464,11 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
 #pragma unroll
             for (int r = 0; r < 2; r++) {
                 const int t = t0 + r * 8 + g, s = half * HALF + n * 8 + c2;
-                const Gamma at = gamma[t];
                 const float factor = beta[t] * k_factor[t];
                 float x[2];
+                decays(t, s, x);
 #pragma unroll
-                for (int i = 0; i < 2; i++)
-                    x[i] = s + i < t ? c[n * 4 + r * 2 + i] * factor * k_factor[s + i] * __expf(minus(at, gamma[s + i])) : 0.0f;
+                for (int i = 0; i < 2; i++) x[i] = s + i < t ? c[n * 4 + r * 2 + i] * (factor * x[i]) : 0.0f;
                 tile.put2(warp * 16 + r * 8 + g, n * 8 + c2, x[0], x[1]);
                 if (half == group && n / 2 == warp) {
                     float* const to = diagonal + (r * 8 + g) * 17 + n % 2 * 8 + c2;
@@ -473,7 +480,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     invert_quadrant(quadrant(group, group), diagonals + warp_index() * 16 * 17, group);
     // The first group has less to do.
     if (warp_index() == 0) {
-        make_plan(heads, len, entry, entry_place, begins, link, __expf(value(gamma[C - 1])), plan);
+        make_plan(heads, len, entry, entry_place, begins, link, exp_approx(value(gamma[C - 1])), plan);
         __syncwarp();
         if (lane < static_cast<int>(sizeof(DeltaPlan) / 16))
             reinterpret_cast<uint4*>(p.plans + index)[lane] = reinterpret_cast<const uint4*>(plan)[lane];
@@ -532,12 +539,13 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
 #pragma unroll
                 for (int r = 0; r < 2; r++) {
                     const int t = t0 + r * 8 + g, s = half * HALF + n * 8 + c2;
-                    const Gamma at = gamma[t];
                     const float factor = q_factor[t];
+                    float decay[2];
+                    decays(t, s, decay);
 #pragma unroll
                     for (int i = 0; i < 2; i++) {
                         float& x = c[n * 4 + r * 2 + i];
-                        x = s + i <= t ? x * factor * k_factor[s + i] * __expf(minus(at, gamma[s + i])) : 0.0f;
+                        x = s + i <= t ? x * (factor * decay[i]) : 0.0f;
                     }
                 }
             left_operands(c, a);
@@ -623,7 +631,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
         uint32_t* const out = p.queries + index * layout.queries();
         float factor[2];
 #pragma unroll
-        for (int r = 0; r < 2; r++) factor[r] = q_factor[t0 + r * 8 + g] * __expf(value(gamma[t0 + r * 8 + g]));
+        for (int r = 0; r < 2; r++) factor[r] = q_factor[t0 + r * 8 + g] * exp_approx(value(gamma[t0 + r * 8 + g]));
 #pragma unroll
         for (int step = 0; step < D / 16; step++) {
             uint32_t operand[4];
@@ -676,6 +684,8 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
 #pragma unroll 1
     for (int half = 0; half <= group; half++) times_keys(c, quadrant(group, half), half, false, from_entry, half > 0);
     __syncthreads();
+    // Where Tm was, by an address that is not made of Tm's.
+    const Planes<1, C, D> w = {quadrants + opaque(0)};
 #pragma unroll
     for (int i = 0; i < D / 4; i++) {
         const int t = t0 + i % 2 * 8 + g;
@@ -683,12 +693,13 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     }
     __syncthreads();
     // F.
-    if (group * HALF < D) {
+    const int d0 = opaque(t0);  // not computed ahead, in registers that the product before needs
+    if (d0 < D) {
         uint32_t a[C / 16][4];
 #pragma unroll
         for (int step = 0; step < C / 16; step++) {
             uint32_t one[1][4];
-            w.load_a_trans(t0, step * 16, one);
+            w.load_a_trans(d0, step * 16, one);
 #pragma unroll
             for (int i = 0; i < 4; i++) a[step][i] = one[0][i];
         }
@@ -702,7 +713,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
         uint16_t* const transition_out = p.transition + index * layout.transition();
 #pragma unroll
         for (int i = 0; i < D / 4; i++)
-            *reinterpret_cast<uint32_t*>(transition_out + layout.at(D, t0 + i % 2 * 8 + g, i / 2 * 8 + c2)) =
+            *reinterpret_cast<uint32_t*>(transition_out + layout.at(D, d0 + i % 2 * 8 + g, i / 2 * 8 + c2)) =
                 pack_bf16(-c[i * 2], -c[i * 2 + 1]);
     }
 }

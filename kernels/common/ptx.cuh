@@ -29,6 +29,7 @@ using emulation::copy_async_4;
 using emulation::copy_async_8;
 using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
+using emulation::exp_approx;
 using emulation::f16_to_f32;
 using emulation::f32_to_f16;
 using emulation::ldmatrix_x4;
@@ -67,6 +68,13 @@ DEVICE float reciprocal(float b) {
 DEVICE float quotient(float a, float b, float reciprocal_of_b) {
     const float q = __fmul_rn(a, reciprocal_of_b);
     return __fmaf_rn(reciprocal_of_b, __fmaf_rn(-b, q, a), q);
+}
+
+// e^x to 2^-22 and 2^-23 |x|, 0 where it is below 2^-126.
+DEVICE float exp_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+    return y;
 }
 
 // x, of which the compiler knows nothing: what is computed from it is not moved out of a loop.
