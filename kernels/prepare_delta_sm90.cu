@@ -107,16 +107,17 @@ struct Heads {
         __syncthreads();
         if (warp < WORDS) {
             const int born = (warp - 1) * 32 + lane;  // of an entry slot: before
+            const bool opens = warp > 0 && born < tokens && events[born] != EXTEND;
+            const int opens_at = opens ? len[born] - 1 : 0;
             bool begins = warp == 0 && lane < entry;
             int at = lane;
 #pragma unroll 4
             for (int t = warp == 0 ? 0 : (warp - 1) * 32; t < tokens; t++) {
-                const int event = events[t], gone = event - MERGE + 1;
-                const bool ends = begins && event >= MERGE && at == gone;
-                if (ends) merged[t] = warp * 32 + lane;
-                at -= event >= MERGE && at > gone ? 1 : 0;
-                begins = begins && !ends;
-                if (t == born && event != EXTEND) begins = true, at = len[t] - 1;
+                // The slot that merges away: none is 255.
+                const int event = events[t], gone = event >= MERGE ? event - MERGE + 1 : 255;
+                if (begins && at == gone) begins = false, merged[t] = warp * 32 + lane;
+                if (at > gone) at--;
+                if (t == born) begins = opens, at = opens_at;
                 const uint32_t word = __ballot_sync(ALL, begins);
                 if (lane == 0) words[t * WORDS + warp] = word;
             }
@@ -646,8 +647,6 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
                 make_uint4(operand[0], operand[1], operand[2], operand[3]);
         }
     }
-    __syncthreads();
-
     // Products of 64 rows of Tm or its transpose with keys.
     const auto times_keys = [&](float(&c)[D / 2], const Quadrant& tile, int half, bool transposed, const float* factor,
                                 bool accumulate) {
@@ -672,7 +671,11 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     float c[D / 2];
     // Kh.
 #pragma unroll 1
-    for (int half = group; half < 2; half++) times_keys(c, quadrant(half, group), half, true, to_exit, half > group);
+    for (int half = group; half < 2; half++) {
+        // T21, and that nobody reads P's operands any more.
+        if (half == 1) __syncthreads();
+        times_keys(c, quadrant(half, group), half, true, to_exit, half > group);
+    }
     uint16_t* const writes_out = p.writes + index * layout.writes();
 #pragma unroll
     for (int i = 0; i < D / 4; i++) {

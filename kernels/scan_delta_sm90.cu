@@ -212,6 +212,7 @@ struct Scan {
                 f(pass * PLACES_AT_ONCE + row / DK, row % DK, i % (WIDTH / 4) * 4, x);
             }
             if (in) {
+                copies_wait();
                 group_barrier(BOTH_GROUPS, GROUPS * GROUP);
                 move(pass);
             }
@@ -256,9 +257,8 @@ struct Scan {
             if (thread < held) slot_at[resumed ? p.chunk_place[entered * capacity + thread] : thread] = thread;
             const float* const in = (resumed ? p.states : p.initial_states) + row.index() * capacity * state + column;
             exchange(mine, [&](int place, int k, int at, float4& x) {
-                x = make_float4(0, 0, 0, 0);
-                if (place < held && k < dk && column + at < dv)
-                    x = *reinterpret_cast<const float4*>(in + slot_at[place] * state + static_cast<int64_t>(k) * dv + at);
+                const bool live = place < held && k < dk && column + at < dv;
+                copy_async_16(&x, live ? in + slot_at[place] * state + static_cast<int64_t>(k) * dv + at : in, live);
             }, true);
         }
 #pragma unroll
@@ -358,9 +358,8 @@ struct Scan {
             const int merges = static_cast<int>(plan.merges);
             float4* const stage = reinterpret_cast<float4*>(own_slots) + g % COLUMNS * 4 + c;
 #pragma unroll 1
-            for (int staged_from = 0;; staged_from += STAGED) {
+            for (int staged_from = 0; staged_from < merges; staged_from += STAGED) {
                 group_barrier(1 + group, GROUP);
-                if (staged_from >= merges) break;
 #pragma unroll
                 for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
@@ -413,7 +412,10 @@ struct Scan {
                 for (int step = 0; step < STEPS; step++)
                     wgmma_bf16(mine[block], a[step], wgmma_operand(transition + step * 128, DK * 16), 1);
                 wgmma_commit();
-                if (block > 0) {
+                if (block == 0) {
+                    // Nothing is read where slots are published.
+                    group_barrier(1 + group, GROUP);
+                } else {
                     // The block before is done.
                     wgmma_wait_but<1>();
                     wgmma_hold(mine[block - 1]);
