@@ -229,7 +229,7 @@ struct PrepareDeltaSm90Params {
     const float* lambda;          // [B,T,HV,lambda_columns]
     const uint32_t* chunk_len;    // as segment leaves them
     const uint8_t* chunk_place;
-    uint32_t* pairs;              // [W, HV, 36, 32, 4] bf16 pairs out: P . Lambda, lower blocks, as left operands
+    uint32_t* pairs;              // [W, HV, 12, 2, 8, 8, 4] bf16 pairs out: P . Lambda as left operands (DeltaLayout)
     float* weights;               // [W, HV, C / 16, slots / 4, 2, 8, 4] out: by 16 tokens, four places, half, row, place
     uint32_t* queries;            // [W, HV, C / 16, D / 16, 32, 4] bf16 pairs out: Qt as left operands, by 16 tokens, step, lane
     uint16_t* transition;         // [W, HV, D D] bf16 out: (-Kd^T W)^T [k][n]

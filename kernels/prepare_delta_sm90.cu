@@ -12,8 +12,7 @@
 // One block of two groups of 128 threads per chunk and value head (grid: abi.cuh; a place without a chunk returns at once);
 // group i has tokens 64 i .. 64 i + 63 as rows. Tm = [[T11, 0], [T21, T22]] of 64 x 64: each group inverts its own, by blocks of 16
 // in f32, then twice (T_BB L_BA) T_AA by mma; the second group makes T21 so. Everything else is wgmma, left operands in
-// registers. P . Lambda leaves as the left operands of the scan's products (a product's fragments are those of the next one's
-// left operand), the weights in the order in which a thread of the scan reads them.
+// registers. P . Lambda and Qt leave as left operands of the scan's products, the weights in the order in which a thread of the scan reads them.
 //
 // Slots are stretches of tokens, so slot_t(s) is a count: of the items (entry slots, then tokens) up to s that begin a slot at t.
 // A thread follows an item from the token that makes it begin one to that which merges it away.
@@ -509,6 +508,11 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
     uint32_t left_of_keys[4][4];  // P diag(e^Gamma)
     uint32_t* const stash = reinterpret_cast<uint32_t*>(diagonals) + thread % GROUP_THREADS;  // of group 1, its first 64 columns
     const int row_block = group * 4 + warp;
+    // Of a left operand of queries, as they come.
+    const auto query_pair = [&](int step, int i) {
+        const int t = t0 + i % 2 * 8 + g, d = step * 16 + i / 2 * 8 + c2;
+        return t < len && d < dk ? *reinterpret_cast<const uint32_t*>(q + key_row(t) + d) : 0u;
+    };
     {
         const auto query_operands = [&](int half, uint32_t(&a)[4][2][4]) {
             float c[32];
@@ -519,12 +523,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
 #pragma unroll
                 for (int step = 0; step < 4; step++)
 #pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int t = t0 + i % 2 * 8 + g, d = column + step * 16 + i / 2 * 8 + c2;
-                        x[step][i] = t < len && d < dk
-                                         ? *reinterpret_cast<const uint32_t*>(q + key_row(t) + d)
-                                         : 0;
-                    }
+                    for (int i = 0; i < 4; i++) x[step][i] = query_pair(column / 16 + step, i);
                 wgmma_hold(c);
                 wgmma_begin();
 #pragma unroll
@@ -551,7 +550,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
                 }
             left_operands(c, a);
         };
-        uint4* const pairs_out = reinterpret_cast<uint4*>(p.pairs) + index * PAIRS * 32;
+        uint32_t* const pairs_out = p.pairs + index * PAIRS;
         // What is made of 64 columns of A Tm: by a thread, of two rows.
         const auto finish = [&](const float(&c)[32], int half, uint32_t(&a)[4][4]) {
             const float* row_weights[2];
@@ -588,10 +587,10 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
                     const float y1 = live_next ? x1 * b.y * row_weights[r][next * direction] : 0.0f;
                     operand[i] = pack_bf16(y0, y1);
                 }
-                const int column_block = half * 4 + block;
-                if (column_block <= row_block)
-                    pairs_out[(row_block * (row_block + 1) / 2 + column_block) * 32 + lane] =
-                        make_uint4(operand[0], operand[1], operand[2], operand[3]);
+                // A block of 8 x 8 each.
+                uint32_t* const to = pairs_out + DeltaLayout::pair(group, half * 4 + block) + warp * 64 + lane;
+#pragma unroll
+                for (int i = 0; i < 4; i++) to[i / 2 * 256 + i % 2 * 32] = operand[i];
             }
         };
 #pragma unroll 1
@@ -634,19 +633,25 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
 #pragma unroll
         for (int r = 0; r < 2; r++) factor[r] = q_factor[t0 + r * 8 + g] * exp_approx(value(gamma[t0 + r * 8 + g]));
 #pragma unroll
-        for (int step = 0; step < D / 16; step++) {
-            uint32_t operand[4];
+        for (int from = 0; from < D / 16; from += 4) {
+            uint32_t x[4][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) {
-                const int n = step * 2 + i / 2, r = i % 2, t = t0 + r * 8 + g, d = n * 8 + c2;
-                float q0 = 0, q1 = 0;
-                if (t < len && d < dk) load2(q + key_row(t) + d, q0, q1);
-                operand[i] = pack_bf16(factor[r] * q0 - c[n * 4 + r * 2], factor[r] * q1 - c[n * 4 + r * 2 + 1]);
+            for (int i = 0; i < 16; i++) x[i / 4][i % 4] = query_pair(from + i / 4, i % 4);
+#pragma unroll
+            for (int step = 0; step < 4; step++) {
+                uint32_t operand[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int n = (from + step) * 2 + i / 2, r = i % 2;
+                    operand[i] = pack_bf16(factor[r] * low_bf16(x[step][i]) - c[n * 4 + r * 2],
+                                           factor[r] * high_bf16(x[step][i]) - c[n * 4 + r * 2 + 1]);
+                }
+                reinterpret_cast<uint4*>(out)[layout.query(row_block, from + step, lane)] =
+                    make_uint4(operand[0], operand[1], operand[2], operand[3]);
             }
-            reinterpret_cast<uint4*>(out)[layout.query(row_block, step, lane)] =
-                make_uint4(operand[0], operand[1], operand[2], operand[3]);
         }
     }
+
     // Products of 64 rows of Tm or its transpose with keys.
     const auto times_keys = [&](float(&c)[D / 2], const Quadrant& tile, int half, bool transposed, const float* factor,
                                 bool accumulate) {

@@ -14,7 +14,7 @@
 //
 // Read, 64 tokens at a time. Qt in registers, a block of slots a product: m64n64k16, dk / 16 steps. A thread's accumulators
 // are of the slots of its columns, so the sum over slots is arithmetic inside the thread, and where COLUMNS is 4 between two.
-// (P . Lambda) V by mma while the first product runs.
+// (P . Lambda) V is m64n8k16, both operands in shared memory.
 // Merge. Slots that merge away are handed over in f32 where the slots are read from, half as many at a time.
 // Transition and write, of a block of slots: m64n(dk)k16, dk / 16 steps with F and C / 16 with Kh; left operands S^T and V^T, the
 // latter masked by slot. Only operands are rounded.
@@ -25,7 +25,7 @@
 // with blocks of 64 tokens by 64 (prepare_delta_sm90.cu).
 //
 // Shared memory (bytes; D = dk as computed, N = SLOTS COLUMNS): slots 4 N D; F D D 2; Kh 256 D; Qt 256 D; weights 512 SLOTS;
-// P . Lambda 18,432; V 8,192; plans 416; barriers 96; SLOTS. D = 128, SLOTS = 32, COLUMNS = 4: 207,360.
+// P . Lambda 24,576; V 8,192; plans 416; barriers 96; SLOTS. D = 128, SLOTS = 32, COLUMNS = 4: 213,504.
 // Floor, not measured: clocks of the tensor cores a chunk and block at D = 128, M = 32: read, transition and write 2,048
 // each. At S3 256 blocks on 132 multiprocessors: two rounds of 256 chunks, 1.8 ms. Through L2 come 136 KB a chunk and block.
 // Numerics: operands bf16, sums and states f32. On the emulator, dk = 128, 1,024 tokens without decay: NUMBERS.
@@ -59,7 +59,7 @@ struct Scan {
     static constexpr int QUADS = SLOTS / 4;
     static constexpr int QUERIES = HALF * DK / 2, WEIGHTS = HALF * SLOTS;  // elements of 64 tokens
     static constexpr int TRANSITION = DeltaLayout{DK}.transition(), WRITES = DeltaLayout{DK}.writes();
-    static constexpr int PAIRS = 36 * 32, FIRST_PAIRS = 10 * 32;           // of the chunk and of its first 64 tokens, in 16 bytes
+    static constexpr int PAIRS = DeltaLayout::PAIRS;
     static constexpr int VALUES = GROUPS * C * 8;
     static constexpr int STAGED = SLOTS / 2;             // slots of a group that merge away at once, where slots are read from
     static constexpr int WIDTH = GROUPS * COLUMNS;       // columns of a block
@@ -75,7 +75,7 @@ struct Scan {
     uint16_t* writes;       // [DK / 8][C][8]
     uint4* queries;         // [2]
     float4* weights;        // [2]
-    uint4* pairs;
+    uint32_t* pairs;
     uint16_t* values;       // [2][GROUPS][C][8], of 4 columns twice
     DeltaPlan* plans;       // [2]
     uint8_t* slot_at;       // [SLOTS] the slot, oldest first, that stands at a place
@@ -87,7 +87,7 @@ struct Scan {
         writes = carve.take<uint16_t>(WRITES);
         queries = carve.take<uint4>(2 * QUERIES / 4);
         weights = carve.take<float4>(2 * WEIGHTS / 4);
-        pairs = carve.take<uint4>(PAIRS);
+        pairs = carve.take<uint32_t>(PAIRS);
         values = carve.take<uint16_t>(2 * VALUES);
         plans = carve.take<DeltaPlan>(2);
         slot_at = carve.take<uint8_t>(SLOTS);
@@ -155,11 +155,11 @@ struct Scan {
                 barrier_wait(&barriers->read_empty[half], phase(n + 1));
                 if (lane > 0) continue;
                 Barrier* const arrived = &barriers->read_full[half];
-                const int begin = half ? FIRST_PAIRS : 0, count = half ? PAIRS - FIRST_PAIRS : FIRST_PAIRS;
-                barrier_expect(arrived, QUERIES * 4 + WEIGHTS * 4 + count * 16);
+                const int begin = DeltaLayout::pair(half, 0), count = (half ? PAIRS : DeltaLayout::pair(1, 0)) - begin;
+                barrier_expect(arrived, QUERIES * 4 + WEIGHTS * 4 + count * 4);
                 copy_bulk(queries + half * QUERIES / 4, p.queries + (index * 2 + half) * QUERIES, QUERIES * 4, arrived);
                 copy_bulk(weights + half * WEIGHTS / 4, p.weights + (index * 2 + half) * WEIGHTS, WEIGHTS * 4, arrived);
-                copy_bulk(pairs + begin, p.pairs + (index * PAIRS + begin) * 4, count * 16, arrived);
+                copy_bulk(pairs + begin, p.pairs + index * PAIRS + begin, count * 4, arrived);
             }
             barrier_wait(&barriers->transition_empty, phase(n + 1));
             if (lane == 0) {
@@ -279,6 +279,11 @@ struct Scan {
 
             // Read.
             barrier_wait(&barriers->values_full[buffer], phase(n / 2));
+            fence_async();  // V came by copies of threads
+            const auto own_tokens = [&](float(&sum)[4], int half, int step) {
+                wgmma_bf16_shared(sum, wgmma_operand_nk(pairs + DeltaLayout::pair(half, step), 1024),
+                                  wgmma_operand(own_values + step * 128, 128));
+            };
 #pragma unroll 1
             for (int half = 0; half < 2; half++) {
                 float out[4] = {}, own[4] = {};
@@ -293,30 +298,26 @@ struct Scan {
 #pragma unroll
                     for (int block = 0; block < BLOCKS; block++) {
                         float read[32];  // the first product overwrites it
+                        if (block == 0) {
+                            // The chunk's own tokens.
+                            wgmma_hold(own);
+                            wgmma_begin();
+#pragma unroll
+                            for (int step = 0; step < 4; step++) own_tokens(own, half, step);
+                            if (half > 0) {
+                                wgmma_begin();
+#pragma unroll
+                                for (int step = 4; step < 8; step++) own_tokens(own, half, step);
+                            }
+                        }
                         wgmma_begin();
 #pragma unroll
                         for (int step = 0; step < STEPS; step++)
                             wgmma_bf16(read, q[step], wgmma_operand(own_slots + block * 64 * DK + step * 128, DK * 16), step > 0);
                         wgmma_commit();
-                        if (block == 0) {
-                            // The chunk's own tokens, as far as the 16 of this warp.
-                            const int last = half * 4 + warp;
-                            const uint4* const at = pairs + last * (last + 1) / 2 * 32 + lane;
-#pragma unroll 1
-                            for (int s = 0; s <= last; s += 2) {
-                                uint32_t v[4];
-                                ldmatrix_x4_trans(v, own_values + (s * 16 + lane) * 8);
-                                const uint4 x = at[s * 32];
-                                const uint32_t left[4] = {x.x, x.y, x.z, x.w};
-                                mma_bf16(own, left, v[0], v[1]);
-                                if (s == last) break;
-                                const uint4 y = at[s * 32 + 32];
-                                const uint32_t next[4] = {y.x, y.y, y.z, y.w};
-                                mma_bf16(own, next, v[2], v[3]);
-                            }
-                        }
                         wgmma_wait();
                         wgmma_hold(read);
+                        if (block == 0) wgmma_hold(own);
 #pragma unroll
                         for (int quad = 0; quad < 2; quad++) {
                             const int which = COLUMNS == 8 ? block * 2 + quad : block * 4 + quad * 2 + c / 2;

@@ -10,8 +10,10 @@ struct DeltaLayout {
     int width;  // dk as computed
 
     static constexpr int C = DELTA_CHUNK;
-    // Blocks of 16 x 16 of the lower triangle of P . Lambda, counted row after row.
-    static constexpr int PAIRS = C / 16 * (C / 16 + 1) / 2;
+    // P . Lambda as left operands in shared memory: of the first 64 tokens, then of the others, by 16 columns; blocks of 8 x 8,
+    // eight of them for the rows, twice. Elements, in pairs, of 16 columns and of all.
+    static constexpr int PAIRS_OF_STEP = 64 * 16 / 2, PAIRS = 12 * PAIRS_OF_STEP;
+    METHOD static constexpr int pair(int half, int step) { return (half * 4 + step) * PAIRS_OF_STEP; }
 
     // Elements of a chunk: Qt in pairs, the transition, Kh.
     METHOD constexpr int queries() const { return C * width / 2; }

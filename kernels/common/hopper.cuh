@@ -27,6 +27,7 @@ using emulation::stmatrix_x4_trans;
 using emulation::wgmma_begin;
 using emulation::wgmma_bf16;
 using emulation::wgmma_bf16_nk;
+using emulation::wgmma_bf16_shared;
 using emulation::wgmma_commit;
 using emulation::wgmma_hold;
 using emulation::wgmma_operand;
@@ -129,7 +130,7 @@ DEVICE uint64_t wgmma_operand(const void* at, uint32_t across) {
            static_cast<uint64_t>(across >> 4) << 32;
 }
 
-// A right operand in shared memory that lies as [n][k], blocks of 8 x 8 (k contiguous, 16 bytes a row of n) 128 bytes apart in n and
+// A right operand in shared memory that lies as [n][k], or a left one [m][k], blocks of 8 x 8 (k contiguous, 16 bytes a row of n) 128 bytes apart in n and
 // `along` bytes in k, no swizzle.
 DEVICE uint64_t wgmma_operand_nk(const void* at, uint32_t along) {
     return static_cast<uint64_t>(shared_address(at) >> 4 & 0x3fff) | static_cast<uint64_t>(along >> 4) << 16 |
@@ -153,6 +154,14 @@ DEVICE void wgmma_bf16(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int a
           "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
           "+f"(d[30]), "+f"(d[31])
         : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+// D [64, 8] += A B, A as wgmma_operand_nk makes it of [m][k].
+DEVICE void wgmma_bf16_shared(float (&d)[4], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 1;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "l"(a), "l"(b));
 }
 
 // The same of an operand that wgmma_operand_nk made.

@@ -590,7 +590,7 @@ impl ScanSm90 {
                 + self.dk * self.dk * 2
                 + 2 * DELTA_CHUNK * self.dk * 2
                 + DELTA_CHUNK * self.slots * 4
-                + 36 * 512
+                + 48 * 512
                 + 2 * 2 * DELTA_CHUNK * 16
                 + 2 * DELTA_PLAN_BYTES
                 + self.slots
@@ -638,7 +638,7 @@ impl ScanSm90 {
 
     /// Elements (u32) of P . Lambda.
     pub fn pairs_len(&self, geometry: &Geometry, places: usize) -> usize {
-        places * geometry.value_heads * if self.delta { 36 } else { 10 } * 32 * 4
+        places * geometry.value_heads * if self.delta { 48 } else { 10 } * 32 * 4
     }
 
     /// Elements (f32) of the weights.

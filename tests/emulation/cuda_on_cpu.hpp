@@ -577,6 +577,16 @@ template <size_t REGISTERS>
 inline void wgmma_bf16_nk(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     wgmma_of(d, a, b, accumulate, true);
 }
+inline void wgmma_bf16_shared(float (&d)[4], uint64_t a, uint64_t b) {
+    uint32_t left[4];
+    const unsigned lane = machine.current->thread % WARP, first = machine.current->thread / WARP % 4 * 16;
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned m = first + lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
+        const size_t along = (a >> 32 & 0x3fff) * 16;
+        memcpy(left + i, machine.shared + (a & 0x3fff) * 16 + m / 8 * 128 + k / 8 * along + m % 8 * 16 + k % 8 * 2, 4);
+    }
+    wgmma_of(d, left, b, true, false);
+}
 inline uint64_t wgmma_operand_nk(const void* at, uint32_t along) { return wgmma_operand(at, along); }
 
 // All lanes put a value in; lane l takes out what `pick` makes of them.
