@@ -209,7 +209,7 @@ struct DeltaPlan {
     uint8_t merged_to[32];
     uint8_t tokens_from[32];   // tokens of the chunk that end here
     uint8_t tokens_to[32];
-    uint8_t steps[4];          // of places 8 n to 8 n + 7: bit s, tokens 16 s to 16 s + 15 have some that end there
+uint32_t firsts;           // numbers that are the first to merge into their slot, a bit each
     uint32_t merges;           // entry slots that merge away
     float decay;               // e^{Gamma_C}
     uint32_t exit_len;         // slots held after the chunk
@@ -263,7 +263,7 @@ struct ScanDeltaSm90Params {
     int64_t from, to;               // window of every sequence, multiples of C
 };
 
-static_assert(sizeof(DeltaPlan) == 208 && offsetof(DeltaPlan, steps) == 160 && offsetof(DeltaPlan, exit_place) == 176);
+static_assert(sizeof(DeltaPlan) == 208 && offsetof(DeltaPlan, firsts) == 160 && offsetof(DeltaPlan, exit_place) == 176);
 static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90Params, pairs) == 112 &&
               offsetof(PrepareDeltaSm90Params, from) == 160 && offsetof(PrepareDeltaSm90Params, qk_l2norm) == 192);
 static_assert(sizeof(ScanDeltaSm90Params) == 168 && offsetof(ScanDeltaSm90Params, initial_len) == 104 &&

@@ -196,15 +196,9 @@ DEVICE void make_plan(const Heads& heads, int tokens, int entry, const uint8_t* 
         plan->exit_place[lane] = place;
     }
     __syncwarp();
-    const int from = plan->tokens_from[lane], to = plan->tokens_to[lane];
-    uint32_t steps = 0;
-#pragma unroll
-    for (int step = 0; step < C / 16; step++) {
-        const uint32_t places = __ballot_sync(ALL, from < step * 16 + 16 && to > step * 16 && to > from);
-        if (places >> (lane % 4 * 8) & 0xff) steps |= 1u << step;
-    }
-    if (lane < 4) plan->steps[lane] = steps;
-    if (lane == 0) plan->merges = __popc(gone), plan->decay = decay, plan->exit_len = exit_len;
+    const int from = plan->merged_from[lane];
+    const uint32_t firsts = __reduce_or_sync(ALL, from < plan->merged_to[lane] ? 1u << from : 0);
+    if (lane == 0) plan->merges = __popc(gone), plan->firsts = firsts, plan->decay = decay, plan->exit_len = exit_len;
 }
 
 // The product's fragments as left operands of the next one in two planes: 64 columns, 16 at a step.

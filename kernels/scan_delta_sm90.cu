@@ -15,7 +15,8 @@
 // Read, 64 tokens at a time. Qt in registers, a block of slots a product: m64n64k16, dk / 16 steps. A thread's accumulators
 // are of the slots of its columns, so the sum over slots is arithmetic inside the thread, and where COLUMNS is 4 between two.
 // (P . Lambda) V is m64n8k16, both operands in shared memory.
-// Merge. Slots that merge away are handed over in f32 where the slots are read from, half as many at a time.
+// Merge. Slots that merge away are handed over in f32 where the slots are read from, half as many at a time; the group adds up
+// those that merge into one.
 // Transition and write, of a block of slots: m64n(dk)k16, dk / 16 steps with F and C / 16 with Kh; left operands S^T and V^T, the
 // latter masked by slot. Only operands are rounded.
 //
@@ -62,6 +63,7 @@ struct Scan {
     static constexpr int PAIRS = DeltaLayout::PAIRS;
     static constexpr int VALUES = GROUPS * C * 8;
     static constexpr int STAGED = SLOTS / 2;             // slots of a group that merge away at once, where slots are read from
+    static constexpr int SLOT = DK / 4 * COLUMNS;        // a group's part of a slot in f32, in 16 bytes
     static constexpr int WIDTH = GROUPS * COLUMNS;       // columns of a block
 
     // `full` when the copies have come, `empty` when every warp that reads them has.
@@ -370,27 +372,39 @@ struct Scan {
 #pragma unroll
                         for (int i = 0; i < STEPS; i++) {
                             float* const x = &mine[block][i * 8 + half * 2];
-                            stage[(number * STEPS + i) * COLUMNS * 4] = make_float4(x[0], x[1], x[4], x[5]);
+                            stage[number * SLOT + i * COLUMNS * 4] = make_float4(x[0], x[1], x[4], x[5]);
                             x[0] = x[1] = x[4] = x[5] = 0;
                         }
                     }
                 __syncwarp();
                 group_barrier(1 + group, GROUP);
+                // Those that merge into one slot are added up by the whole group, into the first of them.
+                const int count = merges - staged_from < STAGED ? merges - staged_from : STAGED;
+                const uint32_t firsts = plan.firsts >> staged_from | 1;
+                for (int i = threadIdx.x % GROUP; i < SLOT; i += GROUP) {
+                    float4* const at = reinterpret_cast<float4*>(own_slots) + i;
+                    float4 sum = make_float4(0, 0, 0, 0);
+#pragma unroll 4
+                    for (int number = count - 1; number >= 0; number--) {
+                        const float4 x = at[number * SLOT];
+                        sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+                        if (firsts >> number & 1) at[number * SLOT] = sum, sum = make_float4(0, 0, 0, 0);
+                    }
+                }
+                group_barrier(1 + group, GROUP);
 #pragma unroll
                 for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        int number = plan.merged_from[place_of(block, half)] - staged_from;
-                        int end = plan.merged_to[place_of(block, half)] - staged_from;
-                        number = number > 0 ? number : 0, end = end < STAGED ? end : STAGED;
-#pragma unroll 1
-                        for (; number < end; number++) {
+                        const int place = place_of(block, half);
+                        int number = plan.merged_from[place] - staged_from;
+                        if (number < 0) number = 0;
+                        if (number >= count || number >= plan.merged_to[place] - staged_from) continue;
 #pragma unroll
-                            for (int i = 0; i < STEPS; i++) {
-                                const float4 y = stage[(number * STEPS + i) * COLUMNS * 4];
-                                float* const x = &mine[block][i * 8 + half * 2];
-                                x[0] += y.x, x[1] += y.y, x[4] += y.z, x[5] += y.w;
-                            }
+                        for (int i = 0; i < STEPS; i++) {
+                            const float4 y = stage[number * SLOT + i * COLUMNS * 4];
+                            float* const x = &mine[block][i * 8 + half * 2];
+                            x[0] += y.x, x[1] += y.y, x[4] += y.z, x[5] += y.w;
                         }
                     }
                 __syncwarp();
