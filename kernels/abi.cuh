@@ -216,6 +216,9 @@ struct ScanSm90Params {
     int64_t from, to;               // window of every sequence, multiples of C; in order
 };
 
+// Tokens of a chunk of the delta rule's prepare and scan on Hopper.
+constexpr int DELTA_CHUNK = 128;
+
 // What a chunk of the delta rule's scan on Hopper does to its slots, by place. Entry slots that merge away are numbered,
 // oldest first.
 struct DeltaPlan {
@@ -224,14 +227,15 @@ struct DeltaPlan {
     uint8_t merged_to[32];
     uint8_t tokens_from[32];   // tokens of the chunk that end here
     uint8_t tokens_to[32];
-    uint8_t steps[4];          // of places 8 n to 8 n + 7: bit s, tokens 16 s to 16 s + 15 have some that end there
+uint32_t firsts;           // numbers that are the first to merge into their slot, a bit each
     uint32_t merges;           // entry slots that merge away
     float decay;               // e^{Gamma_C}
     uint32_t exit_len;         // slots held after the chunk
     uint8_t exit_place[32];    // of exit slot i
 };
 
-// q, k, g, beta, events, lambda -> what the delta rule's scan on Hopper takes of a chunk. Grid W x HV (PrepareSm90Params).
+// q, k, g, beta, events, lambda -> what the delta rule's scan on Hopper takes of a chunk of C = DELTA_CHUNK tokens. Grid W x HV
+// (PrepareSm90Params; in chunks of this C).
 // D = width: dk as computed, 64 or 128. Matrices [k][n] stand as right operands: blocks of 8 x 8, [n / 8][k / 8][k % 8][n % 8].
 struct PrepareDeltaSm90Params {
     Extents extents;
@@ -243,22 +247,22 @@ struct PrepareDeltaSm90Params {
     const float* lambda;          // [B,T,HV,lambda_columns]
     const uint32_t* chunk_len;    // as segment leaves them
     const uint8_t* chunk_place;
-    uint32_t* pairs;              // [W, HV, 10, 32, 4] bf16 pairs out: P . Lambda, lower blocks, as left operands
-    float* weights;               // [W, HV, 4, slots / 4, 2, 8, 4] out: by warp, place / 4, half, row, place % 4
-    uint32_t* queries;            // [W, HV, 4, D / 16, 32, 4] bf16 pairs out: Qt as left operands, by warp, step, lane
+    uint32_t* pairs;              // [W, HV, 12, 2, 8, 8, 4] bf16 pairs out: P . Lambda as left operands (DeltaLayout)
+    float* weights;               // [W, HV, C / 16, slots / 4, 2, 8, 4] out: by 16 tokens, four places, half, row, place
+    uint32_t* queries;            // [W, HV, C / 16, D / 16, 32, 4] bf16 pairs out: Qt as left operands, by 16 tokens, step, lane
     uint16_t* transition;         // [W, HV, D D] bf16 out: (-Kd^T W)^T [k][n]
-    uint16_t* writes;             // [W, HV, 2, C D] bf16 out: Kh [t][n], two planes
+    uint16_t* writes;             // [W, HV, C D] bf16 out: Kh [t][n]
     DeltaPlan* plans;             // [W, HV] out
     int64_t from, to;             // window of every sequence, multiples of C
     int32_t lambda_columns;       // M or more
     int32_t slots;                // places that have weights: 16 or 32
-    int32_t width;                // D
+    int32_t alternate;            // four places are: 0 neighbours, 1 of eight the even or the odd ones
     float scale;
     int32_t qk_l2norm;
     int32_t reserved;
 };
 
-// Everything -> o and the states of the cache, delta rule, on Hopper. Grid N x HV x dv / 8.
+// Everything -> o and the states of the cache, delta rule, on Hopper. Grid N x HV x dv / columns of a block, rounded up.
 struct ScanDeltaSm90Params {
     Extents extents;
     const void* v;                  // [B,T,HV,dv]
@@ -614,7 +618,7 @@ static_assert(sizeof(PrepareBackwardSm90Params) == 200 && offsetof(PrepareBackwa
               offsetof(PrepareBackwardSm90Params, lambda_columns) == 184);
 static_assert(sizeof(ScanBackwardSm90Params) == 176 && offsetof(ScanBackwardSm90Params, initial_len) == 104 &&
               offsetof(ScanBackwardSm90Params, exchanged) == 168);
-static_assert(sizeof(DeltaPlan) == 208 && offsetof(DeltaPlan, steps) == 160 && offsetof(DeltaPlan, exit_place) == 176);
+static_assert(sizeof(DeltaPlan) == 208 && offsetof(DeltaPlan, firsts) == 160 && offsetof(DeltaPlan, exit_place) == 176);
 static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90Params, pairs) == 112 &&
               offsetof(PrepareDeltaSm90Params, from) == 160 && offsetof(PrepareDeltaSm90Params, qk_l2norm) == 192);
 static_assert(sizeof(ScanDeltaSm90Params) == 168 && offsetof(ScanDeltaSm90Params, initial_len) == 104 &&

@@ -28,11 +28,15 @@ using emulation::registers_more;
 using emulation::stmatrix_x4_trans;
 using emulation::wgmma_begin;
 using emulation::wgmma_bf16;
+using emulation::wgmma_bf16_nk;
+using emulation::wgmma_bf16_shared;
 using emulation::wgmma_commit;
 using emulation::wgmma_hold;
 using emulation::wgmma_operand;
+using emulation::wgmma_operand_nk;
 using emulation::wgmma_wait;
 using emulation::wgmma_wait_first;
+using emulation::wgmma_wait_but;
 
 #else
 
@@ -116,6 +120,12 @@ DEVICE void wgmma_wait() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "
 // Waits for all but those since the last commit but one.
 DEVICE void wgmma_wait_first() { asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory"); }
 
+// Waits for all but the last `COUNT` that were committed.
+template <int COUNT>
+DEVICE void wgmma_wait_but() {
+    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(COUNT) : "memory");
+}
+
 // Accumulators of a product in flight: nothing is done to them on the other side of this.
 template <int N>
 DEVICE void wgmma_hold(float (&d)[N]) {
@@ -130,6 +140,13 @@ DEVICE uint64_t wgmma_operand(const void* at, uint32_t across, uint32_t down = 1
            static_cast<uint64_t>(across >> 4) << 32;
 }
 
+// A right operand in shared memory that lies as [n][k], or a left one [m][k], blocks of 8 x 8 (k contiguous, 16 bytes a row of n) 128 bytes apart in n and
+// `along` bytes in k, no swizzle.
+DEVICE uint64_t wgmma_operand_nk(const void* at, uint32_t along) {
+    return static_cast<uint64_t>(shared_address(at) >> 4 & 0x3fff) | static_cast<uint64_t>(along >> 4) << 16 |
+           static_cast<uint64_t>(128 >> 4) << 32;
+}
+
 // D [64, N] = A [64, 16] B [16, N] (+ D where `accumulate`), by the four warps of a warpgroup, asynchronously: `d` may
 // not be touched before wgmma_wait. Warp w has rows 16 w..: with g = lane / 4, c = lane % 4, d[4 n + i] is
 // D(g + i / 2 * 8, 8 n + 2 c + i % 2); `a` as in mma_bf16.
@@ -140,6 +157,31 @@ DEVICE void wgmma_bf16(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int a
         "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
         "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
         "}, {%32, %33, %34, %35}, %36, p, 1, 1, 1;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
+          "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
+          "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),
+          "+f"(d[18]), "+f"(d[19]), "+f"(d[20]), "+f"(d[21]), "+f"(d[22]), "+f"(d[23]),
+          "+f"(d[24]), "+f"(d[25]), "+f"(d[26]), "+f"(d[27]), "+f"(d[28]), "+f"(d[29]),
+          "+f"(d[30]), "+f"(d[31])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
+// D [64, 8] += A B, A as wgmma_operand_nk makes it of [m][k].
+DEVICE void wgmma_bf16_shared(float (&d)[4], uint64_t a, uint64_t b) {
+    asm volatile(
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, %4, %5, 1, 1, 1, 0, 1;"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "l"(a), "l"(b));
+}
+
+// The same of an operand that wgmma_operand_nk made.
+DEVICE void wgmma_bf16_nk(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n64k16.f32.bf16.bf16 {"
+        "%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, %12, %13, %14, %15, %16, %17, %18, %19, %20, "
+        "%21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+        "}, {%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
         : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3]), "+f"(d[4]), "+f"(d[5]),
           "+f"(d[6]), "+f"(d[7]), "+f"(d[8]), "+f"(d[9]), "+f"(d[10]), "+f"(d[11]),
           "+f"(d[12]), "+f"(d[13]), "+f"(d[14]), "+f"(d[15]), "+f"(d[16]), "+f"(d[17]),

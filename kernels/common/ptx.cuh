@@ -32,6 +32,8 @@ using emulation::dynamic_shared;
 using emulation::dynamic_shared_bytes;
 using emulation::arrive;
 using emulation::exp2_approx;
+using emulation::copy_async_8;
+using emulation::exp_approx;
 using emulation::f16_to_f32;
 using emulation::f32_to_f16;
 using emulation::ldmatrix_x4;
@@ -80,6 +82,13 @@ DEVICE float quotient(float a, float b, float approximate) {
     const float y = __fmaf_rn(approximate, __fmaf_rn(-b, approximate, 1.0f), approximate);
     const float q = __fmul_rn(a, y);
     return __fmaf_rn(y, __fmaf_rn(-b, q, a), q);
+}
+
+// e^x to 2^-22 and 2^-23 |x|, 0 where it is below 2^-126.
+DEVICE float exp_approx(float x) {
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x * 1.44269504f));
+    return y;
 }
 
 // x, of which the compiler knows nothing: what is computed from it is not moved out of a loop.
@@ -147,9 +156,14 @@ DEVICE void copy_async_16(void* to, const void* from, bool live) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 16 : 0)
                  : "memory");
 }
-// Copies 4 bytes to shared memory.
-DEVICE void copy_async_4(void* to, const void* from) {
-    asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" ::"r"(shared_address(to)), "l"(from) : "memory");
+// The same of 4 and of 8 bytes.
+DEVICE void copy_async_4(void* to, const void* from, bool live = true) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 4, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 4 : 0)
+                 : "memory");
+}
+DEVICE void copy_async_8(void* to, const void* from, bool live) {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], 8, %2;" ::"r"(shared_address(to)), "l"(from), "r"(live ? 8 : 0)
+                 : "memory");
 }
 // Waits for the copies of this thread.
 DEVICE void copies_wait() { asm volatile("cp.async.wait_all;" ::: "memory"); }

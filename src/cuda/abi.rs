@@ -295,7 +295,10 @@ const _: () = assert!(
 /// Bytes of a `DeltaPlan`.
 pub const DELTA_PLAN_BYTES: usize = 208;
 
-/// Parameters of `prepare_delta_sm90_bf16`.
+/// Tokens of a chunk of the delta rule's prepare and scan on Hopper.
+pub const DELTA_CHUNK: usize = 128;
+
+/// Parameters of `prepare_delta_sm90_*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PrepareDeltaSm90Params {
@@ -318,7 +321,7 @@ pub struct PrepareDeltaSm90Params {
     pub to: i64,
     pub lambda_columns: i32,
     pub slots: i32,
-    pub width: i32,
+    pub alternate: i32,
     pub scale: f32,
     pub qk_l2norm: i32,
     pub reserved: i32,
@@ -1171,7 +1174,7 @@ pub struct ScanSm90 {
     pub dk: usize,
     /// Places for slots.
     pub slots: usize,
-    /// Groups of 128 threads, each with 8 columns of dv; under the delta rule they share 8.
+    /// Groups of 128 threads.
     pub groups: usize,
 }
 
@@ -1225,7 +1228,31 @@ impl ScanSm90 {
 
     /// Name of the kernel that prepares for it.
     pub fn prepare_name(&self) -> &'static str {
-        if self.delta { "prepare_delta_sm90_bf16" } else { "prepare_sm90_bf16" }
+        match (self.delta, self.dk) {
+            (false, _) => "prepare_sm90_bf16",
+            (true, 64) => "prepare_delta_sm90_64",
+            (true, _) => "prepare_delta_sm90_128",
+        }
+    }
+
+    /// File that it is in.
+    pub fn prepare_stage(&self) -> &'static str {
+        if self.delta { "prepare_delta_sm90" } else { "prepare_sm90" }
+    }
+
+    /// Tokens of a chunk; windows begin at multiples of this.
+    pub fn chunk(&self) -> usize {
+        if self.delta { DELTA_CHUNK } else { 64 }
+    }
+
+    /// Columns of dv of a group of threads: eight, or half of them where a group's registers hold no more.
+    fn group_columns(&self) -> usize {
+        if self.delta && self.slots * self.dk > 2048 { 4 } else { 8 }
+    }
+
+    /// Whether a thread of the scan has every other slot (`PrepareDeltaSm90Params::alternate`).
+    pub fn alternate(&self) -> bool {
+        self.group_columns() == 4
     }
 
     /// Threads of a block.
@@ -1235,7 +1262,7 @@ impl ScanSm90 {
 
     /// Columns of dv of a block.
     pub fn columns(&self) -> usize {
-        if self.delta { 8 } else { 8 * self.groups }
+        self.group_columns() * self.groups
     }
 
     /// Places that have weights.
@@ -1246,16 +1273,15 @@ impl ScanSm90 {
     /// Shared memory.
     pub fn shared_bytes(&self) -> usize {
         if self.delta {
-            return self.slots * self.dk * 16
-                + 2 * self.dk * self.dk * 2
-                + 2 * 64 * self.dk * 2
-                + 64 * self.dk * 2
-                + 64 * self.slots * 4
-                + 2 * 64 * 8 * 2
-                + 2 * 128 * 16
+            return 4 * self.slots * self.group_columns() * self.dk
+                + self.dk * self.dk * 2
+                + 2 * DELTA_CHUNK * self.dk * 2
+                + DELTA_CHUNK * self.slots * 4
+                + 48 * 512
+                + 2 * 2 * DELTA_CHUNK * 16
                 + 2 * DELTA_PLAN_BYTES
-                + 2 * 4 * self.dk * 32
-                + 64;
+                + self.slots
+                + 96;
         }
         self.bank_bytes()
             + 64 * self.weight_slots() * 4
@@ -1270,14 +1296,16 @@ impl ScanSm90 {
     pub fn prepare_shared_bytes(&self, geometry: &Geometry) -> usize {
         let lambda = 64 * geometry.capacity * 4;
         if self.delta {
-            let replay = geometry.replay_shared_bytes() + 2 * 64 * 2;
+            let replay = 3 * DELTA_CHUNK + DELTA_CHUNK * 5 * 4;
+            let per_token = DELTA_CHUNK * 8 + 5 * DELTA_CHUNK * 4 + DELTA_CHUNK;
+            let plan = 32 + 32 + 48 + DELTA_PLAN_BYTES;
             return replay
-                + 64 * 8
-                + 3 * 64 * 4
-                + 3 * 64
-                + DELTA_PLAN_BYTES
-                + 4 * Geometry::tile(2, 64, 64)
-                + lambda;
+                + per_token
+                + plan
+                + 8 * 16 * 17 * 4
+                + DELTA_CHUNK * geometry.capacity * 4
+                + DELTA_CHUNK * self.dk * 2
+                + 3 * 2 * 64 * 64 * 2;
         }
         let replay = 3 * 64 + (64 + 64) * 68 + 2 * 64 * 2;
         let numbers = 2 * 64 * 8 + 4 * 64 * 4 + 4 * 64 * 4 + 3 * 64;
@@ -1291,21 +1319,22 @@ impl ScanSm90 {
 
     /// Places of chunks for the window `from..to` of every sequence; `packed`: there are cu_seqlens.
     pub fn places(geometry: &Geometry, time: usize, packed: bool, from: usize, to: usize) -> usize {
+        let chunk = if geometry.delta { DELTA_CHUNK } else { 64 };
         if packed {
-            geometry.chunks()
+            geometry.tokens / chunk + geometry.sequences
         } else {
-            geometry.sequences * to.min(time).saturating_sub(from).div_ceil(64)
+            geometry.sequences * to.min(time).saturating_sub(from).div_ceil(chunk)
         }
     }
 
     /// Elements (u32) of P . Lambda.
     pub fn pairs_len(&self, geometry: &Geometry, places: usize) -> usize {
-        places * geometry.value_heads * if self.delta { 10 } else { PAIR_BLOCKS } * 32 * 4
+        places * geometry.value_heads * if self.delta { 48 } else { PAIR_BLOCKS } * 32 * 4
     }
 
     /// Elements (f32) of the weights.
     pub fn weights_len(&self, geometry: &Geometry, places: usize) -> usize {
-        places * geometry.value_heads * 64 * self.weight_slots()
+        places * geometry.value_heads * self.chunk() * self.weight_slots()
     }
 
     /// Bytes of the plans.
@@ -1315,7 +1344,7 @@ impl ScanSm90 {
 
     /// Elements (u32) of Qt, delta rule.
     pub fn queries_len(&self, geometry: &Geometry, places: usize) -> usize {
-        if self.delta { places * geometry.value_heads * 64 * self.dk / 2 } else { 0 }
+        if self.delta { places * geometry.value_heads * DELTA_CHUNK * self.dk / 2 } else { 0 }
     }
 
     /// Elements (u16) of the transitions, delta rule.
@@ -1325,7 +1354,7 @@ impl ScanSm90 {
 
     /// Elements (u16) of Kh, delta rule.
     pub fn writes_len(&self, geometry: &Geometry, places: usize) -> usize {
-        if self.delta { places * geometry.value_heads * 2 * 64 * self.dk } else { 0 }
+        if self.delta { places * geometry.value_heads * DELTA_CHUNK * self.dk } else { 0 }
     }
 
     /// Blocks of the kernel that prepares for it.

@@ -184,7 +184,7 @@ impl<'a> Stages<'a> {
                         to: window.end as i64,
                         lambda_columns: lambda_columns as i32,
                         slots: form.weight_slots() as i32,
-                        width: form.dk as i32,
+                        alternate: form.alternate().into(),
                         scale: self.plan.scale,
                         qk_l2norm: self.plan.qk_l2norm.into(),
                         reserved: 0,

@@ -99,7 +99,7 @@ impl Pipeline {
                     form,
                     gammas: gammas.transpose()?,
                     prepare: Choice::portable(
-                        "prepare_sm90",
+                        form.prepare_stage(),
                         form.prepare_name().to_owned(),
                         places,
                         prepare,
@@ -142,14 +142,14 @@ impl Pipeline {
 pub(super) const MOST_WINDOWS: usize = 4;
 
 /// Tokens of a window of sequences of `time` tokens: while one window is scanned the chain is at the next. What the scan
-/// holds goes through memory in between, so there are few.
-fn window(time: usize) -> usize {
+/// holds goes through memory in between, so there are few. A window but the last is whole chunks of the scan.
+fn window(time: usize, chunk: usize) -> usize {
     let windows = match time {
         ..4096 => return time.max(1),
         4096..16384 => 2,
         _ => MOST_WINDOWS,
     };
-    time.div_ceil(windows).next_multiple_of(SEGMENT_WINDOW)
+    time.div_ceil(windows).next_multiple_of(SEGMENT_WINDOW.max(chunk))
 }
 
 /// A call's kernels, scalars and workspace, chosen once: a plan may be launched as often as its shape comes.
@@ -194,7 +194,10 @@ impl Plan {
         };
         // Packed sequences' lengths, and so what a window would hold, are known on the GPU alone.
         let cut = hopper.is_some() && shape.sequences == shape.batch;
-        let window = if cut { window(shape.time) } else { shape.time.max(1) };
+        let window = match hopper {
+            Some(scan) if cut => window(shape.time, scan.chunk()),
+            _ => shape.time.max(1),
+        };
         let processors = device.multiprocessors().max(1) as usize;
         let rows = geometry.segment_rows(processors, window < shape.time);
         let windowed = hopper.map(|scan| {
@@ -333,13 +336,19 @@ fn check_shape(shape: &Shape) -> Result<()> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::cuda::abi::DELTA_CHUNK;
 
     #[test]
     fn windows_hold_whole_chunks() {
         for time in [0, 1, 63, 4095, 4096, 4097, 16384, 16385, 131_072, 2_097_152] {
-            let window = window(time);
-            assert!(window >= time || window.is_multiple_of(SEGMENT_WINDOW), "{time}: {window}");
-            assert!(window > 0 && time.div_ceil(window) <= MOST_WINDOWS);
+            for chunk in [64, DELTA_CHUNK] {
+                let window = window(time, chunk);
+                assert!(
+                    window >= time || (window.is_multiple_of(SEGMENT_WINDOW) && window.is_multiple_of(chunk)),
+                    "{time}: {window}"
+                );
+                assert!(window > 0 && time.div_ceil(window) <= MOST_WINDOWS);
+            }
         }
     }
 

@@ -498,7 +498,17 @@ inline void copy_async_16(void* to, const void* from, bool live) {
     if (live) memcpy(to, from, 16);
     else memset(to, 0, 16);
 }
-inline void copy_async_4(void* to, const void* from) { memcpy(to, from, 4); }
+inline void copy_async_4(void* to, const void* from, bool live = true) {
+    if (live) memcpy(to, from, 4);
+    else memset(to, 0, 4);
+}
+inline void copy_async_8(void* to, const void* from, bool live) {
+    if (reinterpret_cast<uintptr_t>(to) % 8 != 0 || (live && reinterpret_cast<uintptr_t>(from) % 8 != 0))
+        fail("a copy that is not aligned");
+    if (live) memcpy(to, from, 8);
+    else memset(to, 0, 8);
+}
+inline float exp_approx(float x) { return expf(x); }
 inline float exp2_approx(float x) { return exp2f(x); }
 inline void copies_wait() {}
 inline void copies_commit() {}
@@ -552,6 +562,8 @@ inline void wgmma_begin() {}
 inline void wgmma_commit() {}
 inline void wgmma_wait() {}
 inline void wgmma_wait_first() {}
+template <int>
+inline void wgmma_wait_but() {}
 template <size_t N>
 inline void wgmma_hold(float (&)[N]) {}
 inline uint64_t wgmma_operand(const void* at, uint32_t across, uint32_t down = 128) {
@@ -560,7 +572,7 @@ inline uint64_t wgmma_operand(const void* at, uint32_t across, uint32_t down = 1
     return uint64_t(offset / 16) | uint64_t(down / 16) << 16 | uint64_t(across / 16) << 32;
 }
 template <size_t REGISTERS>
-inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+inline void wgmma_of(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate, bool nk) {
     constexpr unsigned N = REGISTERS * 2;
     collective(
         -6,
@@ -583,7 +595,10 @@ inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b
             for (unsigned k = 0; k < 16; k++)
                 for (unsigned n = 0; n < N; n++) {
                     uint16_t bits;
-                    memcpy(&bits, from + n / 8 * across + k / 8 * down + k % 8 * 16 + n % 8 * 2, 2);
+                    memcpy(&bits,
+                           nk ? from + n / 8 * 128 + k / 8 * across + n % 8 * 16 + k % 8 * 2
+                              : from + n / 8 * across + k / 8 * down + k % 8 * 16 + n % 8 * 2,
+                           2);
                     B[k][n] = bf16_bits_to_f32(bits);
                 }
             memset(D, 0, sizeof D);
@@ -597,6 +612,26 @@ inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b
                 }
         });
 }
+
+template <size_t REGISTERS>
+inline void wgmma_bf16(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    wgmma_of(d, a, b, accumulate, false);
+}
+template <size_t REGISTERS>
+inline void wgmma_bf16_nk(float (&d)[REGISTERS], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    wgmma_of(d, a, b, accumulate, true);
+}
+inline void wgmma_bf16_shared(float (&d)[4], uint64_t a, uint64_t b) {
+    uint32_t left[4];
+    const unsigned lane = machine.current->thread % WARP, first = machine.current->thread / WARP % 4 * 16;
+    for (unsigned i = 0; i < 4; i++) {
+        const unsigned m = first + lane / 4 + i % 2 * 8, k = lane % 4 * 2 + i / 2 * 8;
+        const size_t along = (a >> 32 & 0x3fff) * 16;
+        memcpy(left + i, machine.shared + (a & 0x3fff) * 16 + m / 8 * 128 + k / 8 * along + m % 8 * 16 + k % 8 * 2, 4);
+    }
+    wgmma_of(d, left, b, true, false);
+}
+inline uint64_t wgmma_operand_nk(const void* at, uint32_t along) { return wgmma_operand(at, along); }
 
 // All lanes put a value in; lane l takes out what `pick` makes of them.
 template <typename T, typename Pick>

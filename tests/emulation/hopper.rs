@@ -2,6 +2,7 @@
 
 use super::*;
 use dla::cuda::abi::{
+    DELTA_CHUNK,
     GAMMAS_SHARED_BYTES, GammasSm90Params, PrepareDeltaSm90Params, PrepareSm90Params, ScanDeltaSm90Params,
     ScanSm90, ScanSm90Params,
 };
@@ -147,7 +148,7 @@ fn scan(
                 to: to as i64,
                 lambda_columns: problem.lambda_columns() as i32,
                 slots: kernel.weight_slots() as i32,
-                width: kernel.dk as i32,
+                alternate: kernel.alternate().into(),
                 scale: problem.scale(),
                 qk_l2norm: options.qk_l2norm.into(),
                 reserved: 0,
@@ -291,7 +292,8 @@ fn every_scan(recurrence: Recurrence, sizes: &[(usize, usize)], capacities: &[us
         let log = (at % 4 == 3).then(|| own_log(&case, &problem, seed + at as u64));
         let expected = reference::forward(&problem, &Arguments::of(&problem), log.as_deref(), None);
         let mut first: Option<(Vec<f64>, Vec<f32>)> = None;
-        for (window, processors) in [(1 << 20, 1), (64, 1000), (128, 1)] {
+        let chunk = if recurrence == Recurrence::GatedDelta { DELTA_CHUNK } else { 64 };
+        for (window, processors) in [(1 << 20, 1), (chunk, 1000), (2 * chunk, 1)] {
             let (o, states) = scan(emulate, &case, &problem, &expected.events, window, processors);
             let f64s: Vec<f64> = states.iter().map(|&x| x.into()).collect();
             for (tensor, x, reference) in

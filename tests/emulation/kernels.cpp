@@ -11,14 +11,13 @@
 #include "../../kernels/route_backward.cu"
 #include "../../kernels/prepare_sm90.cu"
 #include "../../kernels/scan_sm90.cu"
+#include "../../kernels/prepare_delta_sm90.cu"
 #include "../../kernels/prepare_backward_sm90.cu"
 #include "../../kernels/scan_backward_sm90.cu"
 // Files are compiled one by one for the device; here their names would meet.
 #define Scan ScanDelta
 #define GROUP GROUP_DELTA
-#define COLUMNS COLUMNS_DELTA
 #define phase phase_delta
-#define mask_of mask_of_delta
 #include "../../kernels/scan_delta_sm90.cu"
 
 // What the emulator must catch.
@@ -91,7 +90,7 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 256), RUN(scan_sm90_128_30_2, 384);
     RUN(scan_sm90_128_32_1, 256), RUN(scan_sm90_128_64_1, 256);
     RUN(scan_sm90_256_16_1, 256);
-    RUN(prepare_delta_sm90_bf16);
+    RUN(prepare_delta_sm90_64), RUN(prepare_delta_sm90_128);
     RUN(scan_delta_sm90_64_16, 384), RUN(scan_delta_sm90_64_32, 384);
     RUN(scan_delta_sm90_128_16, 384), RUN(scan_delta_sm90_128_32, 384);
     RUN(prepare_backward_sm90_bf16);
