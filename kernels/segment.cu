@@ -930,14 +930,14 @@ DEVICE void merge_steps(const uint2* list, const uint4* begun, const uint32_t* p
     uint32_t x = shared_uint(pairs);
     uint2 to = shared_uint2(base + rank * 8 + 40);
     Cost<MASS> cost;
-    // Of the last step: whether the lane's slot lies past the pair, went; whether its keys to two and three ahead change.
-    bool above = !holds, freed = rank == last, two = false, three = false, late = false;
+    // How far the pair that went lies past the lane's slot, and the one before; more than MOST_SLOTS: before it.
+    uint32_t below = rank == last ? NONE : holds ? 32 : NONE - 1, earlier = 32;
     const auto step = [&] {
         const uint32_t best = __reduce_min_sync(ALL, k);
         // While it comes.
-        if (late) q = cost.bits(k & zero);
-        move_if(two, r, q);
-        late = three;
+        const bool above = below >= MOST_SLOTS, freed = below == NONE;
+        if (earlier <= 3) q = cost.bits(k & zero);
+        move_if(below <= 2, r, q);
         cost.start(own, to);
         decrement_if(above, rank);
         move_if(freed, rank, last);
@@ -949,25 +949,25 @@ DEVICE void merge_steps(const uint2* list, const uint4* begun, const uint32_t* p
         move_if(freed, k, x);
         const uint32_t moved = k - 1;
         x = shared_uint(pairs + 4);
-        shared_uint2_if(freed, begins, own.x, own.y);
-        shared_uint2_if(freed, begins + 8, r, q);
+        shared_uint4_if(freed, begins, own.x, own.y, r, q);
         base += 8, begins += 16, pairs += 4;
 
-        const uint32_t j = best & 63, below = j - rank;
-        above = j < rank, freed = below == NONE, two = below <= 2, three = below <= 3;
-        const uint32_t past = freed ? NONE : moved, stays = below <= 1 ? kept : k;
-        k = above ? past : stays;
+        const uint32_t j = best & 63;
+        earlier = below, below = j - rank;
+        const uint32_t past = below == NONE ? NONE : moved, stays = below <= 1 ? kept : k;
+        k = j < rank ? past : stays;
         *events++ = j;
     };
 #pragma unroll 1
-    for (; left >= 8; left -= 8) {
+    for (; left >= 16; left -= 16) {
 #pragma unroll
-        for (int i = 0; i < 8; i++) step();
+        for (int i = 0; i < 16; i++) step();
     }
 #pragma unroll 1
     for (; left > 0; left--) step();
+    const bool above = below >= MOST_SLOTS;
     decrement_if(above, rank);
-    move_if(freed, rank, last);
+    move_if(below == NONE, rank, last);
     if (!above) put_shared(base + rank * 8, own);
     __syncwarp();
 }

@@ -52,7 +52,7 @@ DEVICE void move_if(bool live, uint32_t& to, uint32_t from) { to = live ? from :
 DEVICE void decrement_if(bool live, uint32_t& x) { x -= live; }
 using emulation::shared_uint;
 using emulation::shared_uint2;
-using emulation::shared_uint2_if;
+using emulation::shared_uint4_if;
 using emulation::transpose_8x8;
 using emulation::trap;
 
@@ -110,10 +110,12 @@ DEVICE uint32_t shared_uint(uint32_t address) {
     return x;
 }
 // Loads where `live`, else leaves what is there.
-DEVICE void shared_uint2_if(bool live, uint32_t address, uint32_t& x, uint32_t& y) {
-    asm volatile("{\n .reg .pred p;\n setp.ne.s32 p, %3, 0;\n @p ld.shared.v2.u32 {%0, %1}, [%2];\n}"
-                 : "+r"(x), "+r"(y)
-                 : "r"(address), "r"(static_cast<int>(live)));
+DEVICE void shared_uint4_if(bool live, uint32_t address, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
+    asm volatile(
+        "{\n .reg .pred p;\n setp.ne.s32 p, %5, 0;\n @p ld.shared.v2.u32 {%0, %1}, [%4];\n"
+        " @p ld.shared.v2.u32 {%2, %3}, [%4 + 8];\n}"
+        : "+r"(x), "+r"(y), "+r"(z), "+r"(w)
+        : "r"(address), "r"(static_cast<int>(live)));
 }
 // Each one instruction with a predicate.
 DEVICE void move_if(bool live, uint32_t& to, uint32_t from) {

@@ -339,10 +339,10 @@ inline X shared_at(uint32_t address) {
 }
 inline uint2 shared_uint2(uint32_t address) { return shared_at<uint2>(address); }
 inline uint32_t shared_uint(uint32_t address) { return shared_at<uint32_t>(address); }
-inline void shared_uint2_if(bool live, uint32_t address, uint32_t& x, uint32_t& y) {
+inline void shared_uint4_if(bool live, uint32_t address, uint32_t& x, uint32_t& y, uint32_t& z, uint32_t& w) {
     if (!live) return;
-    const auto two = shared_at<uint2>(address);
-    x = two.x, y = two.y;
+    const auto four = shared_at<uint4>(address);
+    x = four.x, y = four.y, z = four.z, w = four.w;
 }
 inline void put_shared(uint32_t address, uint2 x) {
     if (address % 8 != 0 || address + 8 > machine.shared_bytes) return fail("a store outside shared memory");
