@@ -12,15 +12,16 @@
 // One block of two groups of 128 threads per chunk and value head (grid: abi.cuh; a place without a chunk returns at once);
 // group i has tokens 64 i .. 64 i + 63 as rows. Tm = [[T11, 0], [T21, T22]] of 64 x 64: each group inverts its own, by blocks of 16
 // in f32, then twice (T_BB L_BA) T_AA by mma; the second group makes T21 so. Everything else is wgmma, left operands in
-// registers. P . Lambda and Qt leave as left operands of the scan's products, the weights in the order in which a thread of the scan reads them.
+// registers. P . Lambda and Qt leave as left operands of the scan's products, the weights in the order in which a thread of the
+// scan reads them.
 //
 // Slots are stretches of tokens, so slot_t(s) is a count: of the items (entry slots, then tokens) up to s that begin a slot at t.
 // A thread follows an item from the token that makes it begin one to that which merges it away.
 //
 // Shared memory (bytes; D = dk as computed): keys 256 D; Tm, then W', 49,152; lambda 512 M; blocks of 16 8,704; the rest 6,976:
 // D = 128, M = 32: 113,984, two blocks a multiprocessor.
-// Floor, not measured: at D = 128 11,000 clocks of the tensor cores a chunk and head, at S3 0.2 ms; it writes 133,328 bytes a chunk
-// and head, at S3 0.55 GB: 0.3 ms with what it reads.
+// Floor, not measured: at D = 128 11,000 clocks of the tensor cores a chunk and head, at S3 0.2 ms; it writes 139,472 bytes a chunk
+// and head, at S3 0.57 GB: 0.3 ms with what it reads.
 // Numerics: sums in f32. A, Tm and the left operands of W' and Kh in two planes; P diag(e^Gamma) and W' rounded once to bf16, and so
 // is what leaves.
 
@@ -723,7 +724,7 @@ DEVICE void prepare_delta_sm90(const PrepareDeltaSm90Params& p) {
 }  // namespace
 }  // namespace dla
 
-// Head size as computed. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 64: NUM, 128: NUM.
+// Head size as computed. Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 125 and 128.
 KERNEL BLOCKS_OF(dla::THREADS, 2) prepare_delta_sm90_64(const __grid_constant__ dla::PrepareDeltaSm90Params p) {
     dla::prepare_delta_sm90<64>(p);
 }

@@ -21,15 +21,16 @@
 // latter masked by slot. Only operands are rounded.
 //
 // F, and not W and Kd one after the other: as many clocks, one wait less, no rounding of W S, and no registers for W S, so that
-// the states fit there. Why 128 tokens: F acts once for twice the tokens, fewer slots hold tokens at a chunk's end (simulated at
-// M = 30, merges at every token, density: 7 of 64 tokens, 7 of 128), and fewer entry slots merge away (6 and 6); prepare pays
-// with blocks of 64 tokens by 64 (prepare_delta_sm90.cu).
+// the states fit there. Why 128 tokens: F acts once for twice the tokens, and no more entry slots merge away in a chunk than of 64
+// (density, M = 30, merges at every token: about 12); prepare pays with blocks of 64 tokens by 64 (prepare_delta_sm90.cu).
 //
 // Shared memory (bytes; D = dk as computed, N = SLOTS COLUMNS): slots 4 N D; F D D 2; Kh 256 D; Qt 256 D; weights 512 SLOTS;
 // P . Lambda 24,576; V 8,192; plans 416; barriers 96; SLOTS. D = 128, SLOTS = 32, COLUMNS = 4: 213,504.
 // Floor, not measured: clocks of the tensor cores a chunk and block at D = 128, M = 32: read, transition and write 2,048
-// each. At S3 256 blocks on 132 multiprocessors: two rounds of 256 chunks, 1.8 ms. Through L2 come 136 KB a chunk and block.
-// Numerics: operands bf16, sums and states f32. On the emulator, dk = 128, 1,024 tokens without decay: NUMBERS.
+// each. At S3 256 blocks on 132 multiprocessors: two rounds of 256 chunks, 1.8 ms. Through L2 come 142 KB a chunk and block.
+// Numerics: operands bf16, sums and states f32. On the emulator, dk = 128, 1,024 tokens without decay, o is off by
+// up to 3.5e-3, states by 2.9e-3; with decays of 0.02 at most 2.7e-3 and 1.8e-3 (simulated with Kh in two planes: 2.9e-3 and
+// 1.7e-3, and the write would cost twice).
 
 #include "common/delta.cuh"
 #include "common/hopper.cuh"
@@ -235,7 +236,8 @@ struct Scan {
 
         // Element 4 n + 2 half + i of a block of slots: k = 8 n + c2 + i, column g % COLUMNS of place_of(block, half).
         float mine[BLOCKS][WIDE];
-        const auto place_of = [&](int block, int half) { return block * PLACES + (warp * 16 + half * 8 + g) / COLUMNS; };
+        const int first_place = (warp * 16 + g) / COLUMNS;
+        const auto place_of = [&](int block, int half) { return first_place + block * PLACES + half * (8 / COLUMNS); };
         // Puts a warp's rows of a block where the read finds them.
         const auto publish = [&](int block) {
             uint16_t* const at = own_slots + (block * 8 + warp * 2 + lane / 8 % 2) * DK * 8 + (lane / 16 * 8 + lane % 8) * 8;
@@ -270,10 +272,8 @@ struct Scan {
 
         // This thread's part of o: two columns of tokens from row g on.
         Bf16* o_at = static_cast<Bf16*>(p.o) + row.at(from + warp * 16 + g) * dv + column0 + c2 % COLUMNS;
-        const int64_t row8 = static_cast<int64_t>(8) * e.value_heads * dv;
         const int chunks = to > from ? static_cast<int>((to - from + C - 1) / C) : 0;
-        // Tokens from this thread's first row on, in the last chunk.
-        const int last_tokens = static_cast<int>(to - from - static_cast<int64_t>(chunks - 1) * C) - warp * 16 - g;
+        const int last_tokens = static_cast<int>(to - from - static_cast<int64_t>(chunks - 1) * C);  // of the last chunk
 #pragma unroll 1
         for (int n = 0; n < chunks; n++) {
             const int buffer = n % 2;
@@ -317,20 +317,25 @@ struct Scan {
                         for (int step = 0; step < STEPS; step++)
                             wgmma_bf16(read, q[step], wgmma_operand(own_slots + block * 64 * DK + step * 128, DK * 16), step > 0);
                         wgmma_commit();
-                        wgmma_wait();
-                        wgmma_hold(read);
-                        if (block == 0) wgmma_hold(own);
+                        // Before the wait: the products take longer.
+                        float4 w[2][2];
 #pragma unroll
                         for (int quad = 0; quad < 2; quad++) {
                             const int which = COLUMNS == 8 ? block * 2 + quad : block * 4 + quad * 2 + c / 2;
                             const float4* const at = weights + half * WEIGHTS / 4 + (warp * QUADS + which) * 16 + g;
-                            const float4 top = at[0], bottom = at[8];
-                            const float w[2][4] = {{top.x, top.y, top.z, top.w}, {bottom.x, bottom.y, bottom.z, bottom.w}};
-#pragma unroll
-                            for (int i = 0; i < 4; i++)
-#pragma unroll
-                                for (int x = 0; x < 4; x++) out[x] += w[x / 2][i] * read[(quad * 4 + i) * 4 + x];
+                            w[quad][0] = at[0], w[quad][1] = at[8];
                         }
+                        wgmma_wait();
+                        wgmma_hold(read);
+                        if (block == 0) wgmma_hold(own);
+#pragma unroll
+                        for (int quad = 0; quad < 2; quad++)
+#pragma unroll
+                            for (int x = 0; x < 4; x++) {
+                                const float4 of = w[quad][x / 2];
+                                const float* const y = read + quad * 16 + x;
+                                out[x] += of.x * y[0], out[x] += of.y * y[4], out[x] += of.z * y[8], out[x] += of.w * y[12];
+                            }
                     }
                 }
                 __syncwarp();
@@ -341,7 +346,9 @@ struct Scan {
                 }
 #pragma unroll
                 for (int x = 0; x < 4; x++) out[x] += own[x];
-                const int tokens = (n + 1 < chunks ? C : last_tokens) - half * HALF;
+                // From this thread's first row on.
+                const int tokens = (n + 1 < chunks ? C : last_tokens) - half * HALF - warp * 16 - g;
+                const int64_t row8 = static_cast<int64_t>(opaque(e.value_heads)) * (dv * 8);  // eight tokens on; no register kept
                 if constexpr (COLUMNS == 4) {
                     const bool lower = c >= 2;
                     if (stores && (lower ? 8 : 0) < tokens)
@@ -360,6 +367,12 @@ struct Scan {
             const DeltaPlan& plan = plans[buffer];
             const int merges = static_cast<int>(plan.merges);
             float4* const stage = reinterpret_cast<float4*>(own_slots) + g % COLUMNS * 4 + c;
+            uint32_t merged[BLOCKS][2];  // the slot's number, if it goes; from where and to where others merge into it
+#pragma unroll
+            for (int i = 0; i < BLOCKS * 2; i++) {
+                const int place = place_of(i / 2, i % 2);
+                merged[i / 2][i % 2] = plan.gone[place] | plan.merged_from[place] << 8 | plan.merged_to[place] << 16;
+            }
 #pragma unroll 1
             for (int staged_from = 0; staged_from < merges; staged_from += STAGED) {
                 group_barrier(1 + group, GROUP);
@@ -367,7 +380,7 @@ struct Scan {
                 for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        const int number = plan.gone[place_of(block, half)] - staged_from;
+                        const int number = static_cast<int>(merged[block][half] & 0xff) - staged_from;
                         if (number < 0 || number >= STAGED) continue;
 #pragma unroll
                         for (int i = 0; i < STEPS; i++) {
@@ -396,10 +409,9 @@ struct Scan {
                 for (int block = 0; block < BLOCKS; block++)
 #pragma unroll
                     for (int half = 0; half < 2; half++) {
-                        const int place = place_of(block, half);
-                        int number = plan.merged_from[place] - staged_from;
+                        int number = static_cast<int>(merged[block][half] >> 8 & 0xff) - staged_from;
                         if (number < 0) number = 0;
-                        if (number >= count || number >= plan.merged_to[place] - staged_from) continue;
+                        if (number >= count || number >= static_cast<int>(merged[block][half] >> 16) - staged_from) continue;
 #pragma unroll
                         for (int i = 0; i < STEPS; i++) {
                             const float4 y = stage[number * SLOT + i * COLUMNS * 4];
