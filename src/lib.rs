@@ -32,6 +32,7 @@ pub mod cuda;
 mod engine;
 mod error;
 pub mod events;
+pub mod interop;
 mod options;
 mod problem;
 pub mod reference;
