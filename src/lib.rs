@@ -34,6 +34,7 @@ mod engine;
 mod entries;
 mod error;
 pub mod events;
+pub mod interop;
 mod options;
 mod problem;
 pub mod reference;
