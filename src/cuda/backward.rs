@@ -92,7 +92,6 @@ impl BackwardKernel {
         match self {
             Slots => "slots".to_owned(),
             HeadSums => "head_sums".to_owned(),
-            RouteBackwardKeys => "route_backward_keys".to_owned(),
             SegmentLogBackward => "segment_log_backward".to_owned(),
             Prepare => format!("prepare_{recurrence}_{dtype}"),
             ScanStates => format!("scan_states_{recurrence}_{dtype}"),
@@ -103,6 +102,7 @@ impl BackwardKernel {
             GroupSum => format!("group_sum_{dtype}"),
             DriftBackward => format!("drift_backward_{dtype}"),
             RouteBackward => format!("route_backward_{dtype}"),
+            RouteBackwardKeys => format!("route_backward_keys_{dtype}"),
             SegmentStates => format!("segment_states_{dtype}"),
             SegmentScalars => format!("segment_scalars_{dtype}"),
             SegmentOpenBackward => format!("segment_open_backward_{dtype}"),
@@ -128,6 +128,8 @@ impl BackwardKernel {
             PrepareBackward => g.prepare_backward_shared_bytes(),
             GroupSum => 0,
             HeadSums => g.head_sums_shared_bytes(),
+            RouteBackward => g.route_backward_shared_bytes(),
+            RouteBackwardKeys => g.route_backward_keys_shared_bytes(),
             _ => 0,
         }
     }
@@ -296,7 +298,7 @@ impl Backward {
         use BackwardKernel::*;
         let mut kernels = vec![Slots, Prepare, ScanStates, ScanBackward, PrepareBackward, GroupSum];
         if self.routed {
-            kernels.extend([RouteSums, RouteBases]);
+            kernels.extend([RouteSums, RouteBases, RouteBackward, RouteBackwardKeys, HeadSums]);
         }
         kernels
     }
@@ -621,6 +623,11 @@ impl<'a> Pass<'a> {
             Step::Advance { from, to, first, last } => self.advance(from, to, first..last, launcher),
             Step::Reverse { from, window } => self.reverse(from, window, launcher),
         })?;
+        let layout = &self.plan.layout;
+        if self.plan.routed {
+            self.head_sums(layout.slope_sums, self.gradients.slope, launcher)?;
+            self.head_sums(layout.bias_sums, self.gradients.bias, launcher)?;
+        }
         Ok(())
     }
 
@@ -737,6 +744,9 @@ impl<'a> Pass<'a> {
         self.scan_states(from, from.unwrap_or(0), &tokens, self.at(layout.entries), launcher)?;
         self.scan_backward(&tokens, launcher)?;
         self.prepare_backward(&tokens, launcher)?;
+        if self.plan.routed {
+            self.route_backward(&tokens, launcher)?;
+        }
         self.group_sum(&tokens, launcher)
     }
 
@@ -816,6 +826,57 @@ impl<'a> Pass<'a> {
             qk_l2norm: self.plan.qk_l2norm.into(),
         };
         launcher.launch(BackwardKernel::PrepareBackward, self.window_blocks(window), &params)
+    }
+
+    /// Sums of what the chunks have left, added to those of the groups before.
+    fn head_sums(&self, sums: usize, out: DevicePointer, launcher: &mut impl Launcher) -> Result<()> {
+        let params = HeadSumsParams {
+            extents: self.extents,
+            sums: self.at(sums),
+            out,
+            chunk: self.geometry.chunk() as i32,
+            add: (!self.first).into(),
+        };
+        launcher.launch(BackwardKernel::HeadSums, self.geometry.value_heads, &params)
+    }
+
+    fn route_backward(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let d_keys = self.initial_gradient.keys;
+        let params = RouteBackwardParams {
+            extents: self.extents,
+            q: self.inputs.q,
+            k: self.inputs.k,
+            events: self.forward.events,
+            chunk_len: self.at(layout.chunk_len),
+            chunk_starts: self.at(layout.chunk_starts),
+            sums: self.at(layout.key_sums),
+            bases: self.at(layout.key_bases),
+            key_factors: if self.plan.qk_l2norm { self.at(layout.key_factors) } else { 0 },
+            initial_len: self.initial.len,
+            initial_tokens: self.initial.tokens,
+            initial_keys: self.initial.keys,
+            slope: self.inputs.slope,
+            bias: self.inputs.bias,
+            logits: self.inputs.logits,
+            d_slots: self.at(layout.d_slots),
+            final_keys: self.final_gradient.keys,
+            d_q: self.at(layout.d_q),
+            d_k: self.at(layout.d_k),
+            dlogits: self.gradients.logits,
+            slope_sums: self.at(layout.slope_sums),
+            bias_sums: self.at(layout.bias_sums),
+            d_bank: self.at(layout.key_bank),
+            exits: self.at(layout.exits),
+            d_keys: if d_keys == 0 { self.at(layout.d_keys) } else { d_keys },
+            from: window.start as i64,
+            to: window.end as i64,
+            logit_columns: self.inputs.logit_columns as i32,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+        };
+        launcher.launch(BackwardKernel::RouteBackward, self.window_blocks(window), &params)?;
+        let blocks = self.geometry.route_backward_keys_blocks();
+        launcher.launch(BackwardKernel::RouteBackwardKeys, blocks, &params)
     }
 
     /// Gradients of q and k: over a group's value heads, through their norm.

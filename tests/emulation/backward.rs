@@ -532,7 +532,7 @@ fn backward(
             sums: sums.pointer(),
             out: out.pointer(),
             chunk: chunk as i32,
-            reserved: 0,
+            add: 0,
         };
         launch(emulate, "head_sums", heads, geometry.head_sums_shared_bytes(), &params);
         buffer(&out, Dtype::F32)

@@ -221,7 +221,7 @@ fn every_kernel_backward() {
     let mut at = 0;
     for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
         for recurrence in [Recurrence::Gated, Recurrence::GatedDelta] {
-            for read in [Read::Given] {
+            for read in [Read::Given, Read::Routed] {
                 for packed in [false, true] {
                     let (dk, dv) = sizes[at % sizes.len()];
                     let options = Options {
