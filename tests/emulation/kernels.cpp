@@ -8,6 +8,10 @@
 #include "../../kernels/prepare_backward.cu"
 #include "../../kernels/group_sum.cu"
 #include "../../kernels/route_backward.cu"
+// Names that segment.cu has too.
+#define FORGOTTEN FORGOTTEN_BACKWARD
+#include "../../kernels/segment_backward.cu"
+#undef FORGOTTEN
 #include "../../kernels/prepare_sm90.cu"
 #include "../../kernels/scan_sm90.cu"
 // Files are compiled one by one for the device; here their names would meet.
@@ -69,6 +73,12 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES(group_sum);
     RUN_DTYPES(route_backward);
     RUN_DTYPES(route_backward_keys);
+    RUN_DTYPES(drift_backward);
+    RUN_DTYPES(segment_states);
+    RUN_DTYPES(segment_scalars);
+    RUN_DTYPES(segment_open_backward);
+    RUN_DTYPES(segment_backward);
+    RUN_DTYPES(segment_log_backward);
     RUN(head_sums);
     RUN(prepare_sm90_bf16);
     RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
