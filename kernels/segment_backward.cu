@@ -198,7 +198,7 @@ DEVICE void segment_states(const SegmentStatesParams& p) {
         const int64_t chunk = (first - p.from) / C, place = (first_chunk(row, C) + first / C) * e.value_heads + row.head;
         if (chunk % p.stride == 0) {
             const int64_t at = p.saves > 0 ? index * p.saves + chunk / p.stride
-                                           : (first_of_window(e, row, p.from, p.to, C) + chunk) * e.value_heads + row.head;
+                                           : (place_in_window(e, row, p.from, p.to, p.from, C) + chunk) * e.value_heads + row.head;
             r.each(dk, [&](int key, int column, float& x0, float& x1) {
                 if (slice + column < dv)
                     *reinterpret_cast<float2*>(p.open + at * state + static_cast<int64_t>(key) * dv + slice + column) =
@@ -507,7 +507,7 @@ DEVICE void segment_open_backward(const SegmentBackwardParams& p) {
         const int64_t first = p.from + chunk * C;
         const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
         const int64_t place = (first_chunk(row, C) + first / C) * e.value_heads + row.head;
-        const int64_t kept = (first_of_window(e, row, p.from, p.to, C) + chunk) * e.value_heads + row.head;
+        const int64_t kept = (place_in_window(e, row, p.from, p.to, p.from, C) + chunk) * e.value_heads + row.head;
         double* const scalars = p.scalars + kept * SCALARS_OF<C>;
         const double log = p.open_log[kept];
         __syncthreads();
@@ -856,7 +856,7 @@ DEVICE void segment_log_backward(const SegmentBackwardParams& p) {
     for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
         const int64_t first = p.from + chunk * C;
         const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-        const int64_t kept = (first_of_window(e, row, p.from, p.to, C) + chunk) * e.value_heads + row.head;
+        const int64_t kept = (place_in_window(e, row, p.from, p.to, p.from, C) + chunk) * e.value_heads + row.head;
         const double* const singles = p.scalars + kept * SCALARS_OF<C> + SCALAR_ARRAYS * C;
         if (first + C >= row.len) of_log = p.final_open ? singles[EXIT_LOG] : 0.0;
         const int newest = static_cast<int>(singles[NEWEST]);

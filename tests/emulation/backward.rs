@@ -682,13 +682,8 @@ fn backward(
     }
     let sum_of_heads = |sums: &Array| {
         let out = Array::poisoned(heads * 4);
-        let params = HeadSumsParams {
-            extents,
-            sums: sums.pointer(),
-            out: out.pointer(),
-            chunk: chunk as i32,
-            add: 0,
-        };
+        let params =
+            HeadSumsParams { extents, sums: sums.pointer(), out: out.pointer(), chunk: chunk as i32, add: 0 };
         launch(emulate, "head_sums", heads, geometry.head_sums_shared_bytes(), &params);
         buffer(&out, Dtype::F32)
     };
