@@ -845,7 +845,11 @@ impl Geometry {
         let chunk = self.chunk();
         let square = Self::tile(2, chunk, chunk);
         let columns = self.replay_shared_bytes() + 3 * chunk * 8 + 5 * chunk * 4;
-        let slices = Self::tile(self.parts, chunk, 64) + Self::tile(2, chunk, 64);
+        // The delta rule takes three planes of f32.
+        let slices = match (self.delta, self.parts) {
+            (true, 2) => 2 * Self::tile(3, chunk, 64),
+            (_, parts) => Self::tile(parts, chunk, 64) + Self::tile(2, chunk, 64),
+        };
         let matrices = chunk * (chunk + 1) * 4;
         let scratch = matrices + (chunk * 65).next_multiple_of(16);
         let reused = square + slices.max(scratch);

@@ -899,5 +899,33 @@ fn segment_backward() {
             at += 1;
         }
     }
+    // Long segments, carried in and on; zero tokens; decay that leaves nothing.
+    for (i, dtype) in [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F32].into_iter().enumerate() {
+        let options = Options {
+            capacity: 4,
+            tau: dla::Tau::PerCall([1.2, 1.9, 1.2, 1.2][i]),
+            qk_l2norm: i == 2,
+            soft: Some(Soft { temperature: 0.3, through_drift: true }),
+            ..Options::default()
+        };
+        let recipe = Recipe {
+            options,
+            time: 450,
+            value_heads: 2,
+            dk: 16,
+            dv: 8,
+            dtype,
+            boundary_rate: 0.01,
+            decay: [Some(0.05), None, Some(0.5), Some(50.0)][i],
+            resumed: true,
+            final_gradient: i % 2 == 0,
+            ..Recipe::default()
+        };
+        let mut case = recipe.draw(seed + 100 + i as u64);
+        if i != 1 {
+            zero_tokens(&mut case);
+        }
+        check_backward(emulate, &case, &[0, 128, 320, 512], &mut worst);
+    }
     println!("{:?}", worst.0);
 }
