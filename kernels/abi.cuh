@@ -476,14 +476,16 @@ struct SegmentStatesParams {
     const void* v;              // [B,T,HV,dv]
     const float* g;             // [B,T,HV], or null: 0
     const uint8_t* events;      // [B,T,HV]
+    const float* energy;        // [B T / C + N, HV, C] as segment_gram leaves them
+    const float* factor;        // [B T / C + N, HV, C], read under qk_l2norm
     const float* initial_open;  // [N,HV,dk,dv], or null: no initial cache
-    const float* entry;         // [N,HV,dk,dv] R before from, read where from > 0; sequences entry_stride apart
+    const float* entry;         // [N,HV,dk,dv] R before from, read where from > 0
     const double* entry_log;    // [N,HV] log decay since R's newest token that is not zero, up to `from`
     float* open;                // [N,HV,saves,dk,dv] out: R before chunks 0, stride, 2 stride.. of the window, as it was at its
-                                //   newest token that is not zero; stride = 1: [W,HV,dk,dv]
+                                //   newest token that is not zero; saves = 0: [W,HV,dk,dv], before every chunk
     double* open_log;           // [N,HV,saves] out, or [W,HV]: the log decay since then
     int64_t from, to;
-    int64_t stride;             // chunks
+    int64_t stride;             // chunks, 1 where saves = 0
     int64_t saves;              // room for, of a row
     int64_t entry_step;         // entries of `entry` and `entry_log` from row to row
     int32_t qk_l2norm;
@@ -498,6 +500,8 @@ struct SegmentBackwardParams {
     const void* v;                // [B,T,HV,dv]
     const float* g;               // [B,T,HV], or null: 0
     const uint8_t* events;        // [B,T,HV]
+    const float* energy;          // [B T / C + N, HV, C] as segment_gram leaves them
+    const float* factor;          // [B T / C + N, HV, C], read under qk_l2norm
     const float* drift;           // [B,T,HV], the forward's
     const float* ddrift;          // [B,T,HV], or null: 0, the gradient of the final R alone
     const float* open;            // [W,HV,dk,dv] as segment_states leaves them
@@ -513,7 +517,7 @@ struct SegmentBackwardParams {
     float* d_open;                // [W,HV,dk,dv] workspace: adjoint of R after every chunk
     float* d_carried;             // [N,HV,dk,dv] in and out: adjoint of R at to and at from; in only where the row goes on past
                                   //   to. From window to window; after the last the gradient of the initial R
-    double* d_carried_scalars;    // [N,HV,4] from window to window
+    double* d_carried_scalars;    // [N,HV,1 + (dv to 16) / 16] from window to window
     int64_t from, to;
     int32_t qk_l2norm;
     int32_t reserved;
@@ -535,10 +539,10 @@ static_assert(sizeof(RouteBackwardParams) == 264 && offsetof(RouteBackwardParams
               offsetof(RouteBackwardParams, qk_l2norm) == 260);
 static_assert(sizeof(HeadSumsParams) == 72 && offsetof(HeadSumsParams, out) == 56 &&
               offsetof(HeadSumsParams, chunk) == 64);
-static_assert(sizeof(SegmentStatesParams) == 168 && offsetof(SegmentStatesParams, open) == 104 &&
-              offsetof(SegmentStatesParams, qk_l2norm) == 160);
-static_assert(sizeof(SegmentBackwardParams) == 224 && offsetof(SegmentBackwardParams, d_v) == 136 &&
-              offsetof(SegmentBackwardParams, qk_l2norm) == 216);
+static_assert(sizeof(SegmentStatesParams) == 184 && offsetof(SegmentStatesParams, open) == 120 &&
+              offsetof(SegmentStatesParams, qk_l2norm) == 176);
+static_assert(sizeof(SegmentBackwardParams) == 240 && offsetof(SegmentBackwardParams, d_v) == 152 &&
+              offsetof(SegmentBackwardParams, qk_l2norm) == 232);
 // What a chunk of the reverse scan on Hopper does to the adjoints of its slots, by place unless said. The scan writes tokens a
 // chunk late: at a chunk's end those of the chunk before; only slots with older tokens are in its bank.
 struct BackwardPlan {

@@ -59,7 +59,7 @@ DEVICE void sum_of_head(const HeadSumsParams& p) {
     for (int64_t place = thread; place < places; place += THREADS) {
         const Row row = row_of(e, sequence_of_chunk(e, place, p.chunk), head);
         const int64_t first = (place - first_chunk(row, p.chunk)) * p.chunk;
-        if (first < row.len) sum += p.sums[place * e.value_heads + head];
+        if (first >= 0 && first < row.len) sum += p.sums[place * e.value_heads + head];
     }
     parts[thread] = sum;
     for (int half = THREADS / 2; half > 0; half /= 2) {

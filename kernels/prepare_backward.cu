@@ -20,7 +20,8 @@
 // in that warp's registers.
 //
 // Numerics: q, k, v, dO in their planes (exact, f32 to 2^-17); all that is computed enters a product in two planes,
-// accumulates in f32 and leaves in f32. Factors of qk_l2norm are multiplied into C x C matrices and out of the results.
+// accumulates in f32 and leaves in f32. The delta rule in f32 takes three planes of whatever is as long as dk: with two, dbeta
+// was off by up to 1.1e-4 on the emulator. Factors of qk_l2norm are multiplied into C x C matrices and out of the results.
 //
 // Shared memory, C = 64 (bf16) / C = 32, whatever the head size: gated 82 / 37 KB, delta rule 97 / 45 KB at most (Geometry
 // has the sum). Registers: at the end of the file.
@@ -37,6 +38,9 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
     constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2, MINE = (LOWER + WARPS - 1) / WARPS;
     constexpr int ITEMS = C * SLICE / 8 / THREADS;                         // eights of a slice of a thread
     constexpr int WIDE = BLOCKS * (SLICE / 16) / WARPS;                    // blocks of a slice of a warp
+    // The delta rule's dbeta is what is left of far larger sums over dk: f32 enters those whole.
+    constexpr bool WHOLE = DELTA && sizeof(T) == 4;
+    constexpr int PLANES = WHOLE ? 3 : PARTS, ROW_PLANES = WHOLE ? 3 : 2;
     const Extents& e = p.extents;
     const int dk = e.dk, dv = e.dv, width = padded(dk), capacity = e.capacity;
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
@@ -74,9 +78,9 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
     const Tile<2> p_planes = carve.tile<2>(C, C);
     float* const pairs = reinterpret_cast<float*>(reused);                 // [C][PITCH]
     unsigned char* const slices = carve.next;
-    const Tile<PARTS> keys = carve.tile<PARTS>(C, SLICE);
-    const Tile<2> rows = carve.tile<2>(C, SLICE);
-    const Tile<PARTS> queries = {rows.data, rows.stride, rows.plane};
+    const Tile<PLANES> keys = carve.tile<PLANES>(C, SLICE);
+    const Tile<ROW_PLANES> rows = carve.tile<ROW_PLANES>(C, SLICE);
+    const Tile<PLANES> queries = {rows.data, rows.stride, rows.plane};
     Carve scratch{slices};
     float* const y = scratch.take<float>(C * PITCH);
     uint8_t* const begins = scratch.take<uint8_t>(C * (MOST_SLOTS + 1));   // first token of every slot, at token t
@@ -119,7 +123,7 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
             f(i, block / (SLICE / 16) * 16, block % (SLICE / 16) * 16);
         }
     };
-    const auto load_rows = [&](const Tile<PARTS>& tile, const T* from, int64_t stride, int column, int to) {
+    const auto load_rows = [&](const Tile<PLANES>& tile, const T* from, int64_t stride, int column, int to) {
         for (int i = thread; i < C * SLICE / 8; i += THREADS) {
             const int t = i / (SLICE / 8), group = i % (SLICE / 8);
             load_slice(tile, t, group, t < len ? from + t * stride : nullptr, column, to, 1.0f);
@@ -140,10 +144,10 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
         __syncthreads();
         each_block([&](int i, int t0, int s0) {
             for (int from = 0; from < SLICE && column + from < dv; from += 16) {
-                uint32_t a[PARTS][4], b[PARTS][4];
+                uint32_t a[PLANES][4], b[PLANES][4];
                 load_a(queries, t0, from, a);
                 load_b(keys, s0, from, b);
-                multiply<PARTS, PARTS>(ov[i], a, b);
+                multiply<PLANES, PLANES>(ov[i], a, b);
             }
         });
     }
@@ -154,13 +158,13 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
         __syncthreads();
         each_block([&](int i, int t0, int s0) {
             for (int from = 0; from < SLICE && column + from < dk; from += 16) {
-                uint32_t a[PARTS][4], b[PARTS][4];
+                uint32_t a[PLANES][4], b[PLANES][4];
                 load_b(keys, s0, from, b);
                 load_a(queries, t0, from, a);
-                multiply<PARTS, PARTS>(qk[i], a, b);
+                multiply<PLANES, PLANES>(qk[i], a, b);
                 if constexpr (DELTA) {
                     load_a(keys, t0, from, a);
-                    multiply<PARTS, PARTS>(kk[i], a, b);
+                    multiply<PLANES, PLANES>(kk[i], a, b);
                 }
             }
         });
@@ -329,15 +333,15 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
                 each_block([&](int i, int t0, int s0) {
                     for (int from = 0; from < steps; from += 16) {
                         if (transposed) {
-                            uint32_t a[PARTS][4], b[2][4];
+                            uint32_t a[PLANES][4], b[ROW_PLANES][4];
                             load_a(keys, t0, from, a);
                             load_b(rows, s0, from, b);
-                            multiply<PARTS, 2>(c[i], a, b);
+                            multiply<PLANES, ROW_PLANES>(c[i], a, b);
                         } else {
-                            uint32_t a[2][4], b[PARTS][4];
+                            uint32_t a[ROW_PLANES][4], b[PLANES][4];
                             load_a(rows, t0, from, a);
                             load_b(keys, s0, from, b);
-                            multiply<2, PARTS>(c[i], a, b);
+                            multiply<ROW_PLANES, PLANES>(c[i], a, b);
                         }
                     }
                 });
@@ -348,10 +352,10 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
             each_wide([&](int i, int t0, int d0) {
                 clear(c[i]);
                 for (int from = t0; from < C; from += 16) {
-                    uint32_t a[2][4], b[2][4];
+                    uint32_t a[2][4], b[ROW_PLANES][4];
                     load_a_trans(p_planes, t0, from, a);
                     load_b_trans(rows, d0, from, b);
-                    multiply<2, 2>(c[i], a, b);
+                    multiply<2, ROW_PLANES>(c[i], a, b);
                 }
             });
             __syncthreads();
@@ -365,10 +369,10 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
             each_wide([&](int i, int t0, int d0) {
                 clear(by_tm[i]);
                 for (int from = t0; from < C; from += 16) {
-                    uint32_t a[2][4], b[2][4];
+                    uint32_t a[2][4], b[ROW_PLANES][4];
                     load_a_trans(tm_planes, t0, from, a);
                     load_b_trans(rows, d0, from, b);
-                    multiply<2, 2>(by_tm[i], a, b);
+                    multiply<2, ROW_PLANES>(by_tm[i], a, b);
                 }
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
@@ -392,10 +396,10 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
             __syncthreads();
             each_wide([&](int i, int t0, int d0) {
                 for (int from = 0; from <= t0; from += 16) {
-                    uint32_t a[2][4], b[2][4];
+                    uint32_t a[2][4], b[ROW_PLANES][4];
                     load_a(tm_planes, t0, from, a);
                     load_b_trans(rows, d0, from, b);
-                    multiply<2, 2>(by_tm[i], a, b);
+                    multiply<2, ROW_PLANES>(by_tm[i], a, b);
                 }
 #pragma unroll
                 for (int j = 0; j < 8; j += 2) {
@@ -541,24 +545,24 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
             float by_keys[2][4], by_queries[2][4];
             clear(by_keys), clear(by_queries);
             for (int from = 0; from < C; from += 16) {
-                uint32_t a[2][4], b[PARTS][4];
+                uint32_t a[2][4], b[PLANES][4];
                 if (from <= t0) {
                     load_b_trans(keys, d0, from, b);
                     load_a(a_planes, t0, from, a);
-                    multiply<2, PARTS>(by_keys, a, b);
+                    multiply<2, PLANES>(by_keys, a, b);
                     if constexpr (DELTA) {
                         load_a(tm_planes, t0, from, a);
-                        multiply<2, PARTS>(by_queries, a, b);
+                        multiply<2, PLANES>(by_queries, a, b);
                     }
                 }
                 if (from >= t0) {
                     load_b_trans(queries, d0, from, b);
                     load_a_trans(a_planes, t0, from, a);
-                    multiply<2, PARTS>(by_queries, a, b);
+                    multiply<2, PLANES>(by_queries, a, b);
                     if constexpr (DELTA) {
                         load_b_trans(keys, d0, from, b);
                         load_a_trans(tm_planes, t0, from, a);
-                        multiply<2, PARTS>(by_queries, a, b);
+                        multiply<2, PLANES>(by_queries, a, b);
                     }
                 }
             }

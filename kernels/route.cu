@@ -46,7 +46,8 @@ DEVICE void route_sums(const RouteSumsParams& p) {
     const int key_head = blockIdx.x % e.heads;
     const Row row = row_of(e, sequence_of_chunk(e, place, C), key_head * (e.value_heads / e.heads));
     const int64_t first = (place - first_chunk(row, C)) * C;
-    if (first >= row.len) return;
+    // A group of the backward's packed sequences does not begin at the first token.
+    if (first < 0 || first >= row.len) return;
     const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
     const T* const k = static_cast<const T*>(p.k);
 

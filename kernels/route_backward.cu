@@ -303,7 +303,7 @@ DEVICE void route_backward_keys(const RouteBackwardParams& p) {
     const int64_t end = row.len < p.to ? row.len : p.to, chunks = (end - p.from + C - 1) / C;
     for (int64_t chunk = chunks - 1; chunk >= 0; chunk--) {
         const int64_t at = p.from / C + chunk;
-        const int64_t kept = (first_of_window(e, row, p.from, p.to, C) + chunk) * e.value_heads + row.head;
+        const int64_t kept = (place_in_window(e, row, p.from, p.to, p.from, C) + chunk) * e.value_heads + row.head;
         const int64_t left = row.len - at * C;
         const int len = left < C ? static_cast<int>(left) : C;
         m = p.chunk_len[(first_chunk(row, C) + at) * e.value_heads + row.head];

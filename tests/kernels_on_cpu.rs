@@ -898,9 +898,15 @@ fn shared_memory_fits() {
             geometry.route_bases_shared_bytes(),
             geometry.route_shared_bytes(),
             geometry.scan_shared_bytes(),
+            geometry.prepare_backward_shared_bytes(),
+            geometry.route_backward_shared_bytes(),
+            geometry.route_backward_keys_shared_bytes(),
+            geometry.segment_states_shared_bytes(),
+            geometry.segment_scalars_shared_bytes(),
+            geometry.segment_backward_shared_bytes(),
         ];
         println!(
-            "{parts} parts, delta {delta}: segment_gram, segment, prepare, route_sums, route_bases, route, scan {bytes:?}"
+            "{parts} parts, delta {delta}: segment_gram, segment, prepare, route_sums, route_bases, route, scan, then prepare_backward, route_backward, its keys, segment_states, segment_scalars, segment_backward {bytes:?}"
         );
         assert!(bytes.iter().all(|&bytes| bytes <= 99 * 1024), "{geometry:?}: {bytes:?}");
         // Route takes more columns at a time where slots are few; three blocks an SM of Hopper's at a usual size.

@@ -3,7 +3,8 @@
 // Every operand is a sum of `parts` bf16 planes, products accumulate in f32. One plane is a bf16 number
 // itself. Two planes hold the upper 16 to 17 bits of an f32 (and an f16 exactly, without its narrow range);
 // a product of two such operands leaves out low x low and so is good to about 2^-16. So bf16 inputs cost one
-// mma a product, f16 and f32 three, and all share one code.
+// mma a product, f16 and f32 three, and all share one code. Three planes hold an f32 whole: where what is left of a sum
+// is far smaller than its terms.
 #pragma once
 
 #include "ptx.cuh"
@@ -92,7 +93,11 @@ DEVICE void store8(F32* to, const float (&x)[8]) {
 template <int PARTS>
 DEVICE void split(float x0, float x1, uint32_t (&planes)[PARTS]) {
     planes[0] = pack_bf16(x0, x1);
-    if constexpr (PARTS == 2) planes[1] = pack_bf16(x0 - low_bf16(planes[0]), x1 - high_bf16(planes[0]));
+    if constexpr (PARTS >= 2) {
+        const float y0 = x0 - low_bf16(planes[0]), y1 = x1 - high_bf16(planes[0]);
+        planes[1] = pack_bf16(y0, y1);
+        if constexpr (PARTS == 3) planes[2] = pack_bf16(y0 - low_bf16(planes[1]), y1 - high_bf16(planes[1]));
+    }
 }
 
 // A matrix in shared memory. Rows are 16-byte aligned; 8 elements beyond a multiple of 16 keep the eight rows
@@ -178,8 +183,11 @@ template <int PA, int PB>
 DEVICE void multiply(float (&c)[2][4], const uint32_t (&a)[PA][4], const uint32_t (&b)[PB][4]) {
 #pragma unroll
     for (int half = 0; half < 2; half++) {
-        if constexpr (PA == 2) mma_bf16(c[half], a[1], b[0][2 * half], b[0][2 * half + 1]);
-        if constexpr (PB == 2) mma_bf16(c[half], a[0], b[1][2 * half], b[1][2 * half + 1]);
+        if constexpr (PA == 3) mma_bf16(c[half], a[2], b[0][2 * half], b[0][2 * half + 1]);
+        if constexpr (PB == 3) mma_bf16(c[half], a[0], b[2][2 * half], b[2][2 * half + 1]);
+        if constexpr (PA >= 2 && PB >= 2 && PA + PB > 4) mma_bf16(c[half], a[1], b[1][2 * half], b[1][2 * half + 1]);
+        if constexpr (PA >= 2) mma_bf16(c[half], a[1], b[0][2 * half], b[0][2 * half + 1]);
+        if constexpr (PB >= 2) mma_bf16(c[half], a[0], b[1][2 * half], b[1][2 * half + 1]);
         mma_bf16(c[half], a[0], b[0][2 * half], b[0][2 * half + 1]);
     }
 }

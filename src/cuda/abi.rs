@@ -555,6 +555,8 @@ pub struct SegmentStatesParams {
     pub v: DevicePointer,
     pub g: DevicePointer,
     pub events: DevicePointer,
+    pub energy: DevicePointer,
+    pub factor: DevicePointer,
     pub initial_open: DevicePointer,
     pub entry: DevicePointer,
     pub entry_log: DevicePointer,
@@ -569,7 +571,7 @@ pub struct SegmentStatesParams {
     pub reserved: i32,
 }
 
-/// Parameters of `segment_scalars_*`, `segment_open_backward_*`, `segment_backward_*` and `segment_log_backward`.
+/// Parameters of `segment_scalars_*`, `segment_open_backward_*`, `segment_backward_*` and `segment_log_backward_*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SegmentBackwardParams {
@@ -578,6 +580,8 @@ pub struct SegmentBackwardParams {
     pub v: DevicePointer,
     pub g: DevicePointer,
     pub events: DevicePointer,
+    pub energy: DevicePointer,
+    pub factor: DevicePointer,
     pub drift: DevicePointer,
     pub ddrift: DevicePointer,
     pub open: DevicePointer,
@@ -616,10 +620,10 @@ const _: () = {
     assert!(offset_of!(RouteBackwardParams, qk_l2norm) == 260);
     assert!(size_of::<HeadSumsParams>() == 72 && offset_of!(HeadSumsParams, out) == 56);
     assert!(offset_of!(HeadSumsParams, chunk) == 64);
-    assert!(size_of::<SegmentStatesParams>() == 168 && offset_of!(SegmentStatesParams, open) == 104);
-    assert!(offset_of!(SegmentStatesParams, qk_l2norm) == 160);
-    assert!(size_of::<SegmentBackwardParams>() == 224 && offset_of!(SegmentBackwardParams, d_v) == 136);
-    assert!(offset_of!(SegmentBackwardParams, qk_l2norm) == 216);
+    assert!(size_of::<SegmentStatesParams>() == 184 && offset_of!(SegmentStatesParams, open) == 120);
+    assert!(offset_of!(SegmentStatesParams, qk_l2norm) == 176);
+    assert!(size_of::<SegmentBackwardParams>() == 240 && offset_of!(SegmentBackwardParams, d_v) == 152);
+    assert!(offset_of!(SegmentBackwardParams, qk_l2norm) == 232);
     assert!(size_of::<PrepareDeltaSm90Params>() == 200);
     assert!(offset_of!(PrepareDeltaSm90Params, pairs) == 112);
     assert!(offset_of!(PrepareDeltaSm90Params, from) == 160);
@@ -1100,7 +1104,11 @@ impl Geometry {
         let chunk = self.chunk();
         let square = Self::tile(2, chunk, chunk);
         let columns = self.replay_shared_bytes() + 3 * chunk * 8 + 5 * chunk * 4;
-        let slices = Self::tile(self.parts, chunk, 64) + Self::tile(2, chunk, 64);
+        // The delta rule takes three planes of f32.
+        let slices = match (self.delta, self.parts) {
+            (true, 2) => 2 * Self::tile(3, chunk, 64),
+            (_, parts) => Self::tile(parts, chunk, 64) + Self::tile(2, chunk, 64),
+        };
         let matrices = chunk * (chunk + 1) * 4;
         let scratch = matrices + (chunk * 65).next_multiple_of(16);
         let reused = square + slices.max(scratch);
@@ -1151,6 +1159,55 @@ impl Geometry {
     /// Bytes of route's `exits`.
     pub fn exits_len(&self, places: usize) -> usize {
         places * self.value_heads * (64 + self.chunk())
+    }
+
+    /// Shared memory of `drift_backward_*`.
+    pub fn drift_backward_shared_bytes(&self) -> usize {
+        self.chunk() * 8
+    }
+
+    /// Elements of `open` and of `d_open` for `places` of chunks; of `open_log` one for `dk` x `dv` of them.
+    pub fn open_states_len(&self, places: usize) -> usize {
+        places * self.value_heads * self.dk * self.dv
+    }
+
+    /// Elements of the `scalars` of segment's adjoint, f64.
+    pub fn segment_scalars_len(&self, places: usize) -> usize {
+        places * self.value_heads * (8 * self.chunk() + 8)
+    }
+
+    /// Elements of `d_carried_scalars`, f64.
+    pub fn carried_scalars_len(&self) -> usize {
+        self.rows() * (1 + self.slices())
+    }
+
+    /// Blocks of `segment_states_*` and of `segment_open_backward_*`.
+    pub fn segment_states_blocks(&self) -> usize {
+        self.rows().saturating_mul(self.slices())
+    }
+
+    /// Shared memory of `segment_states_*` and of `segment_open_backward_*`.
+    pub fn segment_states_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        chunk * 12 + Self::tile(2, chunk, self.padded_dk()) + Self::tile(self.parts, chunk, 16)
+    }
+
+    /// Shared memory of `segment_scalars_*`.
+    pub fn segment_scalars_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let operands = Self::tile(self.parts, chunk, 64) + Self::tile(2, 64, 64);
+        chunk * (6 * 8 + 6 * 4) + 8 * 8 + operands.max(chunk * (chunk + 1) * 4)
+    }
+
+    /// Shared memory of `segment_backward_*`.
+    pub fn segment_backward_shared_bytes(&self) -> usize {
+        let chunk = self.chunk();
+        let open = 2 * Self::tile(2, 64, 64);
+        chunk * (4 * 8 + 10 * 4)
+            + 8 * 8
+            + 2 * Self::tile(2, chunk, chunk)
+            + Self::tile(self.parts, chunk, 64)
+            + open.max(chunk * (chunk + 1) * 4)
     }
 
     /// Elements of each head's parts of the gradients of slope, bias and tau, f64.

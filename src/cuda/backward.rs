@@ -7,8 +7,9 @@
 
 use super::abi::{
     BANK_PLACES_BYTES, DevicePointer, DriftBackwardParams, Extents, Geometry, GroupSumParams, HeadSumsParams,
-    PrepareBackwardParams, PrepareParams, RouteBackwardParams, RouteSumsParams, ScanBackwardParams,
-    ScanStatesParams, SegmentBackwardParams, SegmentStatesParams, SlotsParams, THREADS,
+    PrepareBackwardParams, PrepareParams, RouteBackwardParams, RouteSumsParams, SEGMENT_THREADS,
+    ScanBackwardParams, ScanStatesParams, SegmentBackwardParams, SegmentParams, SegmentStatesParams,
+    SlotsParams, THREADS,
 };
 use super::checkpoints::{self, Step};
 use super::plan::Call;
@@ -56,6 +57,8 @@ pub enum BackwardKernel {
     RouteBackwardKeys,
     /// Sums over all chunks.
     HeadSums,
+    /// k, v, g -> energies and key factors, as segment takes them.
+    SegmentGram,
     /// R before chunks.
     SegmentStates,
     /// The adjoint of segment, in four.
@@ -76,6 +79,7 @@ impl BackwardKernel {
             Slots => "slots",
             RouteSums | RouteBases => "route",
             Prepare => "prepare",
+            SegmentGram => "segment",
             ScanStates | ScanBackward => "scan_backward",
             PrepareBackward => "prepare_backward",
             GroupSum | HeadSums => "group_sum",
@@ -92,8 +96,6 @@ impl BackwardKernel {
         match self {
             Slots => "slots".to_owned(),
             HeadSums => "head_sums".to_owned(),
-            RouteBackwardKeys => "route_backward_keys".to_owned(),
-            SegmentLogBackward => "segment_log_backward".to_owned(),
             Prepare => format!("prepare_{recurrence}_{dtype}"),
             ScanStates => format!("scan_states_{recurrence}_{dtype}"),
             ScanBackward => format!("scan_backward_{recurrence}_{dtype}"),
@@ -103,16 +105,23 @@ impl BackwardKernel {
             GroupSum => format!("group_sum_{dtype}"),
             DriftBackward => format!("drift_backward_{dtype}"),
             RouteBackward => format!("route_backward_{dtype}"),
+            RouteBackwardKeys => format!("route_backward_keys_{dtype}"),
             SegmentStates => format!("segment_states_{dtype}"),
             SegmentScalars => format!("segment_scalars_{dtype}"),
             SegmentOpenBackward => format!("segment_open_backward_{dtype}"),
             SegmentBackward => format!("segment_backward_{dtype}"),
+            SegmentLogBackward => format!("segment_log_backward_{dtype}"),
+            SegmentGram => format!("segment_gram_{dtype}"),
         }
     }
 
     /// Threads of a block.
     pub fn threads(self) -> u32 {
-        if self == BackwardKernel::Slots { 32 } else { THREADS }
+        match self {
+            BackwardKernel::Slots => 32,
+            BackwardKernel::SegmentGram => SEGMENT_THREADS,
+            _ => THREADS,
+        }
     }
 
     /// Shared memory of a block.
@@ -128,7 +137,14 @@ impl BackwardKernel {
             PrepareBackward => g.prepare_backward_shared_bytes(),
             GroupSum => 0,
             HeadSums => g.head_sums_shared_bytes(),
-            _ => 0,
+            RouteBackward => g.route_backward_shared_bytes(),
+            RouteBackwardKeys => g.route_backward_keys_shared_bytes(),
+            DriftBackward => g.drift_backward_shared_bytes(),
+            SegmentGram => g.segment_gram_shared_bytes(),
+            SegmentStates | SegmentOpenBackward => g.segment_states_shared_bytes(),
+            SegmentScalars => g.segment_scalars_shared_bytes(),
+            SegmentBackward => g.segment_backward_shared_bytes(),
+            SegmentLogBackward => 0,
         }
     }
 }
@@ -188,6 +204,13 @@ struct Layout {
     d_keys: usize,
     d_carried: usize,
     d_carried_scalars: usize,
+    /// What segment_gram leaves, of all tokens.
+    walks: usize,
+    reach: usize,
+    energy: usize,
+    factor: usize,
+    totals: usize,
+    next: usize,
     /// R before every window.
     opens: usize,
     open_logs: usize,
@@ -296,7 +319,17 @@ impl Backward {
         use BackwardKernel::*;
         let mut kernels = vec![Slots, Prepare, ScanStates, ScanBackward, PrepareBackward, GroupSum];
         if self.routed {
-            kernels.extend([RouteSums, RouteBases]);
+            kernels.extend([RouteSums, RouteBases, RouteBackward, RouteBackwardKeys]);
+        }
+        if self.soft.is_some() {
+            kernels.push(DriftBackward);
+        }
+        if self.routed || self.soft.is_some() {
+            kernels.push(HeadSums);
+        }
+        if self.through_open {
+            kernels.extend([SegmentGram, SegmentStates, SegmentScalars, SegmentOpenBackward]);
+            kernels.extend([SegmentBackward, SegmentLogBackward]);
         }
         kernels
     }
@@ -367,7 +400,12 @@ impl Backward {
         let d_bank = take(always, &bank)?;
         let d_keys = take(routed, &[4, rows, capacity, g.dk])?;
         let d_carried = take(open, &[4, rows, state])?;
-        let d_carried_scalars = take(open, &[8, rows, 4])?;
+        let d_carried_scalars = take(open, &[8, rows, 1 + slices])?;
+        let walks = take(open, &[4, all, heads, chunk, 32])?;
+        let [reach, energy, factor] = [0; 3].map(|_| take(open, &[4, all, heads, chunk]));
+        let (reach, energy, factor) = (reach?, energy?, factor?);
+        let totals = take(open, &[8, all, heads, chunk / 32])?;
+        let next = take(open, &[all, heads, chunk])?;
         let opens = take(open, &[4, rows, self.windows, state])?;
         let open_logs = take(open, &[8, rows, self.windows])?;
         let banks = take(always, &[self.places, bank[0], bank[1], bank[2]])?;
@@ -407,6 +445,12 @@ impl Backward {
             d_keys,
             d_carried,
             d_carried_scalars,
+            walks,
+            reach,
+            energy,
+            factor,
+            totals,
+            next,
             opens,
             open_logs,
             banks,
@@ -612,6 +656,10 @@ impl<'a> Pass<'a> {
         if self.plan.routed {
             self.route_sums(launcher)?;
         }
+        if self.plan.through_open {
+            self.segment_gram(launcher)?;
+            self.segment_states(None, launcher)?;
+        }
         let Shape { dk, dv, .. } = self.plan.shape;
         if !self.plan.through_open && self.initial_gradient.open != 0 {
             launcher.zero(self.initial_gradient.open, self.geometry.rows() * dk * dv * 4)?;
@@ -621,6 +669,14 @@ impl<'a> Pass<'a> {
             Step::Advance { from, to, first, last } => self.advance(from, to, first..last, launcher),
             Step::Reverse { from, window } => self.reverse(from, window, launcher),
         })?;
+        let layout = &self.plan.layout;
+        if self.plan.routed {
+            self.head_sums(layout.slope_sums, self.gradients.slope, launcher)?;
+            self.head_sums(layout.bias_sums, self.gradients.bias, launcher)?;
+        }
+        if self.plan.soft.is_some() {
+            self.head_sums(layout.tau_sums, self.gradients.tau, launcher)?;
+        }
         Ok(())
     }
 
@@ -737,6 +793,16 @@ impl<'a> Pass<'a> {
         self.scan_states(from, from.unwrap_or(0), &tokens, self.at(layout.entries), launcher)?;
         self.scan_backward(&tokens, launcher)?;
         self.prepare_backward(&tokens, launcher)?;
+        if self.plan.routed {
+            self.route_backward(&tokens, launcher)?;
+        }
+        if let Some(soft) = self.plan.soft {
+            self.drift_backward(soft, &tokens, launcher)?;
+        }
+        if self.plan.through_open {
+            self.segment_states(Some(window), launcher)?;
+            self.segment_backward(&tokens, launcher)?;
+        }
         self.group_sum(&tokens, launcher)
     }
 
@@ -816,6 +882,173 @@ impl<'a> Pass<'a> {
             qk_l2norm: self.plan.qk_l2norm.into(),
         };
         launcher.launch(BackwardKernel::PrepareBackward, self.window_blocks(window), &params)
+    }
+
+    /// Sums of what the chunks have left, added to those of the groups before.
+    fn head_sums(&self, sums: usize, out: DevicePointer, launcher: &mut impl Launcher) -> Result<()> {
+        let params = HeadSumsParams {
+            extents: self.extents,
+            sums: self.at(sums),
+            out,
+            chunk: self.geometry.chunk() as i32,
+            add: (!self.first).into(),
+        };
+        launcher.launch(BackwardKernel::HeadSums, self.geometry.value_heads, &params)
+    }
+
+    fn route_backward(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let d_keys = self.initial_gradient.keys;
+        let params = RouteBackwardParams {
+            extents: self.extents,
+            q: self.inputs.q,
+            k: self.inputs.k,
+            events: self.forward.events,
+            chunk_len: self.at(layout.chunk_len),
+            chunk_starts: self.at(layout.chunk_starts),
+            sums: self.at(layout.key_sums),
+            bases: self.at(layout.key_bases),
+            key_factors: if self.plan.qk_l2norm { self.at(layout.key_factors) } else { 0 },
+            initial_len: self.initial.len,
+            initial_tokens: self.initial.tokens,
+            initial_keys: self.initial.keys,
+            slope: self.inputs.slope,
+            bias: self.inputs.bias,
+            logits: self.inputs.logits,
+            d_slots: self.at(layout.d_slots),
+            final_keys: self.final_gradient.keys,
+            d_q: self.at(layout.d_q),
+            d_k: self.at(layout.d_k),
+            dlogits: self.gradients.logits,
+            slope_sums: self.at(layout.slope_sums),
+            bias_sums: self.at(layout.bias_sums),
+            d_bank: self.at(layout.key_bank),
+            exits: self.at(layout.exits),
+            d_keys: if d_keys == 0 { self.at(layout.d_keys) } else { d_keys },
+            from: window.start as i64,
+            to: window.end as i64,
+            logit_columns: self.inputs.logit_columns as i32,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+        };
+        launcher.launch(BackwardKernel::RouteBackward, self.window_blocks(window), &params)?;
+        let blocks = self.geometry.route_backward_keys_blocks();
+        launcher.launch(BackwardKernel::RouteBackwardKeys, blocks, &params)
+    }
+
+    /// dV -> the gradient of the drift; also dv, where R has no adjoint.
+    fn drift_backward(&self, soft: Soft, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let params = DriftBackwardParams {
+            extents: self.extents,
+            v: self.inputs.v,
+            d_v: self.at(layout.d_v),
+            events: self.forward.events,
+            drift: self.forward.drift,
+            chunk_len: self.at(layout.chunk_len),
+            tau: self.inputs.tau,
+            ddrift: self.gradients.drift,
+            tau_sums: self.at(layout.tau_sums),
+            dv: if self.plan.through_open { 0 } else { self.gradients.v },
+            from: window.start as i64,
+            to: window.end as i64,
+            temperature: soft.temperature,
+            reserved: 0,
+        };
+        launcher.launch(BackwardKernel::DriftBackward, self.window_blocks(window), &params)
+    }
+
+    /// k, v, g -> what segment knows of every token, of all tokens.
+    fn segment_gram(&self, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let params = SegmentParams {
+            extents: self.extents,
+            k: self.inputs.k,
+            v: self.inputs.v,
+            g: self.inputs.g,
+            tau: self.inputs.tau,
+            walks: self.at(layout.walks),
+            reach: self.at(layout.reach),
+            energy: self.at(layout.energy),
+            factor: self.at(layout.factor),
+            totals: self.at(layout.totals),
+            next: self.at(layout.next),
+            from: 0,
+            to: i64::MAX,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+            ..SegmentParams::default()
+        };
+        launcher.launch(BackwardKernel::SegmentGram, self.geometry.segment_gram_blocks(), &params)
+    }
+
+    /// R before every window, or before the chunks of one.
+    fn segment_states(&self, window: Option<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let Shape { dk, dv, .. } = self.plan.shape;
+        let tokens = self.tokens(window.map_or(0..self.plan.windows, |window| window..window + 1));
+        let first = window.unwrap_or(0);
+        let params = SegmentStatesParams {
+            extents: self.extents,
+            k: self.inputs.k,
+            v: self.inputs.v,
+            g: self.inputs.g,
+            events: self.forward.events,
+            energy: self.at(layout.energy),
+            factor: self.at(layout.factor),
+            initial_open: self.initial.open,
+            entry: self.at(layout.opens + first * dk * dv * 4),
+            entry_log: self.at(layout.open_logs + first * 8),
+            open: self.at(if window.is_some() { layout.open } else { layout.opens }),
+            open_log: self.at(if window.is_some() { layout.open_log } else { layout.open_logs }),
+            from: tokens.start as i64,
+            to: tokens.end as i64,
+            stride: if window.is_some() { 1 } else { self.plan.chunks as i64 },
+            saves: if window.is_some() { 0 } else { self.plan.windows as i64 },
+            entry_step: self.plan.windows as i64,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+            reserved: 0,
+        };
+        let blocks = self.geometry.segment_states_blocks();
+        launcher.launch(BackwardKernel::SegmentStates, blocks, &params)
+    }
+
+    fn segment_backward(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
+        let layout = &self.plan.layout;
+        let d_open = self.initial_gradient.open;
+        let through_drift = self.plan.soft.is_some_and(|soft| soft.through_drift);
+        let params = SegmentBackwardParams {
+            extents: self.extents,
+            k: self.inputs.k,
+            v: self.inputs.v,
+            g: self.inputs.g,
+            events: self.forward.events,
+            energy: self.at(layout.energy),
+            factor: self.at(layout.factor),
+            drift: self.forward.drift,
+            ddrift: if through_drift { self.gradients.drift } else { 0 },
+            open: self.at(layout.open),
+            open_log: self.at(layout.open_log),
+            initial_len: self.initial.len,
+            initial_open: self.initial.open,
+            final_open: self.final_gradient.open,
+            d_v: self.at(layout.d_v),
+            dv: self.gradients.v,
+            d_k: self.at(layout.d_k),
+            dg: self.gradients.g,
+            scalars: self.at(layout.scalars),
+            d_open: self.at(layout.d_open),
+            d_carried: if d_open == 0 { self.at(layout.d_carried) } else { d_open },
+            d_carried_scalars: self.at(layout.d_carried_scalars),
+            from: window.start as i64,
+            to: window.end as i64,
+            qk_l2norm: self.plan.qk_l2norm.into(),
+            reserved: 0,
+        };
+        let (chunks, rows) = (self.window_blocks(window), self.geometry.rows());
+        let slices = self.geometry.segment_states_blocks();
+        launcher.launch(BackwardKernel::SegmentScalars, chunks, &params)?;
+        launcher.launch(BackwardKernel::SegmentOpenBackward, slices, &params)?;
+        launcher.launch(BackwardKernel::SegmentBackward, chunks, &params)?;
+        launcher.launch(BackwardKernel::SegmentLogBackward, rows, &params)
     }
 
     /// Gradients of q and k: over a group's value heads, through their norm.

@@ -354,7 +354,7 @@ pub(super) fn check_backward(
         row("route_slope", when(routed, inputs.slope), 4, routed),
         row("route_bias", when(routed, inputs.bias), 4, routed),
         token("route_logits", when(routed, inputs.logits), 4, false),
-        row("tau", when(plan.soft, inputs.tau), 4, plan.soft),
+        row("tau", when(plan.soft || plan.through_open, inputs.tau), 4, plan.soft || plan.through_open),
         row("cu_seqlens", inputs.cu_seqlens, 8, false),
         token("events", forward.events, 1, true),
         token("drift", forward.drift, 4, plan.soft || plan.through_open),

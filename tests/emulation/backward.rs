@@ -2,8 +2,12 @@
 //! (OPERATOR.md, section 4), and what the kernels make of it is judged against the reference's gradients.
 
 use super::*;
+use dla::Soft;
 use dla::check::error_of_sums;
-use dla::cuda::abi::{GroupSumParams, HeadSumsParams, PrepareBackwardParams, RouteBackwardParams};
+use dla::cuda::abi::{
+    DriftBackwardParams, GroupSumParams, HeadSumsParams, PrepareBackwardParams, RouteBackwardParams,
+    SegmentBackwardParams, SegmentStatesParams,
+};
 use dla::events::MERGE;
 use dla::reference::Upstream;
 use std::collections::BTreeMap;
@@ -289,6 +293,30 @@ fn window_chunks(
     out
 }
 
+/// `|k|^2 |v|^2` of every token and what its key is multiplied by, as segment_gram leaves them.
+fn energies(case: &Case, problem: &Problem, arguments: &Arguments, chunk: usize) -> (Vec<f32>, Vec<f32>) {
+    let shape = problem.shape();
+    let len = (shape.tokens() / chunk + shape.sequences) * shape.value_heads * chunk;
+    let (mut energy, mut factor) = (vec![f32::NAN; len], vec![f32::NAN; len]);
+    for (n, sequence) in problem.sequences().iter().enumerate() {
+        for head in 0..shape.value_heads {
+            let row =
+                ModelRow { case, problem, arguments, lambda: &[], lambda_columns: 0, sequence: n, head };
+            for t in 0..sequence.len {
+                let place = sequence.start / chunk + n + t / chunk;
+                let at = (place * shape.value_heads + head) * chunk + t % chunk;
+                let unit: f64 = row.unit(&arguments.k, t).iter().map(|x| x * x).sum();
+                let raw_at = row.token(t) * shape.heads + shape.key_head(head);
+                let raw: f64 = arguments.k[raw_at * shape.dk..][..shape.dk].iter().map(|x| x * x).sum();
+                let v: f64 = arguments.v[row.at(t) * shape.dv..][..shape.dv].iter().map(|x| x * x).sum();
+                energy[at] = (unit * v) as f32;
+                factor[at] = if problem.options().qk_l2norm { 1.0 / (raw + 1e-6).sqrt() as f32 } else { 1.0 };
+            }
+        }
+    }
+    (energy, factor)
+}
+
 /// Every gradient that a case asks for, by its name.
 type Tensors = BTreeMap<&'static str, Vec<f64>>;
 
@@ -379,6 +407,50 @@ fn backward(
     let parts = || Array::poisoned(geometry.head_parts_len() * 8);
     let (slope_sums, bias_sums) = (parts(), parts());
     let d_keys = Array::poisoned(shape.sequences * heads * capacity * dk * 4);
+
+    // Soft boundaries, and the open segment's R before every chunk.
+    let soft = options.soft;
+    let through_open = case.d_cache.is_some() || soft.is_some_and(|soft| soft.through_drift);
+    let (drift, ddrift) = (Array::of(&segmented.drift), tokens(soft.is_some(), 4));
+    let taus = Array::of(&(0..heads).map(|head| options.tau.of(head)).collect::<Vec<_>>());
+    let tau_sums = parts();
+    let dv_out = (soft.is_some() || through_open).then(|| Array::poisoned(per_token * dv * dtype.bytes()));
+    let (energy, factor) = energies(case, problem, &arguments, chunk);
+    let (energy, factor) = (Array::of(&energy), Array::of(&factor));
+    let initial_open = case.cache.as_ref().map(|cache| Array::of(&cache.open));
+    let final_open = case.d_cache.as_ref().map(|cache| Array::of(&cache.open));
+    let rows_of_heads = shape.sequences * heads;
+    let d_carried = Array::poisoned(rows_of_heads * dk * dv * 4);
+    let d_carried_scalars = Array::poisoned(geometry.carried_scalars_len() * 8);
+    let saves = shape.time.div_ceil(chunk);
+    let all_open = Array::poisoned(rows_of_heads * saves * dk * dv * 4);
+    let all_logs = Array::poisoned(rows_of_heads * saves * 8);
+    let states = SegmentStatesParams {
+        extents,
+        k: k.pointer(),
+        v: v.pointer(),
+        g: pointer(&g),
+        events: events.pointer(),
+        energy: energy.pointer(),
+        factor: factor.pointer(),
+        initial_open: pointer(&initial_open),
+        entry: 0,
+        entry_log: 0,
+        open: all_open.pointer(),
+        open_log: all_logs.pointer(),
+        from: 0,
+        to: i64::MAX / 64 * 64,
+        stride: 1,
+        saves: saves as i64,
+        entry_step: 0,
+        qk_l2norm: options.qk_l2norm.into(),
+        reserved: 0,
+    };
+    let state_blocks = geometry.segment_states_blocks();
+    let state_bytes = geometry.segment_states_shared_bytes();
+    if through_open {
+        launch(emulate, &kernel("segment_states"), state_blocks, state_bytes, &states);
+    }
     let mut out = Tensors::new();
     let mut dv_model = vec![0.0; per_token * dv];
 
@@ -507,6 +579,89 @@ fn backward(
             exits.get::<u8>();
         }
 
+        let d_v = Array::of(&d_v);
+        if let (Some(soft), Some(ddrift)) = (soft, &ddrift) {
+            let params = DriftBackwardParams {
+                extents,
+                v: v.pointer(),
+                d_v: d_v.pointer(),
+                events: events.pointer(),
+                drift: drift.pointer(),
+                chunk_len: chunk_len.pointer(),
+                tau: taus.pointer(),
+                ddrift: ddrift.pointer(),
+                tau_sums: tau_sums.pointer(),
+                dv: if through_open { 0 } else { pointer(&dv_out) },
+                from: from as i64,
+                to: to as i64,
+                temperature: soft.temperature,
+                reserved: 0,
+            };
+            launch(
+                emulate,
+                &kernel("drift_backward"),
+                blocks,
+                geometry.drift_backward_shared_bytes(),
+                &params,
+            );
+        }
+        if through_open {
+            let open = Array::poisoned(geometry.open_states_len(places) * 4);
+            let d_open = Array::poisoned(geometry.open_states_len(places) * 4);
+            let open_log = Array::poisoned(places * heads * 8);
+            let scalars = Array::poisoned(geometry.segment_scalars_len(places) * 8);
+            let states = SegmentStatesParams {
+                entry: all_open.pointer() + (from / chunk * dk * dv * 4) as u64,
+                entry_log: all_logs.pointer() + (from / chunk * 8) as u64,
+                open: open.pointer(),
+                open_log: open_log.pointer(),
+                from: from as i64,
+                to: to as i64,
+                saves: 0,
+                entry_step: saves as i64,
+                ..states
+            };
+            launch(emulate, &kernel("segment_states"), state_blocks, state_bytes, &states);
+            let through_drift = soft.is_some_and(|soft| soft.through_drift);
+            let params = SegmentBackwardParams {
+                extents,
+                k: k.pointer(),
+                v: v.pointer(),
+                g: pointer(&g),
+                events: events.pointer(),
+                energy: energy.pointer(),
+                factor: factor.pointer(),
+                drift: drift.pointer(),
+                ddrift: if through_drift { pointer(&ddrift) } else { 0 },
+                open: open.pointer(),
+                open_log: open_log.pointer(),
+                initial_len: pointer(&initial_len),
+                initial_open: pointer(&initial_open),
+                final_open: pointer(&final_open),
+                d_v: d_v.pointer(),
+                dv: pointer(&dv_out),
+                d_k: of_k.pointer(),
+                dg: pointer(&dg),
+                scalars: scalars.pointer(),
+                d_open: d_open.pointer(),
+                d_carried: d_carried.pointer(),
+                d_carried_scalars: d_carried_scalars.pointer(),
+                from: from as i64,
+                to: to as i64,
+                qk_l2norm: options.qk_l2norm.into(),
+                reserved: 0,
+            };
+            let bytes = geometry.segment_scalars_shared_bytes();
+            launch(emulate, &kernel("segment_scalars"), blocks, bytes, &params);
+            launch(emulate, &kernel("segment_open_backward"), state_blocks, state_bytes, &params);
+            let bytes = geometry.segment_backward_shared_bytes();
+            launch(emulate, &kernel("segment_backward"), blocks, bytes, &params);
+            launch(emulate, &kernel("segment_log_backward"), rows_of_heads, 0, &params);
+            for array in [&open, &d_open, &open_log, &scalars, &d_carried, &d_carried_scalars] {
+                array.get::<u8>();
+            }
+        }
+
         let group_sum = GroupSumParams {
             extents,
             q: q.pointer(),
@@ -527,13 +682,8 @@ fn backward(
     }
     let sum_of_heads = |sums: &Array| {
         let out = Array::poisoned(heads * 4);
-        let params = HeadSumsParams {
-            extents,
-            sums: sums.pointer(),
-            out: out.pointer(),
-            chunk: chunk as i32,
-            reserved: 0,
-        };
+        let params =
+            HeadSumsParams { extents, sums: sums.pointer(), out: out.pointer(), chunk: chunk as i32, add: 0 };
         launch(emulate, "head_sums", heads, geometry.head_sums_shared_bytes(), &params);
         buffer(&out, Dtype::F32)
     };
@@ -546,7 +696,14 @@ fn backward(
     }
     out.insert("dq", buffer(&dq, dtype));
     out.insert("dk", buffer(&d_k, dtype));
-    out.insert("dv", dv_model);
+    out.insert("dv", dv_out.map_or(dv_model, |dv| buffer(&dv, dtype)));
+    if let Some(ddrift) = &ddrift {
+        out.insert("ddrift", buffer(ddrift, Dtype::F32));
+        out.insert("dtau", sum_of_heads(&tau_sums));
+    }
+    if through_open && case.cache.is_some() {
+        out.insert("dcache_open", buffer(&d_carried, Dtype::F32));
+    }
     for (name, array) in [("dg", &dg), ("dbeta", &dbeta), ("dlambda", &dlambda), ("dlogits", &dlogits)] {
         if let Some(array) = array {
             out.insert(name, buffer(array, Dtype::F32));
@@ -569,8 +726,10 @@ fn check_backward(emulate: Emulate, case: &Case, cuts: &[usize], worst: &mut Wor
     let dtype = problem.dtype();
     let segmented = run(emulate, case, &problem, &[0, i64::MAX / 64 * 64], true).0;
     let out = backward(emulate, case, &problem, &segmented, cuts);
-    let upstream = Upstream::of(&problem, &case.upstream());
-    let reference::ArgumentGradients { arguments: expected, terms, .. } =
+    let mut upstream = Upstream::of(&problem, &case.upstream());
+    // The gradient of the drift is judged as such; what it is carried on to, given the kernels' own.
+    upstream.drift = out.get("ddrift").cloned();
+    let reference::ArgumentGradients { arguments: expected, drift, terms } =
         reference::backward(&problem, &Arguments::of(&problem), &segmented.events, &upstream);
     for (&tensor, x) in &out {
         let reference = match tensor {
@@ -582,6 +741,9 @@ fn check_backward(emulate: Emulate, case: &Case, cuts: &[usize], worst: &mut Wor
             "dlambda" => expected.lambda.as_ref().unwrap(),
             "dlogits" => expected.logits.as_ref().unwrap(),
             "dcache_keys" => &expected.cache.as_ref().unwrap().keys,
+            "dcache_open" => &expected.cache.as_ref().unwrap().open,
+            "ddrift" => &drift,
+            "dtau" => &expected.tau,
             "dslope" => &expected.slope,
             "dbias" => &expected.bias,
             _ => panic!("{tensor}"),
@@ -589,6 +751,7 @@ fn check_backward(emulate: Emulate, case: &Case, cuts: &[usize], worst: &mut Wor
         let (error, at) = match tensor {
             "dslope" => error_of_sums(x, reference, &terms.slope),
             "dbias" => error_of_sums(x, reference, &terms.bias),
+            "dtau" => error_of_sums(x, reference, &terms.tau),
             _ => relative_error(x, reference),
         };
         worst.take(dtype, tensor, error);
@@ -691,6 +854,78 @@ fn route_backward() {
             check_backward(emulate, &case, &[0, 64, 192, 384], &mut worst);
             at += 1;
         }
+    }
+    println!("{:?}", worst.0);
+}
+
+/// Soft boundaries, with the drift's gradient and without, and the gradient of the final R: over dtypes, head sizes, capacities,
+/// boundary rates, decays, grouped heads, packed and resumed sequences, windows, zero tokens.
+#[test]
+fn segment_backward() {
+    let Some(emulate) = emulator() else { return };
+    let seed = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    println!("seeds from {seed}");
+    let mut worst = Worst::default();
+    let sizes = [(8, 24), (72, 8), (64, 16), (136, 16), (16, 72), (40, 40)];
+    let mut at = 0;
+    for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
+        for packed in [false, true, false, false] {
+            let (dk, dv) = sizes[at % sizes.len()];
+            let through_drift = at % 3 != 1;
+            let options = Options {
+                recurrence: [Recurrence::Gated, Recurrence::GatedDelta][at / 2 % 2],
+                capacity: [30, 3, 1, 64, 2][at % 5],
+                qk_l2norm: at % 3 == 2,
+                soft: (at % 5 != 3).then_some(Soft { temperature: 0.2, through_drift }),
+                ..Options::default()
+            };
+            let recipe = Recipe {
+                options,
+                time: if packed { 134 } else { [131, 64, 70, 331][at % 4] },
+                heads: 1 + at % 2,
+                value_heads: 4,
+                dk,
+                dv,
+                dtype,
+                boundary_rate: [1.0, 0.25, 0.01][at % 3],
+                decay: [Some(0.1), None, Some(1.0)][at / 3 % 3],
+                packed: packed.then(|| vec![0, 1, 66, 0, 33, 34, 0]),
+                resumed: at % 2 == 1,
+                final_gradient: at % 4 != 0,
+                ..Recipe::default()
+            };
+            let case = recipe.draw(seed + at as u64);
+            check_backward(emulate, &case, &[0, 64, 192, 384], &mut worst);
+            at += 1;
+        }
+    }
+    // Long segments, carried in and on; zero tokens; decay that leaves nothing.
+    for (i, dtype) in [Dtype::F32, Dtype::Bf16, Dtype::F16, Dtype::F32].into_iter().enumerate() {
+        let options = Options {
+            capacity: 4,
+            tau: dla::Tau::PerCall([1.2, 1.9, 1.2, 1.2][i]),
+            qk_l2norm: i == 2,
+            soft: Some(Soft { temperature: 0.3, through_drift: true }),
+            ..Options::default()
+        };
+        let recipe = Recipe {
+            options,
+            time: 450,
+            value_heads: 2,
+            dk: 16,
+            dv: 8,
+            dtype,
+            boundary_rate: 0.01,
+            decay: [Some(0.05), None, Some(0.5), Some(50.0)][i],
+            resumed: true,
+            final_gradient: i % 2 == 0,
+            ..Recipe::default()
+        };
+        let mut case = recipe.draw(seed + 100 + i as u64);
+        if i != 1 {
+            zero_tokens(&mut case);
+        }
+        check_backward(emulate, &case, &[0, 128, 320, 512], &mut worst);
     }
     println!("{:?}", worst.0);
 }

@@ -9,6 +9,10 @@
 #include "../../kernels/prepare_backward.cu"
 #include "../../kernels/group_sum.cu"
 #include "../../kernels/route_backward.cu"
+// Names that segment.cu has too.
+#define FORGOTTEN FORGOTTEN_BACKWARD
+#include "../../kernels/segment_backward.cu"
+#undef FORGOTTEN
 #include "../../kernels/prepare_sm90.cu"
 #include "../../kernels/scan_sm90.cu"
 #include "../../kernels/prepare_delta_sm90.cu"
@@ -83,6 +87,12 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES(group_sum);
     RUN_DTYPES(route_backward);
     RUN_DTYPES(route_backward_keys);
+    RUN_DTYPES(drift_backward);
+    RUN_DTYPES(segment_states);
+    RUN_DTYPES(segment_scalars);
+    RUN_DTYPES(segment_open_backward);
+    RUN_DTYPES(segment_backward);
+    RUN_DTYPES(segment_log_backward);
     RUN(head_sums);
     RUN(gammas_sm90, dla::GAMMAS_THREADS);
     RUN(prepare_sm90_bf16);

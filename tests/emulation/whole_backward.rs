@@ -221,7 +221,7 @@ fn every_kernel_backward() {
     let mut at = 0;
     for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
         for recurrence in [Recurrence::Gated, Recurrence::GatedDelta] {
-            for read in [Read::Given] {
+            for read in [Read::Given, Read::Routed] {
                 for packed in [false, true] {
                     let (dk, dv) = sizes[at % sizes.len()];
                     let options = Options {
@@ -231,6 +231,7 @@ fn every_kernel_backward() {
                         read,
                         slot_order: if at % 4 < 2 { SlotOrder::OldestFirst } else { SlotOrder::NewestFirst },
                         qk_l2norm: at % 5 == 2,
+                        soft: (at % 3 == 2).then_some(Soft { temperature: 0.2, through_drift: at % 2 == 0 }),
                         ..Options::default()
                     };
                     let recipe = Recipe {
@@ -248,7 +249,7 @@ fn every_kernel_backward() {
                         extra_columns: at % 3,
                         packed: packed.then(|| vec![0, 1, 66, 0, 33, 34, 0]),
                         resumed: at % 3 != 1,
-                        final_gradient: false,
+                        final_gradient: at % 2 == 1,
                         ..Recipe::default()
                     };
                     let case = recipe.draw(seed + at as u64);
