@@ -20,8 +20,8 @@
 // in that warp's registers.
 //
 // Numerics: q, k, v, dO in their planes (exact, f32 to 2^-17); all that is computed enters a product in two planes,
-// accumulates in f32 and leaves in f32. The delta rule in f32 takes three planes of whatever is as long as dk: with two, dbeta
-// was off by up to 1.1e-4 on the emulator. Factors of qk_l2norm are multiplied into C x C matrices and out of the results.
+// accumulates in f32 and leaves in f32. The delta rule in f32 takes three planes of everything: with two, dbeta was off by up
+// to 1.1e-4 on the emulator. Factors of qk_l2norm are multiplied into C x C matrices and out of the results.
 //
 // Shared memory, C = 64 (bf16) / C = 32, whatever the head size: gated 82 / 37 KB, delta rule 97 / 45 KB at most (Geometry
 // has the sum). Registers: at the end of the file.
@@ -38,9 +38,9 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
     constexpr int LOWER = BLOCKS * (BLOCKS + 1) / 2, MINE = (LOWER + WARPS - 1) / WARPS;
     constexpr int ITEMS = C * SLICE / 8 / THREADS;                         // eights of a slice of a thread
     constexpr int WIDE = BLOCKS * (SLICE / 16) / WARPS;                    // blocks of a slice of a warp
-    // The delta rule's dbeta is what is left of far larger sums over dk: f32 enters those whole.
+    // The delta rule's dbeta is what is left of far larger sums: f32 enters them whole.
     constexpr bool WHOLE = DELTA && sizeof(T) == 4;
-    constexpr int PLANES = WHOLE ? 3 : PARTS, ROW_PLANES = WHOLE ? 3 : 2;
+    constexpr int PLANES = WHOLE ? 3 : PARTS, DEEP = WHOLE ? 3 : 2;
     const Extents& e = p.extents;
     const int dk = e.dk, dv = e.dv, width = padded(dk), capacity = e.capacity;
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
@@ -70,16 +70,16 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
     float* const end_decay = carve.take<float>(C);                         // e^{Gamma_C - Gamma}
     float* const sums = DELTA ? carve.take<float>(4 * BLOCKS * C) : nullptr;
     // C x C matrices: A, then the gradient of Q K^T; delta rule: Tm, then the gradient of K K^T; P, then E.
-    const Tile<2> a_planes = carve.tile<2>(C, C);
-    const Tile<2> tm_planes = DELTA ? carve.tile<2>(C, C) : a_planes;
+    const Tile<DEEP> a_planes = carve.tile<DEEP>(C, C);
+    const Tile<DEEP> tm_planes = DELTA ? carve.tile<DEEP>(C, C) : a_planes;
     // Operands of the first products; L and Tm in f32; Y, pairs and where slots begin; P, and slices of K and of
     // what it meets (queries, at the end).
     unsigned char* const reused = carve.next;
-    const Tile<2> p_planes = carve.tile<2>(C, C);
+    const Tile<DEEP> p_planes = carve.tile<DEEP>(C, C);
     float* const pairs = reinterpret_cast<float*>(reused);                 // [C][PITCH]
     unsigned char* const slices = carve.next;
     const Tile<PLANES> keys = carve.tile<PLANES>(C, SLICE);
-    const Tile<ROW_PLANES> rows = carve.tile<ROW_PLANES>(C, SLICE);
+    const Tile<DEEP> rows = carve.tile<DEEP>(C, SLICE);
     const Tile<PLANES> queries = {rows.data, rows.stride, rows.plane};
     Carve scratch{slices};
     float* const y = scratch.take<float>(C * PITCH);
@@ -206,10 +206,10 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
         if constexpr (DELTA) {
             clear(intra[i]);
             for (int u = s0; u <= t0; u += 16) {
-                uint32_t a[2][4], b[2][4];
+                uint32_t a[DEEP][4], b[DEEP][4];
                 load_a(a_planes, t0, u, a);
                 load_b_trans(tm_planes, s0, u, b);
-                multiply<2, 2>(intra[i], a, b);
+                multiply<DEEP, DEEP>(intra[i], a, b);
             }
         }
 #pragma unroll
@@ -333,15 +333,15 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
                 each_block([&](int i, int t0, int s0) {
                     for (int from = 0; from < steps; from += 16) {
                         if (transposed) {
-                            uint32_t a[PLANES][4], b[ROW_PLANES][4];
+                            uint32_t a[PLANES][4], b[DEEP][4];
                             load_a(keys, t0, from, a);
                             load_b(rows, s0, from, b);
-                            multiply<PLANES, ROW_PLANES>(c[i], a, b);
+                            multiply<PLANES, DEEP>(c[i], a, b);
                         } else {
-                            uint32_t a[ROW_PLANES][4], b[PLANES][4];
+                            uint32_t a[DEEP][4], b[PLANES][4];
                             load_a(rows, t0, from, a);
                             load_b(keys, s0, from, b);
-                            multiply<ROW_PLANES, PLANES>(c[i], a, b);
+                            multiply<DEEP, PLANES>(c[i], a, b);
                         }
                     }
                 });
@@ -352,10 +352,10 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
             each_wide([&](int i, int t0, int d0) {
                 clear(c[i]);
                 for (int from = t0; from < C; from += 16) {
-                    uint32_t a[2][4], b[ROW_PLANES][4];
+                    uint32_t a[DEEP][4], b[DEEP][4];
                     load_a_trans(p_planes, t0, from, a);
                     load_b_trans(rows, d0, from, b);
-                    multiply<2, ROW_PLANES>(c[i], a, b);
+                    multiply<DEEP, DEEP>(c[i], a, b);
                 }
             });
             __syncthreads();
@@ -369,10 +369,10 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
             each_wide([&](int i, int t0, int d0) {
                 clear(by_tm[i]);
                 for (int from = t0; from < C; from += 16) {
-                    uint32_t a[2][4], b[ROW_PLANES][4];
+                    uint32_t a[DEEP][4], b[DEEP][4];
                     load_a_trans(tm_planes, t0, from, a);
                     load_b_trans(rows, d0, from, b);
-                    multiply<2, ROW_PLANES>(by_tm[i], a, b);
+                    multiply<DEEP, DEEP>(by_tm[i], a, b);
                 }
 #pragma unroll
                 for (int j = 0; j < 8; j++) {
@@ -396,10 +396,10 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
             __syncthreads();
             each_wide([&](int i, int t0, int d0) {
                 for (int from = 0; from <= t0; from += 16) {
-                    uint32_t a[2][4], b[ROW_PLANES][4];
+                    uint32_t a[DEEP][4], b[DEEP][4];
                     load_a(tm_planes, t0, from, a);
                     load_b_trans(rows, d0, from, b);
-                    multiply<2, ROW_PLANES>(by_tm[i], a, b);
+                    multiply<DEEP, DEEP>(by_tm[i], a, b);
                 }
 #pragma unroll
                 for (int j = 0; j < 8; j += 2) {
@@ -422,8 +422,8 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
         float* const beta_columns = sums + 2 * BLOCKS * C;
         float* const beta_rows = sums + 3 * BLOCKS * C;
         __syncthreads();
-        const Tile<2> square = Tile<2>::at(rows.data, C, C);
-        const auto put_square = [&](const Tile<2>& tile, const float (&c)[2][4], int t0, int s0, bool by_beta) {
+        const Tile<DEEP> square = Tile<DEEP>::at(rows.data, C, C);
+        const auto put_square = [&](const Tile<DEEP>& tile, const float (&c)[2][4], int t0, int s0, bool by_beta) {
             each_pair(c, [&](int r, int n, float x0, float x1) {
                 const int s = s0 + n;
                 put2(tile, t0 + r, s, by_beta ? x0 * beta[s] : x0, by_beta ? x1 * beta[s + 1] : x1);
@@ -453,10 +453,10 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
         __syncthreads();
         each_block([&](int i, int t0, int s0) {
             for (int from = t0; from < C; from += 16) {
-                uint32_t a[2][4], b[2][4];
+                uint32_t a[DEEP][4], b[DEEP][4];
                 load_a_trans(a_planes, t0, from, a);
                 load_b_trans(square, s0, from, b);
-                multiply<2, 2>(z[i], a, b);
+                multiply<DEEP, DEEP>(z[i], a, b);
             }
             float by_column[2][4];
 #pragma unroll
@@ -475,16 +475,16 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
         each_block([&](int i, int t0, int s0) {
             clear(ov[i]), clear(z[i]);
             for (int from = 0; from <= s0; from += 16) {
-                uint32_t a[2][4], b[2][4];
+                uint32_t a[DEEP][4], b[DEEP][4];
                 load_a(square, t0, from, a);
                 load_b(tm_planes, s0, from, b);
-                multiply<2, 2>(ov[i], a, b);
+                multiply<DEEP, DEEP>(ov[i], a, b);
             }
             for (int from = t0; from < C; from += 16) {
-                uint32_t a[2][4], b[2][4];
+                uint32_t a[DEEP][4], b[DEEP][4];
                 load_a_trans(tm_planes, t0, from, a);
                 load_b_trans(p_planes, s0, from, b);
-                multiply<2, 2>(z[i], a, b);
+                multiply<DEEP, DEEP>(z[i], a, b);
             }
         });
         __syncthreads();
@@ -493,10 +493,10 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
         each_block([&](int i, int t0, int s0) {
             clear(z[i]);
             for (int from = 0; from <= s0; from += 16) {
-                uint32_t a[2][4], b[2][4];
+                uint32_t a[DEEP][4], b[DEEP][4];
                 load_a(square, t0, from, a);
                 load_b(tm_planes, s0, from, b);
-                multiply<2, 2>(z[i], a, b);
+                multiply<DEEP, DEEP>(z[i], a, b);
             }
             float by_row[2][4];
 #pragma unroll
@@ -545,24 +545,24 @@ DEVICE void prepare_backward(const PrepareBackwardParams& p) {
             float by_keys[2][4], by_queries[2][4];
             clear(by_keys), clear(by_queries);
             for (int from = 0; from < C; from += 16) {
-                uint32_t a[2][4], b[PLANES][4];
+                uint32_t a[DEEP][4], b[PLANES][4];
                 if (from <= t0) {
                     load_b_trans(keys, d0, from, b);
                     load_a(a_planes, t0, from, a);
-                    multiply<2, PLANES>(by_keys, a, b);
+                    multiply<DEEP, PLANES>(by_keys, a, b);
                     if constexpr (DELTA) {
                         load_a(tm_planes, t0, from, a);
-                        multiply<2, PLANES>(by_queries, a, b);
+                        multiply<DEEP, PLANES>(by_queries, a, b);
                     }
                 }
                 if (from >= t0) {
                     load_b_trans(queries, d0, from, b);
                     load_a_trans(a_planes, t0, from, a);
-                    multiply<2, PLANES>(by_queries, a, b);
+                    multiply<DEEP, PLANES>(by_queries, a, b);
                     if constexpr (DELTA) {
                         load_b_trans(keys, d0, from, b);
                         load_a_trans(tm_planes, t0, from, a);
-                        multiply<2, PLANES>(by_queries, a, b);
+                        multiply<DEEP, PLANES>(by_queries, a, b);
                     }
                 }
             }

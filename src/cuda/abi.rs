@@ -1102,21 +1102,16 @@ impl Geometry {
     /// Shared memory of `prepare_backward_*`.
     pub fn prepare_backward_shared_bytes(&self) -> usize {
         let chunk = self.chunk();
-        let square = Self::tile(2, chunk, chunk);
+        // The delta rule takes three planes of f32, and has room for them in f16.
+        let (planes, deep) = if self.delta && self.parts == 2 { (3, 3) } else { (self.parts, 2) };
+        let square = Self::tile(deep, chunk, chunk);
         let columns = self.replay_shared_bytes() + 3 * chunk * 8 + 5 * chunk * 4;
-        // The delta rule takes three planes of f32.
-        let slices = match (self.delta, self.parts) {
-            (true, 2) => 2 * Self::tile(3, chunk, 64),
-            (_, parts) => Self::tile(parts, chunk, 64) + Self::tile(2, chunk, 64),
-        };
+        let slices = Self::tile(planes, chunk, 64) + Self::tile(deep, chunk, 64);
         let matrices = chunk * (chunk + 1) * 4;
         let scratch = matrices + (chunk * 65).next_multiple_of(16);
-        let reused = square + slices.max(scratch);
-        if self.delta {
-            columns + 4 * chunk / 16 * chunk * 4 + 2 * square + reused.max(2 * matrices)
-        } else {
-            columns + square + reused.max(2 * matrices)
-        }
+        let reused = (square + slices.max(scratch)).max(2 * matrices);
+        let squares = if self.delta { 4 * chunk / 16 * chunk * 4 + 2 * square } else { square };
+        columns + squares + reused
     }
 
     /// Blocks of `group_sum_*`.
