@@ -28,8 +28,9 @@ constexpr int SEGMENT_SHARED_BYTES = 11472;
 constexpr int SEGMENT_STATE_BYTES = 1608;
 
 // k, v, g -> drift, events; n, J and R of the cache; the slots at every chunk's entry. segment_gram, grid
-// (B T / C + N) x HV x C / 32, then segment, grid N x HV by the rows of a block, 1 to SEGMENT_ROWS. Both take tokens from..to of every sequence: windows
-// come in order, the workspace stays. What "row's end" marks is written by the window in which the row ends.
+// (B T / C + N) x HV x C / 32, then segment, grid N x HV by the rows of a block, 1 to SEGMENT_ROWS. Both take tokens
+// from..to of every sequence: windows come in order, the workspace stays. What "row's end" marks is written by the
+// window in which the row ends.
 struct SegmentParams {
     Extents extents;
     const void* k;                  // [B,T,H,dk]

@@ -7,21 +7,25 @@
 // Two kernels. `segment_gram` is parallel over 32 tokens at a time and does all that is heavy: for every token
 // that might start a segment it walks to the next boundary, 32 tokens ahead at most, and leaves the drift on
 // the way, where the boundary is, and which boundaries follow in the same 32 tokens. `segment` is the chain
-// over the tokens of a row: one block of 4 warps, which takes 64 tokens a round, a barrier a round.
-//   warp 1 finds boundaries by look-up, and sums drift;
-//   warp 0, a round behind, merges;
-//   warp 2, another round behind, writes events and the slots held at every chunk's entry;
+// over the tokens of a row: 4 warps, which take 64 tokens a round, a barrier a round, each a round behind the last.
+//   warp 1 finds boundaries by look-up;
+//   warp 3 sums drift and makes keys;
+//   warp 0 merges;
+//   warp 2 writes events and the slots held at every chunk's entry;
 //   all four, where no boundary lies within 32 tokens, carry R (section "The slow path").
 //
 // Merges. A slot is known by the boundary that begins it, and that by its prefix sums of drift and of tokens;
-// to merge is to drop a boundary. What boundaries and sums come does not hang on the merges, so warp 1 has
-// them ready. Lane j holds the key (cost, index) of pair j, those of slots j to j + 2 and j to j + 3, and divides
-// for that of j to j + 4: whatever pair goes, the keys that remain are there already, and a link of the chain is
-// one redux.min and two selects. A division has two links' time. That takes M <= 32, no log of the caller's and
+// to merge is to drop a boundary. What boundaries and sums come does not hang on the merges, so warp 3 has
+// them ready. A lane holds one slot for its life, and so is its place (SegmentParams::chunk_place); the slot's rank
+// among all makes the low bits of its key. It holds the keys (cost, rank) of its slot with the next one, two and three,
+// and divides for that with the next four: whatever pair goes, the keys that remain are there already, and a link of
+// the chain is one redux.min, two comparisons and two selects. No lane asks another: the boundaries stand in shared
+// memory in their order, and where a pair goes those before it move up. That takes M <= 32, no log of the caller's and
 // sums that cannot saturate (cached drift + 8192 units a token below 2^32); what else there is takes the ledger
 // of the definition, one token at a time.
 //
-// Grid and block: segment_gram places of chunks x HV x C / 32, segment N x HV; 128 threads both.
+// Grid and block: segment_gram places of chunks x HV x C / 32, 128 threads; segment 1 to 4 rows a block, 128 threads
+// a row. A block of the chain keeps a block of the scan off its multiprocessor, hence several rows.
 //
 // R stands in global memory (the cache's own array; 64 KiB at dk = dv = 128, so in L2) as it was at its newest
 // token that is not zero, with |R|^2 taken from R itself at every update and the log decay since: c asks no
@@ -30,12 +34,16 @@
 // Numerics: k and v are exact in their planes (f32: 2^-17); R and the decayed keys take two planes whatever the
 // dtype. Decisions are those of src/events.rs, bit for bit. The product |k| |v| must lie within 1e-19 and 1e19.
 //
-// Shared memory, whatever the head size: segment_gram 17,920 bytes (bf16) and 19,712, segment 9,280. Workspace 142
-// bytes a token and head, 128 of them for the walks, of which a walk of one step fills 4. Registers: at the end of
-// the file. Predicted, not measured, from the SASS of sm_90a: the loop of merges issues 46 instructions a token, 21 of
-// them at half rate; 50 to 60 clocks a token with a merge at each, and some 5 for a round's start; so 32,768 tokens in
-// 1.0 to 1.2 ms at 1.75 GHz whatever the heads. segment_gram makes 82 kFLOP a token and head, reads k and v twice
-// (once from L2): 0.1 to 0.2 ms at S3. The slow path: 300 clocks a token or more.
+// Shared memory: segment_gram 36,096 bytes at dk = dv = 128 (bf16, k and v whole; else 19,712), segment 11,472 a row.
+// Workspace 142 bytes a token and head, 128 of them for the walks, of which a walk of one step fills 4. Registers: at
+// the end of the file.
+//
+// Measured on an H100 at 1.98 GHz, S3, density, a merge at every token. segment_gram 0.27 ms, 0.51 before it took rows
+// whole (floor 0.09: 0.27 GB). The chain 51 ns a token with one row a block, 56 with four, before the steps of merges
+// were unrolled by sixteen with little carried from one to the next; that is counted from the SASS (74 clocks within, 110
+// at either end of eight steps then, 25 at the end of sixteen now) as 40 to 44, not measured. A link is bound by
+// redux.min, 44 clocks until another instruction has its result; 26 to 34 follow. The slow path: 300 clocks a token or
+// more.
 
 #include "common/ledger.cuh"
 #include "common/replay.cuh"
@@ -116,10 +124,9 @@ DEVICE Tables<T::CHUNK> tables_of(const Row& row) {
 constexpr int GRAM_TILES = 3;
 DEVICE int gram_column(int r, int i) { return (r < GRAM_TILES ? 0 : r - GRAM_TILES + 1) + i; }
 
-// Gram matrix of a tile's rows, by the block.
+// Gram matrix of a tile's rows, by warp r of the block.
 template <int PARTS>
-DEVICE void gram(const Tile<PARTS>& tile, int width, float (&out)[GRAM_TILES][2][4]) {
-    const int r = warp_index();
+DEVICE void gram(const Tile<PARTS>& tile, int r, int width, float (&out)[GRAM_TILES][2][4]) {
     for (int step = 0; step < width; step += 16) {
         uint32_t a[PARTS][4], b[PARTS][4];
         load_a(tile, r * 16, step, a);
@@ -143,7 +150,7 @@ template <typename T>
 DEVICE void segment_gram(const SegmentParams& p) {
     constexpr int PARTS = T::PARTS, C = T::CHUNK, EACH = C / STARTS;
     const Extents& e = p.extents;
-    const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
+    const int warp = uniform(warp_index()), lane = lane_index(), thread = threadIdx.x;
     const int64_t chunk = blockIdx.x / EACH, place = chunk / e.value_heads;
     const Row row = row_of(e, sequence_of_chunk(e, place, C), chunk % e.value_heads);
     const int64_t first = (place - first_chunk(row, C)) * C + blockIdx.x % EACH * STARTS;
@@ -180,11 +187,16 @@ DEVICE void segment_gram(const SegmentParams& p) {
         const Tile<1> keys = carve.tile<1>(WINDOW, padded(e.dk)), values = carve.tile<1>(WINDOW, padded(e.dv));
         carve.check();
         const auto copy = [&](const Tile<1>& tile, const T* from, int width, int64_t pitch) {
-            const int groups = padded(width) / 8;
-            for (int i = thread; i < WINDOW * groups; i += SEGMENT_THREADS) {
-                const int t = i / groups, column = i % groups * 8;
-                const bool live = t < len && column < width;
-                copy_async_16(tile.data + t * tile.stride + column, live ? from + t * pitch + column : from, live);
+            constexpr int AT_ONCE = SEGMENT_THREADS / 8;
+            const int t = thread / 8;
+            for (int column = thread % 8 * 8; column < padded(width); column += 64) {
+                const T* at = from + t * pitch + column;
+                uint16_t* to = tile.data + t * tile.stride + column;
+#pragma unroll
+                for (int i = 0; i < WINDOW / AT_ONCE; i++, at += AT_ONCE * pitch, to += AT_ONCE * tile.stride) {
+                    const bool live = t + i * AT_ONCE < len && column < width;
+                    copy_async_16(to, live ? at : from, live);
+                }
             }
         };
         copy(keys, k + row.key_at(first) * e.dk, e.dk, static_cast<int64_t>(e.heads) * e.dk);
@@ -192,8 +204,8 @@ DEVICE void segment_gram(const SegmentParams& p) {
         if (warp == 0) load_gamma(p.g, row, first, len, WINDOW, gamma);
         copies_wait();
         __syncthreads();
-        gram(keys, e.dk, grams[0]);
-        gram(values, e.dv, grams[1]);
+        gram(keys, warp, e.dk, grams[0]);
+        gram(values, warp, e.dv, grams[1]);
         const int g = lane / 4;
         if (lane % 4 == g / 2) {
             const int i = warp < GRAM_TILES ? warp : GRAM_TILES - 1;
@@ -235,8 +247,8 @@ DEVICE void segment_gram(const SegmentParams& p) {
                 }
                 __syncthreads();
                 const int rest = width - column < SLICE ? width - column : SLICE;
-                if (which) gram(tile, rest, grams[1]);
-                else gram(tile, rest, grams[0]);
+                if (which) gram(tile, warp, rest, grams[1]);
+                else gram(tile, warp, rest, grams[0]);
             }
         }
 #pragma unroll
@@ -381,14 +393,17 @@ struct Ahead {
 };
 
 // Where the search for boundaries stands.
-struct Find {
+struct Search {
     int64_t start;    // of the open segment; CARRIED: before the row; NO_SEGMENT
     int64_t next;     // the boundary after it, or UNKNOWN
     int64_t done;     // tokens judged
     int64_t covered;  // R holds the open segment up to here; UNKNOWN: R is not there
+};
+// And, from `drift` on, what warp 3 knows a round later.
+struct Find : Search {
     float squared;    // |R|^2 and the log decay since R's newest token
     float log;
-    uint32_t drift, tokens;    // sums over all slots at `done`, rounds alone
+    uint32_t drift, tokens;    // sums over all slots
     uint32_t last[2];          // the same where the open slot begins
     int held;                  // slots
     int reserved;
@@ -773,7 +788,7 @@ DEVICE void look_up(const SegmentParams& p, const Row& row, int64_t first, const
     int nexts[2] = {0, 0};
     uint32_t reaches[2] = {0, 0};
     uint64_t boundaries = round.boundaries;
-    Find now = find;
+    Search now = find;
     __syncwarp();
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -1385,14 +1400,15 @@ DEVICE void segment(const SegmentParams& p) {
 }  // namespace
 }  // namespace dla
 
-// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: segment_gram bf16 108 / 113 / 149 /
-// 151, f16 132 / 136 / 123 / 125, f32 140 / 148 / 140 / 142; segment at most 72 everywhere, which is what BLOCKS_OF
-// asks: it is to stand beside other blocks, and at 64 it spills.
+// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: segment_gram bf16 90 / 94 / 96 /
+// 96, f16 131 / 135 / 148 / 149, f32 137 / 141 / 158 / 159; segment bf16 80 / 80 / 101 / 108, f16 and f32 94 / 93 /
+// 109 / 116 at most.
 #define KERNELS(suffix, T)                                                                                      \
     KERNEL BLOCK_OF(dla::SEGMENT_THREADS) segment_gram_##suffix(const __grid_constant__ dla::SegmentParams p) { \
         dla::segment_gram<dla::T>(p);                                                                           \
     }                                                                                                           \
-    KERNEL BLOCK_OF(dla::SEGMENT_THREADS * dla::SEGMENT_ROWS) segment_##suffix(const __grid_constant__ dla::SegmentParams p) {  \
+    KERNEL BLOCK_OF(dla::SEGMENT_ROWS * dla::SEGMENT_THREADS)                                                   \
+        segment_##suffix(const __grid_constant__ dla::SegmentParams p) {                                        \
         dla::segment<dla::T>(p);                                                                                \
     }
 KERNELS(bf16, Bf16)

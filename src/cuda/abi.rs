@@ -906,10 +906,15 @@ impl Geometry {
     }
 
     /// Rows of a block of `segment_*` on a card of `processors` multiprocessors. `beside`: while the scan runs, whose
-    /// blocks want a multiprocessor each; else rows share one where there are more.
+    /// blocks want a multiprocessor each; else rows share one where there are more, and where there are many, registers
+    /// hold six rows in blocks of two, four in a block of four.
     pub fn segment_rows(&self, processors: usize, beside: bool) -> usize {
-        let share = if beside { SEGMENT_ROWS } else { self.rows().div_ceil(processors.max(1)) };
-        share.min(self.rows()).clamp(1, SEGMENT_ROWS)
+        let share = match self.rows().div_ceil(processors.max(1)) {
+            _ if beside => SEGMENT_ROWS,
+            share @ ..=SEGMENT_ROWS => share,
+            _ => 2,
+        };
+        share.min(self.rows()).max(1)
     }
 
     /// Shared memory of a row of `segment_*`, SEGMENT_SHARED_BYTES of abi.cuh: the same for every size.
