@@ -1,9 +1,9 @@
-//! Every stage of the CPU engine, forward and backward, and a step. A stage's time is what its threads
+//! Every stage of the CPU engine, forward and backward, a step, and steps of a server's cache. A stage's time is what its threads
 //! spent in it, out of whole calls: stages run chunk by chunk on one another's results.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use dla::check::{Case, Recipe};
-use dla::{Engine, Options, Read, Recurrence, Stage, StageTimes, cpu};
+use dla::{Engine, Entries, EntrySpec, Options, Read, Recurrence, Stage, StageTimes, StateDtype, cpu};
 use std::time::Duration;
 
 fn case(recurrence: Recurrence, read: Read) -> Case {
@@ -73,5 +73,34 @@ fn step(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, stages, step);
+/// Rows of a server's cache, all slots held.
+fn decode(c: &mut Criterion) {
+    let mut group = c.benchmark_group("decode");
+    group.sample_size(20).measurement_time(Duration::from_secs(2));
+    for recurrence in [Recurrence::Gated, Recurrence::GatedDelta] {
+        for (batch, tokens) in [(1, 1), (8, 1), (1, 4)] {
+            let recipe = Recipe { batch, time: tokens, ..case(recurrence, Read::Given).recipe };
+            let cases: Vec<Case> = (0..40).map(|seed| recipe.draw(seed)).collect();
+            let problems: Vec<_> =
+                cases.iter().map(|case| case.problem().expect("a drawn case is valid")).collect();
+            let spec = EntrySpec::of(problems[0].options(), problems[0].shape(), batch, StateDtype::F32);
+            let mut cache = cpu::Entries::new(spec).expect("a valid spec");
+            let entries: Vec<usize> = (0..batch).map(|_| cache.take().expect("a free entry")).collect();
+            for problem in &problems {
+                cache.step(problem, &entries).expect("a valid step");
+            }
+            let mut at = 0;
+            group.throughput(Throughput::Elements((batch * tokens * recipe.value_heads) as u64));
+            group.bench_function(format!("{recurrence:?}/B={batch}/T={tokens}"), |b| {
+                b.iter(|| {
+                    at += 1;
+                    cache.step(&problems[at % problems.len()], &entries).expect("a valid step")
+                });
+            });
+        }
+    }
+    group.finish();
+}
+
+criterion_group!(benches, stages, step, decode);
 criterion_main!(benches);

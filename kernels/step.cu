@@ -27,9 +27,10 @@ namespace step {
 constexpr int MOST_PLACES = MOST_SLOTS + STEP_SPARE_PLACES;
 // A segment that has decayed by more is 0 in f64 too, and so has no direction.
 constexpr double FORGOTTEN = -700.0;
-// Tokens whose k_j^T S one look at a slot makes, of a launch of so many tokens: as registers allow.
-template <int TOKENS>
+// Tokens whose k_j^T S one look at a slot makes.
 constexpr int BATCH = 4;
+// Thread that asks which block of a row and head comes last: it has written nothing.
+constexpr int ASKS = 32;
 // Parts in which places are staged, and read as they come.
 constexpr int STAGES = 4;
 
@@ -179,29 +180,6 @@ DEVICE float from_scratch(const float* scratch, int width, int column) {
     return sum;
 }
 
-// Sums of N values over the lanes of a warp. Lane l is left with those from l N / 32 on, in v[0..]; where N < 32, lanes
-// share one.
-template <int N>
-DEVICE void sum_across(float (&v)[N]) {
-    const int lane = lane_index();
-    int left = N;
-#pragma unroll
-    for (int by = 16; by > 0; by /= 2) {
-        if (left > 1) {
-            left /= 2;
-            const bool upper = lane & by;
-#pragma unroll
-            for (int i = 0; i < N / 2; i++) {
-                if (i >= left) break;
-                const float give = upper ? v[i] : v[i + left], keep = upper ? v[i + left] : v[i];
-                v[i] = keep + __shfl_xor_sync(ALL, give, by);
-            }
-        } else {
-            v[0] += __shfl_xor_sync(ALL, v[0], by);
-        }
-    }
-}
-
 // Slots that end in one, as a write takes them up: slots `from`..`to` of those held.
 struct Sources {
     const uint8_t* place;
@@ -210,51 +188,39 @@ struct Sources {
     int from, to;
 };
 
-// u [rows to a multiple of 8][8] = sum over the sources of factor k_j^T S, of eight columns, j from `first` on, where
-// the source lacks token j. `ring`: tokens before this call. By a warp.
-template <int EACH, typename S, bool STAGE>
-DEVICE void products(const Bank<S, STAGE>& bank, int column, const Sources& sources, const float* keys, int first,
-                     int rows, int ring, float* u) {
-    const int lane = lane_index();
-    __syncwarp();
-    for (int batch = 0; batch < rows; batch += EACH) {
-        float sum[EACH * 8] = {};
-        for (int j = sources.from; j < sources.to; j++) {
-            const int lacks = ring - sources.pending[j] - first - batch, place = sources.place[j];
-            const float factor = sources.factor[j];
-#pragma unroll 2
-            for (int r = lane; r < bank.dk; r += 32) {
-                float x[8];
-                bank.load(place, r, column, x);
-                const float* key = keys + (first + batch) * bank.dk + r;
+// u [rows][width] = sum over the sources of factor k_j^T S, j from `first` on, where the source lacks token j. `ring`:
+// tokens before this call. By the block; ends with a barrier.
+template <typename S, bool STAGE>
+DEVICE void products(const Bank<S, STAGE>& bank, const Tiles& tiles, const Sources& sources, const float* keys,
+                     int first, int rows, int ring, float* scratch, float* u, int width) {
+    for (int batch = 0; batch < rows; batch += BATCH) {
+        float sum[BATCH][8] = {};
+        if (tiles.live) {
+            for (int j = sources.from; j < sources.to; j++) {
+                const int lacks = ring - sources.pending[j] - first - batch, place = sources.place[j];
+                const float factor = sources.factor[j];
+                for (int r = tiles.first; r < bank.dk; r += tiles.stride) {
+                    float x[8];
+                    bank.load(place, r, tiles.column, x);
+                    const float* key = keys + (first + batch) * bank.dk + r;
 #pragma unroll
-                for (int c = 0; c < EACH; c++) {
-                    const float k = c >= lacks && batch + c < rows ? factor * key[c * bank.dk] : 0.0f;
+                    for (int c = 0; c < BATCH; c++) {
+                        const float k = c >= lacks && batch + c < rows ? factor * key[c * bank.dk] : 0.0f;
 #pragma unroll
-                    for (int i = 0; i < 8; i++) sum[c * 8 + i] += k * x[i];
+                        for (int i = 0; i < 8; i++) sum[c][i] += k * x[i];
+                    }
                 }
             }
         }
-        sum_across(sum);
-        if constexpr (EACH == 8) *reinterpret_cast<float2*>(u + batch * 8 + 2 * lane) = make_float2(sum[0], sum[1]);
-        else u[batch * 8 + lane] = sum[0];
-    }
-    __syncwarp();
-}
-
-// sum -= y_j u_j over `rows` tokens, of eight columns of ROWS rows 32 apart.
-template <int ROWS>
-DEVICE void take_products(float (&sum)[ROWS][8], const float* y, const float* u, int rows, int row, int dk) {
-    for (int n = 0; n < rows; n++) {
-        float x[8];
-        load8(reinterpret_cast<const F32*>(u + n * 8), x);
 #pragma unroll
-        for (int i = 0; i < ROWS; i++) {
-            if (row + 32 * i >= dk) break;
-            const float factor = y[n * dk + row + 32 * i];
-#pragma unroll
-            for (int c = 0; c < 8; c++) sum[i][c] -= factor * x[c];
+        for (int c = 0; c < BATCH; c++) to_scratch(tiles, sum[c], scratch + c * WARPS * width, width);
+        __syncthreads();
+        for (int i = threadIdx.x; i < BATCH * width; i += THREADS) {
+            const int c = i / width;
+            if (batch + c < rows)
+                u[(batch + c) * width + i % width] = from_scratch(scratch + c * WARPS * width, width, i % width);
         }
+        __syncthreads();
     }
 }
 
@@ -327,12 +293,9 @@ struct Rows {
     float* v;        // [TOKENS][dv]
     float* y;        // [LIST][dk], delta rule
     float* queries;  // [TOKENS][RING + 1][dk], delta rule: by what a slot lacked before the call
-    float* u;        // [WARPS][LIST to a multiple of 8][8], delta rule
-    float* scratch;  // [TOKENS][WARPS][width]: o of the slots that are only read
-    float* extra;    // [TOKENS][width]: o of the slots that are written
+    float* u;        // [LIST][width], delta rule
+    float* scratch;  // [BATCH or 1][WARPS][width]
     void* held;      // states that are staged
-
-    static constexpr int U = (LIST + 7) / 8 * 8 * 8;
 
     METHOD Rows(int dk, int dv, int width, int staged_bytes) {
         Carve carve{dynamic_shared()};
@@ -342,9 +305,8 @@ struct Rows {
         v = carve.take<float>(TOKENS * dv);
         y = carve.take<float>(DELTA ? LIST * dk : 0);
         queries = carve.take<float>(DELTA ? TOKENS * (RING + 1) * dk : 0);
-        u = carve.take<float>(DELTA ? WARPS * U : 0);
-        scratch = carve.take<float>(TOKENS * WARPS * width);
-        extra = carve.take<float>(TOKENS * width);
+        u = carve.take<float>(DELTA ? LIST * width : 0);
+        scratch = carve.take<float>((DELTA ? BATCH : 1) * WARPS * width);
         held = carve.take<uint8_t>(staged_bytes);
         carve.check();
     }
@@ -378,10 +340,10 @@ struct Places {
     }
 };
 
-// Step 2 to 4 of OPERATOR.md, section 3, for every token of the call, and what becomes of every slot. `part`: places of a
-// part of the list, 0: it has one. By one warp.
+// Step 2 to 4 of OPERATOR.md, section 3, for every token of the call, and what becomes of every slot. The list
+// of slots that are only read is in `parts`, by `part` places each. By one warp.
 template <bool DELTA, int TOKENS>
-DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first_at, bool leads, int part) {
+DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first_at, bool leads, int parts, int part) {
     const int lane = lane_index(), count = p.tokens;
     const StepRecord& record = sh.record;
     const bool apart = sh.facts[APART] != 0, routed = !p.lambda;
@@ -416,10 +378,10 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
             for (int warp = 0; warp < WARPS; warp++) carried += sh.sums[warp][t];
             numerator += (newest < 0 ? 1.0 : exp(held_log + sh.gamma[newest])) * carried;
         }
-        const double energy = static_cast<double>(sh.dots[KK][t][t]) * sh.dots[VV][t][t], norms = sqrt(energy * squared);
-        double cosine = norms > 0 ? numerator / norms : 0.0;
+        const double energy = static_cast<double>(sh.dots[KK][t][t]) * sh.dots[VV][t][t], norms = energy * squared;
+        double cosine = norms > 0 ? numerator * rsqrt(norms) : 0.0;
         if (cosine > 1) cosine = 1;
-        const float score = static_cast<float>(sqrt(2.0 - 2.0 * cosine));
+        const float score = sqrtf(static_cast<float>(2.0 - 2.0 * cosine));
         int event;
         if (p.log) {
             event = p.log[first_at + static_cast<int64_t>(t) * p.value_heads];
@@ -525,18 +487,19 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
     }
     __syncwarp();
     // The slots that are only read, by the part in which their places come.
-    int listed = 0;
-    for (int n = 0; n < (part ? STAGES : 1); n++) {
+    int of[2], listed = 0;
+#pragma unroll
+    for (int half = 0; half < 2; half++) {
+        const int j = lane + 32 * half;
+        const bool only = j < before && !sh.written[sh.place[last * MOST_SLOTS + j]];
+        of[half] = !only ? -1 : parts > 1 ? record.order[j] / part : 0;
+        if (of[half] >= parts) of[half] = parts - 1;
+    }
+    for (int n = 0; n < parts; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
-            const int j = lane + 32 * half;
-            bool here = j < before && !sh.written[sh.place[last * MOST_SLOTS + j]];
-            if (part && here) {
-                const int of = record.order[j] / part;
-                here = n == (of < STAGES ? of : STAGES - 1);
-            }
-            const uint32_t all = __ballot_sync(ALL, here);
-            if (here) sh.list[listed + __popc(all & ((1u << lane) - 1))] = j;
+            const uint32_t all = __ballot_sync(ALL, of[half] == n);
+            if (of[half] == n) sh.list[listed + __popc(all & ((1u << lane) - 1))] = lane + 32 * half;
             listed += __popc(all);
         }
         if (lane == 0) sh.facts[PARTS + 1 + n] = listed;
@@ -615,96 +578,78 @@ DEVICE void read(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, co
     }
 }
 
-// The slots that are written, oldest first, and R; and o of them. A warp has eight columns: what a lane reads of a place, no
-// other writes, so that a place that is freed may be taken by a later slot.
+// The slots that are written, oldest first, and o of them; and R. What a thread reads of a place, no other writes, so that a
+// place that is freed may be taken by a later slot.
 template <bool DELTA, typename S, int TOKENS, bool STAGE>
-DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows, int from,
-                  int to, int count, int width) {
+DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows,
+                  const Tiles& tiles, int count, int width, float (&o)[TOKENS][8]) {
     constexpr int RING = Shared<DELTA, TOKENS>::RING;
-    // Rows of a lane at a time.
-    constexpr int ROWS = TOKENS == 1 && DELTA ? 4 : 2;
-    const int lane = lane_index(), warp = warp_index(), dk = bank.dk, dv = bank.dv;
-    const int after = sh.facts[AFTER], own = sh.facts[APART_AFTER];
-    float* const u = rows.u + warp * Rows<DELTA, TOKENS>::U;
-    for (int column = from + 8 * warp; column < to; column += 8 * WARPS) {
-        float o[TOKENS][8] = {};
-        for (int i = 0; i < after + own; i++) {
-            const bool slot = i < after;
-            if (slot && !sh.written[i]) continue;
-            // R: what was open, unless a slot has opened, by its own factor; the keys as they are.
-            const int start = sh.facts[OPENED];
-            Sources sources{sh.record.order, sh.pending, sh.factor, 0, 0};
-            int target = sh.facts[OPEN_PLACE], new_from = start < 0 ? 0 : start, new_to = count, lacks = 0;
-            if (slot) {
-                sources.from = sh.old_from[i], sources.to = sh.old_to[i];
-                target = sh.next.order[i], new_from = sh.new_from[i], new_to = sh.new_to[i];
-            }
-            const bool carried = !slot && start < 0 && sh.facts[BEFORE] > 0;
-            if constexpr (DELTA) {
-                if (sources.from < sources.to) {
-                    for (int j = sources.from; j < sources.to; j++) lacks = lacks > sh.pending[j] ? lacks : sh.pending[j];
-                    products<BATCH<TOKENS>>(bank, column, sources, rows.keys, RING - lacks, lacks + count, RING, u);
-                }
-            }
-            for (int r = lane; r < dk; r += 32 * ROWS) {
-                float sum[ROWS][8] = {};
-                for (int j = sources.from; j < sources.to; j++) {
-                    const int place = sh.record.order[j];
-                    const float factor = sh.factor[j];
-#pragma unroll
-                    for (int n = 0; n < ROWS; n++) {
-                        if (r + 32 * n >= dk) break;
-                        float s[8];
-                        bank.load(place, r + 32 * n, column, s);
-#pragma unroll
-                        for (int c = 0; c < 8; c++) sum[n][c] += factor * s[c];
-#pragma unroll
-                        for (int t = 0; t < TOKENS; t++) {
-                            if (TOKENS > 1 && t >= count) break;
-                            const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
-                            const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r + 32 * n];
-#pragma unroll
-                            for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
-                        }
-                    }
-                }
-                if (carried) {
-                    const float factor = sh.open_factor;
-#pragma unroll
-                    for (int n = 0; n < ROWS; n++) {
-                        if (r + 32 * n >= dk) break;
-                        bank.load(sh.record.open, r + 32 * n, column, sum[n]);
-#pragma unroll
-                        for (int c = 0; c < 8; c++) sum[n][c] *= factor;
-                    }
-                }
-                if constexpr (DELTA) {
-                    if (sources.from < sources.to) take_products(sum, rows.y + (RING - lacks) * dk, u, lacks + count, r, dk);
-                }
-                for (int s = new_from; s < new_to; s++) {
-                    float v[8];
-                    load8(reinterpret_cast<const F32*>(rows.v + s * dv + column), v);
-                    const float* key = DELTA && slot ? rows.y + (RING + s) * dk : rows.new_key(s, dk);
-#pragma unroll
-                    for (int n = 0; n < ROWS; n++) {
-                        if (r + 32 * n >= dk) break;
-                        const float k = sh.after[s] * key[r + 32 * n];
-#pragma unroll
-                        for (int c = 0; c < 8; c++) sum[n][c] += k * v[c];
-                    }
-                }
-#pragma unroll
-                for (int n = 0; n < ROWS; n++) {
-                    if (r + 32 * n >= dk) break;
-                    bank.store(target, r + 32 * n, column, sum[n]);
-                }
+    const int dk = bank.dk, dv = bank.dv, after = sh.facts[AFTER];
+    for (int i = 0; i < after; i++) {
+        if (!sh.written[i]) continue;
+        const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[i], sh.old_to[i]};
+        const int target = sh.next.order[i], new_from = sh.new_from[i], new_to = sh.new_to[i];
+        int lacks = 0;
+        if constexpr (DELTA) {
+            if (sources.from < sources.to) {
+                for (int j = sources.from; j < sources.to; j++) lacks = lacks > sh.pending[j] ? lacks : sh.pending[j];
+                products(bank, tiles, sources, rows.keys, RING - lacks, lacks + count, RING, rows.scratch, rows.u, width);
             }
         }
+        if (!tiles.live) continue;
+        for (int r = tiles.first; r < dk; r += tiles.stride) {
+            float sum[8] = {};
+            for (int j = sources.from; j < sources.to; j++) {
+                float s[8];
+                bank.load(sh.record.order[j], r, tiles.column, s);
+                const float factor = sh.factor[j];
 #pragma unroll
-        for (int t = 0; t < TOKENS; t++) {
-            if (TOKENS > 1 && t >= count) break;
-            sum_across(o[t]);
-            if (lane % 4 == 0) rows.extra[t * width + column - from + lane / 4] = o[t][0];
+                for (int c = 0; c < 8; c++) sum[c] += factor * s[c];
+#pragma unroll
+                for (int t = 0; t < TOKENS; t++) {
+                    if (TOKENS > 1 && t >= count) break;
+                    const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
+                    const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r];
+#pragma unroll
+                    for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
+                }
+            }
+            if constexpr (DELTA) {
+                if (sources.from < sources.to) {
+                    for (int n = 0; n < lacks + count; n++) {
+                        const float y = rows.y[(RING - lacks + n) * dk + r];
+                        const float* u = rows.u + n * width + tiles.group * 8;
+#pragma unroll
+                        for (int c = 0; c < 8; c++) sum[c] -= y * u[c];
+                    }
+                }
+            }
+            for (int s = new_from; s < new_to; s++) {
+                const float k = sh.after[s] * (DELTA ? rows.y[(RING + s) * dk + r] : rows.new_key(s, dk)[r]);
+#pragma unroll
+                for (int c = 0; c < 8; c++) sum[c] += k * rows.v[s * dv + tiles.column + c];
+            }
+            bank.store(target, r, tiles.column, sum);
+        }
+    }
+    // R, where it has a place of its own: what was open, unless a slot has opened.
+    if (sh.facts[APART_AFTER] && tiles.live) {
+        const int start = sh.facts[OPENED];
+        const bool carried = start < 0 && sh.facts[BEFORE] > 0;
+        const float factor = sh.open_factor;
+        for (int r = tiles.first; r < dk; r += tiles.stride) {
+            float sum[8] = {};
+            if (carried) {
+                bank.load(sh.record.open, r, tiles.column, sum);
+#pragma unroll
+                for (int c = 0; c < 8; c++) sum[c] *= factor;
+            }
+            for (int s = start < 0 ? 0 : start; s < count; s++) {
+                const float k = sh.after[s] * rows.new_key(s, dk)[r];
+#pragma unroll
+                for (int c = 0; c < 8; c++) sum[c] += k * rows.v[s * dv + tiles.column + c];
+            }
+            bank.store(sh.facts[OPEN_PLACE], r, tiles.column, sum);
         }
     }
 }
@@ -728,10 +673,10 @@ template <bool DELTA, typename S, int TOKENS, int UNROLL, bool STAGE>
 DEVICE void run(const StepParams& p) {
     constexpr int RING = Shared<DELTA, TOKENS>::RING;
     const int thread = threadIdx.x, lane = lane_index(), warp = warp_index();
-    const int slice = blockIdx.x % p.slices;
-    const int64_t batch_row = blockIdx.x / p.slices;
-    const int head = batch_row % p.value_heads;
-    const int64_t b = batch_row / p.value_heads;
+    const uint32_t batch_row = blockIdx.x / static_cast<uint32_t>(p.slices);
+    const int slice = blockIdx.x - batch_row * p.slices;
+    const int64_t b = batch_row / static_cast<uint32_t>(p.value_heads);
+    const int head = batch_row - static_cast<uint32_t>(b) * p.value_heads;
     const int entry = p.entries[b];
     if (entry < 0 || entry >= p.bank.entries) return;
     const int dk = p.dk, dv = p.dv, count = p.tokens;
@@ -742,7 +687,7 @@ DEVICE void run(const StepParams& p) {
     auto& sh = *reinterpret_cast<Shared<DELTA, TOKENS>*>(dynamic_shared());
     const Rows<DELTA, TOKENS> rows(dk, dv, p.width, STAGE ? p.staged * dk * p.width * static_cast<int>(sizeof(S)) : 0);
     Bank<S, STAGE> bank = bank_of<S, STAGE>(p.bank, row, p.capacity, dk, dv);
-    const int part = STAGE ? (p.staged + STAGES - 1) / STAGES : 0;
+    const int part = STAGE && p.staged > 0 ? (p.staged + STAGES - 1) / STAGES : 1;
     if constexpr (STAGE) {
         S* const held = static_cast<S*>(rows.held);
         bank.held = held, bank.staged = p.staged, bank.from = from, bank.width = p.width;
@@ -880,7 +825,7 @@ DEVICE void run(const StepParams& p) {
         }
     }
     __syncthreads();
-    if (warp == 0) decide(p, sh, first_at, leads, part);
+    if (warp == 0) decide(p, sh, first_at, leads, STAGE ? STAGES : 1, part);
     else if constexpr (DELTA) {
         // Queries of slots that lack the call's tokens and 0, 1, .. of those before.
         for (int i = thread - 32; i < count * dk; i += THREADS - 32) {
@@ -945,38 +890,18 @@ DEVICE void run(const StepParams& p) {
         const float decay = expf(static_cast<float>(sh.gamma[t] - sh.gamma[s]));
         sh.pair[t][s] = p.scale * weight(t, sh.slot[t][s]) * decay * on;
     }
-    // The block that comes last writes what all have read: record, ring, key sums.
-    if (thread == 0) {
-        bool last = true;
-        if (p.slices > 1) {
-            last = arrive(p.bank.arrived + row) == static_cast<uint32_t>(p.slices) - 1;
-            if (last) p.bank.arrived[row] = 0;
+    // All that others of this row and head may write has been read. Which block comes last is asked now, and known later.
+    uint32_t came_before = 0;
+    if (thread == ASKS && p.slices > 1) came_before = arrive(p.bank.arrived + row);
+    if constexpr (STAGE && S::REST) {
+        // Second planes of what is written: on their way while the first are read.
+        for (int i = 0; i < sh.facts[AFTER]; i++) {
+            if (!sh.written[i]) continue;
+            for (int j = sh.old_from[i]; j < sh.old_to[i]; j++)
+                for (int r = thread; r < dk; r += THREADS) prefetch(bank.rest + bank.at(sh.record.order[j], r, from));
         }
-        sh.facts[LAST] = last;
     }
     __syncthreads();
-    const int after = sh.facts[AFTER];
-    if (sh.facts[LAST]) {
-        for (int i = thread; i < static_cast<int>(sizeof(StepRecord) / 16); i += THREADS)
-            reinterpret_cast<uint4*>(p.bank.records + row)[i] = reinterpret_cast<const uint4*>(&sh.next)[i];
-        if constexpr (DELTA) {
-            for (int i = thread; i < RING * dk; i += THREADS) {
-                ring[i] = rows.keys[count * dk + i];
-                ring[RING * dk + i] = rows.y[count * dk + i];
-            }
-        }
-        float* const key_sums = p.bank.keys + row * (p.capacity + STEP_SPARE_PLACES) * dk;
-        for (int c = thread; routed && c < dk; c += THREADS) {
-            for (int i = 0; i < after; i++) {
-                const int sources = sh.old_to[i] - sh.old_from[i];
-                if (sources == 1 && sh.new_from[i] == sh.new_to[i]) continue;
-                float sum = 0;
-                for (int j = sh.old_from[i]; j < sh.old_to[i]; j++) sum += key_sums[sh.record.order[j] * dk + c];
-                for (int s = sh.new_from[i]; s < sh.new_to[i]; s++) sum += rows.new_key(s, dk)[c];
-                key_sums[sh.next.order[i] * dk + c] = sum;
-            }
-        }
-    }
 
     const Tiles tiles(from, to);
     float o[TOKENS][8] = {};
@@ -996,20 +921,48 @@ DEVICE void run(const StepParams& p) {
     } else {
         read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 0, o);
     }
+    write<DELTA, S, TOKENS, STAGE>(bank, sh, rows, tiles, count, p.width, o);
+
+    // o of the slots, and of the call's own tokens.
 #pragma unroll
     for (int t = 0; t < TOKENS; t++) {
         if (TOKENS > 1 && t >= count) break;
-        to_scratch(tiles, o[t], rows.scratch + t * WARPS * p.width, p.width);
+        if (DELTA || t > 0) __syncthreads();
+        to_scratch(tiles, o[t], rows.scratch, p.width);
+        __syncthreads();
+        for (int c = thread; c < to - from; c += THREADS) {
+            float sum = from_scratch(rows.scratch, p.width, c);
+            for (int s = 0; s <= t; s++) sum += sh.pair[t][s] * rows.v[s * dv + from + c];
+            output(p.o, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + from + c, sum, p.dtype);
+        }
     }
-    write<DELTA, S, TOKENS, STAGE>(bank, sh, rows, from, to, count, p.width);
-    __syncthreads();
 
-    // o of the slots, and of the call's own tokens.
-    for (int i = thread; i < count * (to - from); i += THREADS) {
-        const int t = i / (to - from), c = i - t * (to - from);
-        float sum = from_scratch(rows.scratch + t * WARPS * p.width, p.width, c) + rows.extra[t * p.width + c];
-        for (int s = 0; s <= t; s++) sum += sh.pair[t][s] * rows.v[s * dv + from + c];
-        output(p.o, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + from + c, sum, p.dtype);
+    // The block that came last writes what all have read: record, ring, key sums.
+    if (thread == ASKS) {
+        const bool last = came_before == static_cast<uint32_t>(p.slices) - 1;
+        if (last && p.slices > 1) p.bank.arrived[row] = 0;
+        sh.facts[LAST] = last;
+    }
+    __syncthreads();
+    if (!sh.facts[LAST]) return;
+    for (int i = thread; i < static_cast<int>(sizeof(StepRecord) / 16); i += THREADS)
+        reinterpret_cast<uint4*>(p.bank.records + row)[i] = reinterpret_cast<const uint4*>(&sh.next)[i];
+    if constexpr (DELTA) {
+        for (int i = thread; i < RING * dk; i += THREADS) {
+            ring[i] = rows.keys[count * dk + i];
+            ring[RING * dk + i] = rows.y[count * dk + i];
+        }
+    }
+    float* const key_sums = p.bank.keys + row * (p.capacity + STEP_SPARE_PLACES) * dk;
+    for (int c = thread; routed && c < dk; c += THREADS) {
+        for (int i = 0; i < sh.facts[AFTER]; i++) {
+            const int sources = sh.old_to[i] - sh.old_from[i];
+            if (sources == 1 && sh.new_from[i] == sh.new_to[i]) continue;
+            float sum = 0;
+            for (int j = sh.old_from[i]; j < sh.old_to[i]; j++) sum += key_sums[sh.record.order[j] * dk + c];
+            for (int s = sh.new_from[i]; s < sh.new_to[i]; s++) sum += rows.new_key(s, dk)[c];
+            key_sums[sh.next.order[i] * dk + c] = sum;
+        }
     }
 }
 
@@ -1017,7 +970,6 @@ DEVICE void run(const StepParams& p) {
 template <bool DELTA, typename S>
 DEVICE void gather(const StepCacheParams& p) {
     const int dk = p.dk, dv = p.dv, slot = blockIdx.x % (p.capacity + 1), thread = threadIdx.x;
-    const int lane = lane_index(), warp = warp_index();
     const int64_t out_row = blockIdx.x / (p.capacity + 1);
     const int64_t row = static_cast<int64_t>(p.entries[out_row / p.value_heads]) * p.value_heads + out_row % p.value_heads;
     const auto bank = bank_of<S, false>(p.bank, row, p.capacity, dk, dv);
@@ -1026,7 +978,8 @@ DEVICE void gather(const StepCacheParams& p) {
     Carve carve{dynamic_shared()};
     float* keys = carve.take<float>(STEP_RING * dk);
     float* y = carve.take<float>(STEP_RING * dk);
-    float* u = carve.take<float>(WARPS * 64) + warp * 64;
+    float* u = carve.take<float>(STEP_RING * dv);
+    float* scratch = carve.take<float>(BATCH * WARPS * dv);
     carve.check();
     // R, and what there is one of for a row.
     const bool open = slot == p.capacity, held = open ? len > 0 : slot < len;
@@ -1046,23 +999,19 @@ DEVICE void gather(const StepCacheParams& p) {
         __syncthreads();
     }
     float* to = open ? p.open + out_row * dk * dv : p.states + (out_row * p.capacity + slot) * (dk * dv);
-    for (int column = 8 * warp; column < dv; column += 8 * WARPS) {
-        if (DELTA && lacks > 0)
-            products<8>(bank, column, {&place, &lacks, &one, 0, 1}, keys, STEP_RING - lacks, lacks, STEP_RING, u);
-        for (int r = lane; r < dk; r += 128) {
-            float x[4][8] = {};
+    const Tiles tiles(0, dv);
+    if (DELTA && lacks > 0)
+        products(bank, tiles, {&place, &lacks, &one, 0, 1}, keys, STEP_RING - lacks, lacks, STEP_RING, scratch, u, dv);
+    for (int r = tiles.first; tiles.live && r < dk; r += tiles.stride) {
+        float x[8] = {};
+        if (held) bank.load(place, r, tiles.column, x);
+        for (int n = 0; n < lacks; n++) {
 #pragma unroll
-            for (int n = 0; n < 4; n++)
-                if (held && r + 32 * n < dk) bank.load(place, r + 32 * n, column, x[n]);
-            if (DELTA && lacks > 0) take_products(x, y + (STEP_RING - lacks) * dk, u, lacks, r, dk);
-#pragma unroll
-            for (int n = 0; n < 4; n++) {
-                if (r + 32 * n >= dk) break;
-#pragma unroll
-                for (int i = 0; i < 8; i++) x[n][i] *= factor;
-                store8(reinterpret_cast<F32*>(to + (r + 32 * n) * dv + column), x[n]);
-            }
+            for (int i = 0; i < 8; i++) x[i] -= y[(STEP_RING - lacks + n) * dk + r] * u[n * dv + tiles.column + i];
         }
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] *= factor;
+        store8(reinterpret_cast<F32*>(to + r * dv + tiles.column), x);
     }
     if (p.keys && !open) {
         const float* sums = p.bank.keys + (row * (p.capacity + STEP_SPARE_PLACES) + place) * dk;
@@ -1124,11 +1073,11 @@ STEP(step_gated_f32_1, false, StateF32, 1, 6, false, 2)
 STEP(step_gated_f32_1_staged, false, StateF32, 1, 2, true, 2)
 STEP(step_gated_f32_4, false, StateF32, 4, 4, false, 2)
 STEP(step_gated_f32_8, false, StateF32, 8, 2, false, 1)
-STEP(step_delta_bf16_1, true, StateBf16, 1, 8, false, 2)
+STEP(step_delta_bf16_1, true, StateBf16, 1, 16, false, 2)
 STEP(step_delta_bf16_1_staged, true, StateBf16, 1, 4, true, 2)
 STEP(step_delta_bf16_4, true, StateBf16, 4, 12, false, 1)
 STEP(step_delta_bf16_8, true, StateBf16, 8, 4, false, 1)
-STEP(step_delta_f32_1, true, StateF32, 1, 4, false, 2)
+STEP(step_delta_f32_1, true, StateF32, 1, 8, false, 2)
 STEP(step_delta_f32_1_staged, true, StateF32, 1, 2, true, 2)
 STEP(step_delta_f32_4, true, StateF32, 4, 6, false, 1)
 STEP(step_delta_f32_8, true, StateF32, 8, 2, false, 1)

@@ -78,3 +78,45 @@ fn the_cpu_engine_tells_its_stages() {
     assert!((stages - ms("forward", "all")).abs() < 1e-6 * stages, "stages add up to the call");
     assert!(ms("backward", "scan") > 0.0 && svg.contains("forward scan"));
 }
+
+#[test]
+fn decoding_is_timed_by_batch() {
+    let scratch = Scratch::new();
+    let json = scratch.path("d.json");
+    let fixed =
+        ["bench", "decode", "--device", "cpu", "--batch", "1,3", "--shape", "1,2,8,16", "--capacity", "4"];
+    let more = ["--repeats", "2", "--tokens", "2", "--recurrence", "delta", "--json"];
+    let args = fixed.iter().chain(&more).map(|arg| std::ffi::OsStr::new(*arg)).chain([json.as_ref()]);
+    let ran = dla(args).succeeds();
+    assert_eq!(ran.stderr, "");
+    let text = std::fs::read_to_string(&json).expect("written");
+    let report: Value = serde_json::from_str(&text).expect("JSON");
+    let rows = report["bench"].as_array().expect("rows");
+    assert_eq!(rows.iter().map(|row| row["size"].as_str()).collect::<Vec<_>>(), [Some("B=1"), Some("B=3")]);
+    for row in rows {
+        assert_eq!((&row["pass"], &row["boundary_rate"]), (&"step".into(), &1.0.into()));
+        assert!(row["ms"].as_f64().expect("a number") > 0.0 && row["gb_s"].as_f64().expect("a number") > 0.0);
+    }
+    // Two heads of keys and values, bf16.
+    assert_eq!(report["memory"]["softmax_8k"], 8192 * 2 * (8 + 16) * 2);
+    assert!(ran.stdout.contains("B=3"), "{}", ran.stdout);
+}
+
+#[test]
+fn decoding_refuses_what_it_cannot_do() {
+    for (option, expected) in [
+        (["--tokens", "9"], "--tokens: expected 1 to 8, got 9"),
+        (["--batch", "1,0"], "--batch: expected at least 1, got 0"),
+        (["--capacity", "0"], "--capacity: expected 1 to 64 slots, got 0"),
+        (["--device", "reference"], "--device: expected cpu, cuda or auto, got reference"),
+        (["--batch", "99999999"], "--shape: expected states [B,HV,M,dk,dv] of at most 2^33 elements"),
+    ] {
+        let args = ["bench", "decode", "--device", "cpu"]
+            .iter()
+            .chain(&option)
+            .map(|arg| std::ffi::OsStr::new(*arg));
+        let ran = dla(args);
+        assert_eq!(ran.status, 1, "{}", ran.stderr);
+        assert!(ran.stderr.contains(expected), "{}; expected {expected}", ran.stderr);
+    }
+}

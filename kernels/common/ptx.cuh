@@ -146,9 +146,7 @@ DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];"
 // Counts an arrival: how many came before. What this thread did before is done for those that come after.
 DEVICE uint32_t arrive(uint32_t* count) {
     __threadfence();
-    const uint32_t before = atomicAdd(count, 1u);
-    __threadfence();
-    return before;
+    return atomicAdd(count, 1u);
 }
 
 DEVICE void trap() { asm volatile("trap;"); }

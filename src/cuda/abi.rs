@@ -800,14 +800,14 @@ impl StepForm {
             + array(t * dv)
             + delta(list * dk)
             + delta(t * (ring + 1) * dk)
-            + delta(8 * list.next_multiple_of(8) * 8)
-            + array(t * 8 * width)
-            + array(t * width)
+            + delta(list * width)
+            + array(if self.delta { 4 } else { 1 } * 8 * width)
     }
 
     /// Shared memory of the kernel that makes a chronological cache of entries.
-    pub fn gather_shared_bytes(&self, dk: usize) -> usize {
-        2 * (4 * STEP_RING * dk).next_multiple_of(16) + 4 * 8 * 64
+    pub fn gather_shared_bytes(&self, dk: usize, dv: usize) -> usize {
+        let array = |floats: usize| (4 * floats).next_multiple_of(16);
+        2 * array(STEP_RING * dk) + array(STEP_RING * dv) + array(4 * 8 * dv)
     }
 }
 

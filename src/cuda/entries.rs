@@ -211,7 +211,7 @@ impl Pool {
         let kernel = |name: String, shared_bytes| {
             Choice::portable("step", name, 0, shared_bytes).resolve(engine.device())
         };
-        let gather = kernel(form.gather_name(), form.gather_shared_bytes(spec.dk))?;
+        let gather = kernel(form.gather_name(), form.gather_shared_bytes(spec.dk, spec.dv))?;
         let scatter = kernel(form.scatter_name(), 0)?;
         let (rows, places) = (spec.entries * spec.value_heads, spec.capacity + STEP_SPARE_PLACES);
         // Counted in Roster::new.

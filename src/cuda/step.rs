@@ -62,9 +62,7 @@ impl StepPlan {
         } else {
             wanted
         };
-        // For measurements.
-        let asked = std::env::var("DLA_STEP_SLICES").ok().and_then(|slices| slices.parse().ok());
-        Self::of_slices(engine, pool, options, shape, dtype, asked.unwrap_or(slices))
+        Self::of_slices(engine, pool, options, shape, dtype, slices)
     }
 
     /// With `slices` blocks a row and value head, or more where shared memory asks for it.

@@ -722,6 +722,7 @@ static inline float __fmul_rn(float a, float b) { return a * b; }
 static inline float __fdividef(float a, float b) { return a / b; }
 // A macro: the C library has a function of this name.
 #define __expf(a) expf(a)
+static inline double rsqrt(double a) { return 1.0 / sqrt(a); }
 static inline float __fsqrt_rn(float a) { return sqrtf(a); }
 static inline float __uint2float_rn(uint32_t x) { return float(x); }
 static inline uint32_t __float2uint_rn(float x) {

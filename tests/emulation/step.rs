@@ -139,7 +139,7 @@ impl Entries for Emulated {
         let list = indices(entries);
         let params = self.cache_params(&list, &arrays, entries.len());
         let form = self.form(1);
-        let shared_bytes = form.gather_shared_bytes(dims.dk);
+        let shared_bytes = form.gather_shared_bytes(dims.dk, dims.dv);
         launch(self.emulate, &form.gather_name(), rows * (dims.capacity + 1), shared_bytes, &params);
         let [states, len, tokens, drift, open, keys] = &arrays;
         Ok(Cache {

@@ -8,7 +8,7 @@ use std::time::Instant;
 
 use anyhow::{Context, ensure};
 use dla::check::Recipe;
-use dla::cuda::{self, Engine, Graph, Memory, RawInputs, RawOutputs};
+use dla::cuda::{self, Engine, Graph, Memory, RawOutputs};
 use dla::events::{EXTEND, MERGE};
 use dla::{Dtype, Entries, EntrySpec, MOST_STEP_TOKENS, Options, Shape, Tau};
 use serde::Serialize;
@@ -16,14 +16,14 @@ use serde::Serialize;
 use super::{DtypeArg, cuda as gpu, name};
 use crate::common::Common;
 use crate::device::Device;
-use crate::options::{Merge, Read, Recurrence, check_capacity};
+use crate::options::{Merge, Read, Recurrence, check_capacity, check_size};
 use crate::output::Output;
 
 /// Time steps of decoding
 ///
 /// Sequences with all their slots held take tokens, every row one or a few at once, each row in its own entry of a
-/// cache. On a GPU a captured step is replayed; its time is that of the replays one after another by the GPU's own clock,
-/// over so many sets of entries that none is found in L2. Bytes are those of the states read and written, and a token's
+/// cache. On a GPU a graph is replayed that holds a step of each of several sets of entries, as of a model's layers, so many
+/// that none is found in L2; a step's time is its share of the replay, by the GPU's own clock. Bytes are those of the states read and written, and a token's
 /// own, each once.
 #[derive(Debug, clap::Args)]
 pub struct Args {
@@ -272,6 +272,10 @@ pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
         args.tokens
     );
     ensure!(args.batch.iter().all(|&batch| batch > 0), "--batch: expected at least 1, got 0");
+    for &batch in &args.batch {
+        let Extents { value_heads, dk, dv, .. } = args.shape;
+        check_size("--shape", "states [B,HV,M,dk,dv]", &[batch, value_heads, args.capacity, dk, dv])?;
+    }
     let json = args.json.as_deref().map(Output::at).transpose()?;
     let on_gpu = match args.device {
         Device::Auto => cuda::available().is_ok(),
@@ -349,6 +353,9 @@ const STATES_BYTES: usize = 400 << 20;
 /// Sets of inputs.
 const INPUT_SETS: usize = 8;
 
+/// Replays of a timing.
+const REPLAYS: usize = 4;
+
 fn on_a_gpu(args: &Args, common: &Common) -> anyhow::Result<Report> {
     let states = args.states.unwrap_or(StatesArg::Bf16);
     let engine = Arc::new(Engine::new(0)?);
@@ -409,35 +416,34 @@ fn measure(
         .map(|set| gpu::InputSet::draw(engine, recipe, args.tau, args.seed.wrapping_add(set)))
         .collect::<anyhow::Result<Vec<_>>>()?;
     let results = StepResults::new(engine, &shape, dtype, options.read == dla::Read::Routed)?;
-    // Entries change faster than inputs, so that a set of entries meets every set of inputs.
-    let count = sets * INPUT_SETS;
-    let mut graphs = (0..count)
-        .map(|at| {
-            let (rows, inputs): (_, &RawInputs) = (&rows[at % sets], &inputs[at / sets].inputs);
+    // A graph has a step of every set of entries, as of a model's layers; another graph, other inputs.
+    let mut graphs = inputs
+        .iter()
+        .map(|set| {
             Graph::capture(engine, || {
-                // SAFETY: every array is of the extents of `shape`, of this engine's GPU, and lives to the end.
-                unsafe { cache.launch(&plan, rows.address(), inputs, &results.outputs) }
+                rows.iter().try_for_each(|rows| {
+                    // SAFETY: every array is of the extents of `shape`, of this engine's GPU, and lives to the end.
+                    unsafe { cache.launch(&plan, rows.address(), &set.inputs, &results.outputs) }
+                })
             })
         })
         .collect::<dla::Result<Vec<_>>>()?;
     let mut replay = |at: usize| {
         // SAFETY: as captured; no entry is in two sets or twice in one.
-        unsafe { graphs[at % count].replay(engine) }
+        unsafe { graphs[at % INPUT_SETS].replay(engine) }
     };
-    for at in 0..warm_up(args) * sets {
+    for at in 0..warm_up(args) {
         replay(at)?;
     }
     let clock = engine.clock()?;
-    // As many replays a timing as make the clock's own grain small.
-    let run = sets.max(if batch < 32 { 64 } else { 4 });
     let mut times = Vec::new();
     for repeat in 0..usize::from(args.repeats) {
         clock.start(engine)?;
-        for at in 0..run {
-            replay(repeat * run + at)?;
+        for at in 0..REPLAYS {
+            replay(repeat * REPLAYS + at)?;
         }
         clock.stop(engine)?;
-        times.push(clock.ms()? / run as f64);
+        times.push(clock.ms()? / (REPLAYS * sets) as f64);
     }
     let mut events = vec![0u8; batch * time * value_heads];
     engine.download(&results.events, 0, &mut events)?;
