@@ -423,7 +423,8 @@ pub(crate) struct GradientsOf {
 
 /// Checks a buffer's bytes. Without elements a needed array is there whatever its address.
 fn array(name: &'static str, buffer: Buffer, bytes: usize, needed: bool) -> Outcome<Option<Array>> {
-    if !buffer.is_present() && !(needed && bytes == 0) {
+    let there = buffer.is_present() || (needed && bytes == 0);
+    if !there {
         if needed {
             return Err(Error::Missing { name, why: "this call reads or writes it" }.into());
         }

@@ -1,6 +1,8 @@
 """numpy against the f64 reference: outputs, state, every gradient; decoding; errors."""
 
 import multiprocessing
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -69,10 +71,7 @@ def _piece(initial, positional, keywords, queue):
     queue.put(dla.dla(*positional, **keywords, initial_state=initial, output_final_state=True))
 
 
-@pytest.mark.parametrize("method", ["spawn", "fork"])
-def test_pieces_by_one_process_each(method):
-    """A long sequence in pieces, each by a process of its own, the state handed on. A forked process has no threads of its
-    parent's pool."""
+def pieces(method):
     case = Case(4, delta=False, routed=False, time=90)
     positional, keywords = case.call()
     whole, end = dla.dla(*positional, **keywords, output_final_state=True)
@@ -88,6 +87,14 @@ def test_pieces_by_one_process_each(method):
         outputs.append(o)
     assert_close("o", np.concatenate(outputs, 1), whole, 1e-5)
     assert_close("states", state.states, end.states, 1e-5)
+
+
+@pytest.mark.parametrize("method", ["spawn", "fork"])
+def test_pieces_by_one_process_each(method):
+    """A long sequence in pieces, each by a process of its own, the state handed on. A forked process has no threads of its
+    parent's pool. In an interpreter without the other frameworks, whose threads do not outlive a fork."""
+    done = subprocess.run([sys.executable, __file__, method], capture_output=True, text=True, timeout=200)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_split_over_heads_is_the_same_bits():
@@ -140,3 +147,7 @@ def test_errors_name_the_argument():
     refused(ValueError, "cu_seqlens: not expected", cu_seqlens=np.array([0, 5]))
     refused(ValueError, "state.len: expected shape",
             initial_state=dla.empty_state(2, *case.shape)._replace(len=np.zeros((3, 4), np.uint32)))
+
+
+if __name__ == "__main__":
+    pieces(sys.argv[1])

@@ -241,6 +241,6 @@ mod tests {
     #[test]
     fn slots_are_stretches() {
         assert_eq!(slots(&[3, 1, 4]), [0..3, 3..4, 4..8]);
-        assert_eq!(slots(&[]), []);
+        assert!(slots(&[]).is_empty());
     }
 }

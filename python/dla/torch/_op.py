@@ -101,7 +101,10 @@ class _Run:
         call(self.place(workspace))
 
 
-_OUTPUT_DTYPES = (None, torch.float32, torch.uint8, torch.float32, torch.float32, *(torch.int32,) * 3, torch.float32, torch.float32)
+# Of o (None: that of q), drift, events, lam, states, len, tokens, drift sums, open, keys.
+_OUTPUT_DTYPES = (
+    None, torch.float32, torch.uint8, torch.float32, torch.float32, *(torch.int32,) * 3, torch.float32, torch.float32,
+)
 
 
 def _forward_outputs(q, e, options, final_state):
