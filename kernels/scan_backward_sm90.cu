@@ -15,15 +15,21 @@
 // (w_j[t] dO[t, column])^T, made in registers, right operand Q in shared memory. Only operands are rounded.
 // Merge. Its adjoint is a copy, from place to place through shared memory, STAGED at a time.
 // Write. dS' of the slots that hold tokens of the chunk before is rounded to bf16 in shared memory. While the products run
-// half of the warps, 16 tokens each, read it by mma, add the pairs of tokens, and put dV out.
-// The order. dS' is let pass the chunk, times e^{Gamma_C}, before anything reads it: for half of the slots while the products of
-// the others run, as the next left operands are made.
+// half of the warps read it by mma, 16 tokens each; the others add the pairs of tokens, and what the first left them one chunk
+// earlier, and put dV out.
+// Decay. An adjoint is `grown` times what stands in the registers, one factor for all of a row: a chunk's decay goes into it, and
+// its inverse into the left operands. When it falls below 2^-32 it is multiplied in.
+// The order. The next chunk's first left operands are made while the last products run, so that between products there are
+// only rounding, copies, and a barrier.
 // Places whose slot holds none of the bank's tokens have anything finite in them: their weights are 0, no one reads them.
 //
 // Shared memory (bytes; D = WIDTH, M = SLOTS): of two chunks Q 136 D, K 136 D, weights 256 M, pairs 13,312, O 1,024, V 1,024, plan
-// 688; rounded states 16 D M; copies 256 D; barriers and block 208. D = 128, M = 32: 216,624.
+// 720; rounded states 16 D M; copies 256 D; parts 4,096; barriers and block 208. D = 128, M = 32: 220,784.
 // Floor: 1,024 clocks of the tensor cores a chunk and block at D = 128, M = 32; at S3 256 blocks on 132
-// multiprocessors, two rounds of 512 chunks: 0.6 ms.
+// multiprocessors, two rounds of 512 chunks: 0.6 ms. Through L2 come 57 KB a chunk and block.
+// Measured in an earlier form on an H100 (no decay in `grown`, one warp for states and pairs of 16 tokens, addresses of the copies
+// read anew for each): 3.1 ms at S3, 1.55 at S1; 2.3 and 1.2 without copies of Q and K. There the warps that bring took 57% of
+// the time to issue copies. This form has not been timed.
 // Numerics: operands bf16 (w . dO and dS' rounded once each), sums and dS f32.
 
 #include "common/hopper.cuh"
@@ -574,11 +580,14 @@ DEVICE void scan_backward_sm90(const ScanBackwardSm90Params& p) {
     __syncthreads();
     if (p.from > 0 && reverse.block->row.len <= p.from) return;
     const int group = __shfl_sync(ALL, warp_index() / 4, 0);
+    // What a block is launched with is all that it can share out: one more, and the groups wait for ever.
+    constexpr int FEWER = 56, MORE = 224;
+    static_assert(FEWER + 2 * MORE == 3 * 168);
     if (group == Reverse::GROUPS) {
-        registers_fewer<56>();
+        registers_fewer<FEWER>();
         reverse.bring(p);
     } else {
-        registers_more<224>();
+        registers_more<MORE>();
         reverse.compute(p, group);
     }
 }

@@ -139,7 +139,14 @@ struct Left {
     flow: [Vec<f64>; 2],
 }
 
-fn backward(emulate: Emulate, case: &Case, problem: &Problem, events: &[u8], rows: &Rows, window: usize) -> Left {
+fn backward(
+    emulate: Emulate,
+    case: &Case,
+    problem: &Problem,
+    events: &[u8],
+    rows: &Rows,
+    window: usize,
+) -> Left {
     let shape = *problem.shape();
     let options = problem.options();
     let dims = shape.cache_dims();
@@ -366,7 +373,7 @@ fn hopper_backward() {
         let case = recipe.draw(seed + at as u64);
         let problem = case.problem().unwrap();
         let name = case.describe();
-        let log = (at % 4 == 3).then(|| own_log(&case, &problem, seed + at as u64));
+        let log = matches!(at, 1 | 3 | 6 | 8).then(|| own_log(&case, &problem, seed + at as u64));
         let arguments = Arguments::of(&problem);
         let forward = reference::forward(&problem, &arguments, log.as_deref(), None);
         let dims = problem.shape().cache_dims();
@@ -394,7 +401,10 @@ fn hopper_backward() {
             let mut judge = |tensor: &str, bound: f64, x: &[f64], reference: &[f64]| {
                 let (error, at) = relative_error(x, reference);
                 worst.take(Dtype::Bf16, tensor, error);
-                assert!(error <= bound, "{name}: {tensor} off by {error:.2e}, most at element {at}, windows of {window}");
+                assert!(
+                    error <= bound,
+                    "{name}: {tensor} off by {error:.2e}, most at element {at}, windows of {window}"
+                );
             };
             judge("dlambda of pairs", 1e-5, &left.weights, &pairs.weights);
             judge("dg of pairs", 1e-4, &left.g, &pairs.g);
@@ -406,7 +416,8 @@ fn hopper_backward() {
             }
             for (tensor, x) in [("flow", &left.flow[0]), ("flow, exchanged", &left.flow[1])] {
                 // Of tokens that no state carries to a read the expected is rounding alone.
-                let carried: Vec<usize> = (0..flow.len()).filter(|&at| flow[at].abs() > 1e-9 * whole[at].abs()).collect();
+                let carried: Vec<usize> =
+                    (0..flow.len()).filter(|&at| flow[at].abs() > 1e-9 * whole[at].abs()).collect();
                 let of = |x: &[f64]| carried.iter().map(|&at| x[at]).collect::<Vec<_>>();
                 judge(tensor, 1e-2, &of(x), &of(&flow));
             }
@@ -414,7 +425,9 @@ fn hopper_backward() {
             match &first {
                 None => first = Some(left),
                 Some(first) => {
-                    let same = first.initial == left.initial && first.flow == left.flow && first.weights == left.weights;
+                    let same = first.initial == left.initial
+                        && first.flow == left.flow
+                        && first.weights == left.weights;
                     assert!(same, "{name}: windows of {window}");
                 }
             }
