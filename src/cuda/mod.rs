@@ -1,8 +1,9 @@
-//! The engine on an NVIDIA GPU: kernels compiled ahead, libcuda loaded when it is first needed. The forward so far;
-//! **it has not run on a card yet**: the kernels are checked on the CPU, by `tests/kernels_on_cpu.rs`.
+//! The engine on an NVIDIA GPU: kernels compiled ahead, libcuda loaded when it is first needed. Forward and backward; a step
+//! goes to the CPU so far.
 //!
 //! [`Engine`] is one GPU and one stream. [`Engine::launch`] takes addresses on the GPU ([`RawInputs`],
-//! [`RawOutputs`]) and a [`Plan`], which chose the kernels and says how much workspace they need.
+//! [`RawOutputs`]) and a [`Plan`], which chose the kernels and says how much workspace they need;
+//! [`Engine::launch_backward`] the same of the backward, with a [`BackwardPlan`].
 
 #[doc(hidden)]
 pub mod abi;
