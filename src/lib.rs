@@ -20,7 +20,7 @@
 //!
 //! [`Inputs`] borrow tensors in f32, bf16 or f16; with [`Options`] they are validated once into a
 //! [`Problem`], which every [`Engine`] trusts: [`reference::Engine`], the definition in f64, and
-//! [`cpu::Engine`], the chunkwise form, and [`cuda::Engine`], its forward on a GPU. Layouts are those of flash-linear-attention: q, k
+//! [`cpu::Engine`], the chunkwise form, and [`cuda::Engine`], on a GPU. Layouts are those of flash-linear-attention: q, k
 //! `[B,T,H,dk]`, v and o `[B,T,HV,dv]`, g and beta `[B,T,HV]`, lambda `[B,T,HV,M]`, with HV a multiple
 //! of H.
 #![warn(missing_docs)]

@@ -1,9 +1,10 @@
-//! The engine on an NVIDIA GPU: kernels compiled ahead, libcuda loaded when it is first needed. The forward and
-//! decoding so far.
+//! The engine on an NVIDIA GPU: kernels compiled ahead, libcuda loaded when it is first needed. Forward, backward and
+//! decoding.
 //!
 //! [`Engine`] is one GPU and one stream. [`Engine::launch`] takes addresses on the GPU ([`RawInputs`],
-//! [`RawOutputs`]) and a [`Plan`], which chose the kernels and says how much workspace they need. [`Entries`] are the
-//! caches of sequences that are being decoded.
+//! [`RawOutputs`]) and a [`Plan`], which chose the kernels and says how much workspace they need;
+//! [`Engine::launch_backward`] the same of the backward, with a [`BackwardPlan`]. [`Entries`] are the caches of
+//! sequences that are being decoded.
 
 #[doc(hidden)]
 pub mod abi;
