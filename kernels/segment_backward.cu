@@ -872,7 +872,7 @@ DEVICE void segment_log_backward(const SegmentBackwardParams& p) {
 }  // namespace
 }  // namespace dla
 
-// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a: drift_backward 54 / 56 at most, segment_states 83 / 84,
+// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a: drift_backward 54 / 56 at most, segment_states 83 / 89,
 // segment_scalars 107 / 106, segment_open_backward 100 / 98, segment_backward 147 / 154, segment_log_backward 40 / 48.
 #define SEGMENT_BACKWARD(name, Params, function)                                                   \
     KERNEL BLOCK_OF(dla::THREADS) name##_bf16(const __grid_constant__ dla::Params p) { dla::function<dla::Bf16>(p); } \
