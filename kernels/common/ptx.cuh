@@ -39,6 +39,7 @@ using emulation::pack_bf16;
 using emulation::quotient;
 using emulation::reciprocal;
 using emulation::shared_address;
+using emulation::sign_masks;
 using emulation::shared_uint2;
 using emulation::trap;
 
@@ -81,6 +82,13 @@ DEVICE uint2 shared_uint2(uint32_t address) {
     uint2 x;
     asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(x.x), "=r"(x.y) : "r"(address));
     return x;
+}
+
+// 0xffff where byte 0 is negative, 0xffff0000 where byte 1 is.
+DEVICE uint32_t sign_masks(uint32_t x) {
+    uint32_t masks;
+    asm("prmt.b32 %0, %1, %1, 0x9988;" : "=r"(masks) : "r"(x));
+    return masks;
 }
 
 DEVICE void trap() { asm volatile("trap;"); }
