@@ -154,17 +154,28 @@ struct GammasSm90Params {
     double* gammas;   // [B T / C + N, HV] out: over the sequence's tokens before the chunk
 };
 
+// An exit slot whose state changes: entry slots that have a state and merge, tokens of the chunk before.
+struct SlotChange {
+    // Its tokens, of those that a thread has as a right operand: t with t % 8 / 2 = c at [c], bit 7 - t / 8 of byte t % 2.
+    uint16_t tokens[4];
+    uint8_t place;
+    uint8_t steps;     // bit s: it has tokens of 16 s to 16 s + 15
+    uint8_t entries;   // entry slots
+    uint8_t first;     // the first of them
+    uint32_t entry_place;  // of that
+    float factor;          // of that
+    uint32_t reserved[3];
+};
+
 // What a chunk of the scan on Hopper does to its slots' states, which hold the tokens before the chunk before. Slots stand in
 // places (SegmentParams) and stay there.
 struct ChunkPlan {
-    // Exit slots whose states change, oldest first: place | entry slots from << 8, to << 16 | tokens of the chunk before
-    // from << 24, to << 32. Entry slots are those with a state.
-    uint64_t changed[64];
-    float factor[64];         // of entry slot j's state in the one it goes into
     float value_factor[64];   // decay of token s of the chunk before until that chunk's end, times its key's norm factor
+    float factor[64];         // of entry slot j's state in the one it goes into
     uint8_t entry_place[64];  // of entry slot j
     uint32_t changes;         // entries of `changed`, the others 0
     uint32_t reserved[3];
+    SlotChange changed[64];   // oldest first; no more than there are places
     // From here on for a row's last chunk alone.
     uint32_t exit_len;            // slots held after the chunk
     uint32_t reserved_too[3];
@@ -629,8 +640,8 @@ static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90
 static_assert(sizeof(ScanDeltaSm90Params) == 168 && offsetof(ScanDeltaSm90Params, initial_len) == 104 &&
               offsetof(ScanDeltaSm90Params, from) == 152);
 static_assert(sizeof(GammasSm90Params) == 64 && offsetof(GammasSm90Params, gammas) == 56);
-static_assert(sizeof(ChunkPlan) == 1824 && offsetof(ChunkPlan, entry_place) == 1024 && offsetof(ChunkPlan, exit_len) == 1104 &&
-              offsetof(ChunkPlan, exit_place) == 1632);
+static_assert(sizeof(SlotChange) == 32 && sizeof(ChunkPlan) == 3360 && offsetof(ChunkPlan, changed) == 592 &&
+              offsetof(ChunkPlan, exit_len) == 2640 && offsetof(ChunkPlan, exit_place) == 3168);
 static_assert(sizeof(PrepareSm90Params) == 176 && offsetof(PrepareSm90Params, pairs) == 120 &&
               offsetof(PrepareSm90Params, lambda_columns) == 160);
 static_assert(sizeof(ScanSm90Params) == 152 && offsetof(ScanSm90Params, initial_len) == 96 &&

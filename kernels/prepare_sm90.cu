@@ -1,18 +1,19 @@
 // prepare on Hopper, bf16: what the scan takes of a chunk that is the same for all its slices of dv (OPERATOR.md,
 // section 4), gated:
 //
-//   P . Lambda,  P_ts = scale e^{Gamma_t - Gamma_s} q_t . k_s,  Lambda_ts = lambda_t[slot_t(s)]
-//   w_t[j] = scale lambda_t[pi_t(j)] e^{Gamma_t + log decay of slot j since it was written}
-//   and which slots change, of what (ChunkPlan, abi.cuh).
+//   P . Lambda,  P_ts = scale e^{Gamma_t - Gamma_s} q_t . k_s,  Lambda_ts = lambda_t[slot_t(s)], s in the chunk or the one before
+//   w_t[j] = scale lambda_t[pi_t(j)] e^{Gamma_t + log decay of slot j's state until the chunk}
+//   and which states change, of what (ChunkPlan, abi.cuh). Gamma at chunks' entries by gammas_sm90, before.
 //
 // One block of 256 threads per chunk of 64 tokens and value head (grid: abi.cuh; a place without a chunk returns at
 // once). P . Lambda leaves as the left operands of the scan's products (a product's fragments are those of the next
 // one's left operand), the weights in the order in which a thread of the scan reads them.
 //
-// Shared memory: 27,728 bytes + 256 M. Floor: bytes; at S3 0.27 GB of q and k, 63 MB of lambda, 117 MB written:
-// 0.15 ms. Numerics: sums in f32, P . Lambda rounded once to bf16, the weights f32.
+// Shared memory: 15,552 bytes + 384 (dk + 8) + 256 M; at dk = 128, M = 30 three blocks a multiprocessor. Floor: bytes; at
+// S3 0.27 GB of q and k, 63 MB of lambda, 190 MB written: 0.17 ms; measured 0.36 on an H100 (and gammas_sm90 0.03), half its
+// issue slots busy. Numerics: sums in f32, P . Lambda rounded once to bf16, the weights f32, decays 2^x approximate.
 //
-// Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 64 (four blocks a multiprocessor).
+// Registers a thread (nvcc 13.0.88, sm_90a, no spills, no stack): 69, gammas 48.
 
 #include "common/chunk.cuh"
 
@@ -164,7 +165,8 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
         starts[j] = held ? p.chunk_starts[entered * capacity + j] : NEVER;
         plan->entry_place[j] = held ? p.chunk_place[entered * capacity + j] : 0;
         plan->factor[j] = 0;
-        plan->changed[j] = 0;
+        reinterpret_cast<uint4*>(plan->changed)[2 * j] = make_uint4(0, 0, 0, 0);
+        reinterpret_cast<uint4*>(plan->changed)[2 * j + 1] = make_uint4(0, 0, 0, 0);
         slot_at[j] = 255;
     }
     if (thread >= 192 && recorded) {
@@ -322,10 +324,24 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
                 for (int j = from; j < to; j++) plan->factor[j] = exp2_approx(behind[j] - log);
             }
             const uint32_t all = __ballot_sync(ALL, changed);
-            if (changed)
-                plan->changed[changes + __popc(all & ((1u << lane) - 1))] =
-                    static_cast<uint64_t>(exit_place[i]) | static_cast<uint64_t>(from) << 8 | static_cast<uint64_t>(to) << 16 |
-                    static_cast<uint64_t>(tokens.from) << 24 | static_cast<uint64_t>(tokens.to) << 32;
+            if (changed) {
+                SlotChange& change = plan->changed[changes + __popc(all & ((1u << lane) - 1))];
+                // Of a thread's tokens in one byte those below `bound`.
+                const auto below = [](int bound, int least) {
+                    const int count = bound - least + 7 < 0 ? 0 : (bound - least + 7) / 8;
+                    return 0xff00 >> (count < 8 ? count : 8) & 0xff;
+                };
+                int steps = 0;
+#pragma unroll
+                for (int n = 0; n < 4; n++) {
+                    const int even = below(tokens.to, 2 * n) & ~below(tokens.from, 2 * n);
+                    const int odd = below(tokens.to, 2 * n + 1) & ~below(tokens.from, 2 * n + 1);
+                    change.tokens[n] = even | odd << 8;
+                    if (tokens.from < 16 * n + 16 && tokens.to > 16 * n) steps |= 1 << n;
+                }
+                change.place = exit_place[i], change.steps = steps, change.entries = to - from, change.first = from;
+                if (from < to) change.entry_place = plan->entry_place[from], change.factor = plan->factor[from];
+            }
             changes += __popc(all);
             const bool state = present && (written || to > from);
             const Exits::Range own = among(first);
@@ -344,8 +360,10 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
         }
     }
     __syncthreads();
-    const int units = static_cast<int>(last ? sizeof(ChunkPlan) : offsetof(ChunkPlan, exit_len)) / 16;
-    if (thread < units) reinterpret_cast<uint4*>(p.plans + index)[thread] = reinterpret_cast<const uint4*>(plan)[thread];
+    constexpr int UNITS = sizeof(ChunkPlan) / 16, REST = offsetof(ChunkPlan, exit_len) / 16;
+    const int used = static_cast<int>(offsetof(ChunkPlan, changed) + p.slots * sizeof(SlotChange)) / 16;
+    for (int i = thread; i < UNITS; i += THREADS)
+        if (i < used || (last && i >= REST)) reinterpret_cast<uint4*>(p.plans + index)[i] = reinterpret_cast<const uint4*>(plan)[i];
 }
 
 // g -> its sums before every chunk. One block a row, a thread 8 tokens.

@@ -3,28 +3,36 @@
 //   O = sum_j diag(w[:,j]) Q S_j + (P . Lambda) V
 //   S'_i = sum over j that end in i of decay_j S_j + sum over s that end in i of decay_s k_s v_s^T
 //
+// A chunk's tokens are written a chunk late: at a chunk's entry the states hold the tokens before the chunk before, whose
+// own are read as tokens (P . Lambda is 64 x 128). By then most of their slots have merged, so that fewer states change: 3.6
+// a chunk of 64 tokens of which each opens a slot (M = 30, density), which take in 3.5 states and 3.4 runs of tokens.
+//
 // A block has WARPGROUPS groups of 128 threads, each with 8 columns of dv and all slots of them, and four warps that
 // bring what they read (and leave their registers to two groups). Grid: N HV x dv / (8 WARPGROUPS), slices of a row next
 // to each other.
 //
 // Read. The slots are one operand [dk][8 SLOTS] in shared memory: a chunk of 64 tokens is a chain of dk / 16
 // wgmma m64n(8 SLOTS)k16 with Q in registers. A thread's accumulators 4 j .. 4 j + 3 are slot j's, so the sum over slots
-// is arithmetic inside the thread; (P . Lambda) V is added by mma. Where there are two groups they take turns at
-// the tensor cores: while one reads, the other sums and writes.
-// Write. Only slots that the chunk changes are touched (by the plan; 3 of 30 under mass, 9 under density, where every
-// token opens one): first what merges, all warps on the same, then K^T V by mma, a slot's tokens masked in, a slot a warp.
-// (Measured: with four warps at every slot's tokens, or one warp at all that a slot merges, a chunk took 6,500 clocks more than
-// without writes.)
+// is arithmetic inside the thread; (P . Lambda) V is eight wgmma m64n8k16 more. Where there are two groups they take turns
+// at the tensor cores: while one reads, the other sums and writes.
+// Write. Only slots that the plan names are touched, every warp its share of dk, two slots at a time: K^T V by mma, a slot's
+// tokens masked in, plus the states that it takes in. (A slot a warp was slower: 2.35 ms for 2.17.)
 //
-// Slots stand in places and never move. A state is kept relative to the chunk in which it was last written; its decay since
-// is in the weights. It has 16 bits of mantissa: the upper 8 are the operand, a bf16 rounded to nearest; the others,
-// signed, a plane of bytes. So a slot that merges in every chunk loses 2^-17 each time, not 2^-9.
+// Slots stand in places and never move. A state is kept relative to the end of the chunk that has its last token; its decay
+// since is in the weights. A place without a state has weight 0, and its first write takes nothing in. A state has 16 bits of
+// mantissa: the upper 8 are the operand, a bf16 rounded to nearest; the others, signed, a plane of bytes. So a slot that
+// merges in every chunk loses 2^-17 each time, not 2^-9.
 //
 // Rows of dk stand as a thread's 8-byte loads of Q want them: of 16, row 4 c + e at 2 c + e (e < 2) or 2 c + e + 6.
 //
-// Shared memory (bytes; W = WARPGROUPS): slots W SLOTS dk 24; weights 256 SLOTS to a multiple of 4; a stage, one or two: K
-// 128 dk, V W 1024, plan 1,104; barriers 64. At dk = 128: 30 slots, W = 2: 231,648.
+// Shared memory (bytes; W = WARPGROUPS): slots W (SLOTS dk 24 + 64); weights 256 SLOTS to a multiple of 4; P . Lambda
+// 13,312; K 128 dk; V 3 W 1,024; plans 2 (592 + 32 SLOTS); barriers 64. At dk = 128: 30 slots, W = 2: 231,648. Where weights
+// and P . Lambda find no room (64 slots at dk = 128) threads load them.
 // Floor: 2 dk SLOTS 8 x 64 FLOP a group and chunk, 1,024 clocks of the tensor cores at dk = 128, M = 30.
+// Measured on an H100 (1 x 32,768 x 16 heads, dk = dv = 128, M = 30, every token a merge; tokens written at once in
+// brackets): density 2.17 ms (2.86), mass 1.66 (2.07); without any change of states 1.62 (1.09): P . Lambda and V now wait
+// for each other's buffers, one of each. A warp's chain of dependent instructions through a chunk's changes takes 3,300 of
+// 7,600 clocks.
 // Numerics: q, k exact, states bf16 in the read, P . Lambda bf16, v with its decay in two planes; sums f32.
 
 #include "common/hopper.cuh"
@@ -36,7 +44,7 @@ namespace {
 constexpr int GROUP = 128;     // threads of a group
 constexpr int COLUMNS = 8;     // of dv, a group
 constexpr int BRINGING = 128;  // threads that bring a chunk's rows
-constexpr int PLAN = 1104;     // bytes of a plan that every chunk needs
+constexpr int REST = sizeof(ChunkPlan) - offsetof(ChunkPlan, exit_len);  // bytes of a plan that the last chunk alone needs
 constexpr int NO_STATE = 255;  // exit_place of a slot without a state
 
 DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
@@ -52,27 +60,27 @@ struct Rows {
 // The slots of a group, element (k, column) of a place: the upper half in two planes, of 16 rows of k those that stand first
 // in a step of the product and the others, each [place][step][8][8]; the second plane 64 bytes off, so that a warp's rows lie
 // in different banks. The lower bytes as their threads have them.
-// A thread's: of the warp's tiles of 16 rows, rows g and g + 8, columns 2 c and 2 c + 1.
+// Part w of four has SHARE tiles of 16 rows; a thread's elements of it: of every tile rows g and g + 8, columns 2 c and 2 c + 1.
 template <int DK, int SLOTS>
 struct Slots {
-    static constexpr int SHARE = DK / 64;                  // tiles of a warp
+    static constexpr int SHARE = DK / 64;
     static constexpr int OTHERS = SLOTS * DK * 8 + 64;     // second plane
     static constexpr int LOWER = 2 * SLOTS * DK * 8 + 64;
     static constexpr int BYTES = SLOTS * DK * 24 + 64;
 
     unsigned char *all, *upper, *lower;  // of the group; of the thread
 
-    METHOD static Slots of(unsigned char* all, int warp, int g, int c) {
+    METHOD static Slots of(unsigned char* all, int g, int c) {
         // Row 4 i + e of 16 is thread i's element e of its 8-byte load of Q.
         const int stands = (g % 4 < 2 ? 0 : OTHERS) + (g / 4 * 2 + g % 2) * 16;
-        return {all, all + stands + warp * SHARE * 128 + c * 4, all + LOWER + (warp * 32 + g * 4 + c) * SHARE * 4};
+        return {all, all + stands + c * 4, all + LOWER + (g * 4 + c) * SHARE * 4};
     }
 
     // Elements 4 tile + 2 half + n. With 0x8080 added to an f32's bits the upper half is the bf16 nearest to it, and the next
     // byte what is left, less 0x80.
-    METHOD void load(int place, float (&x)[SHARE * 4]) const {
-        const unsigned char* const from = upper + place * DK * 8;
-        const unsigned char* const low_from = lower + place * DK * 8;
+    METHOD void load(int place, int part, float (&x)[SHARE * 4]) const {
+        const unsigned char* const from = upper + place * DK * 8 + part * SHARE * 128;
+        const unsigned char* const low_from = lower + place * DK * 8 + part * SHARE * 128;
         uint32_t low[SHARE];
         if constexpr (SHARE == 4) {
             const uint4 all = *reinterpret_cast<const uint4*>(low_from);
@@ -94,18 +102,19 @@ struct Slots {
             x[tile * 4 + 3] = __uint_as_float(__byte_perm(bottom, odd, 0x3267) - 0x8000);
         }
     }
-    METHOD void store(int place, float (&x)[SHARE * 4]) const {
+    METHOD void store(int place, int part, float (&x)[SHARE * 4]) const {
         // Adding to the bits of the NaN that sums make would turn it into a zero.
-        float sum = 0;
+        float sums[4];
 #pragma unroll
-        for (int i = 0; i < SHARE * 4; i++) sum += x[i];
+        for (int i = 0; i < SHARE * 4; i++) sums[i % 4] = i < 4 ? x[i] : sums[i % 4] + x[i];
+        const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
         if (sum != sum) {
 #pragma unroll
             for (int i = 0; i < SHARE * 4; i++)
                 if (x[i] != x[i]) x[i] = __uint_as_float(0x7fc00000u);
         }
-        unsigned char* const to = upper + place * DK * 8;
-        unsigned char* const low_to = lower + place * DK * 8;
+        unsigned char* const to = upper + place * DK * 8 + part * SHARE * 128;
+        unsigned char* const low_to = lower + place * DK * 8 + part * SHARE * 128;
         uint32_t low[SHARE];
 #pragma unroll
         for (int tile = 0; tile < SHARE; tile++) {
@@ -133,13 +142,15 @@ struct Scan {
     static constexpr int STEPS = TILES < 8 ? TILES : 8;  // Q's operands held at once: large heads have no registers for all
     static constexpr int BANK = Slots<DK, SLOTS>::BYTES;
     static constexpr int PAIRS = PAIR_BLOCKS * 512;   // bytes
+    static constexpr int PLAN = offsetof(ChunkPlan, changed) + SLOTS * sizeof(SlotChange);
+    static constexpr bool DIRECT = SLOTS * DK > 32 * 128;  // no room for P . Lambda and weights: threads load them
     static constexpr int VALUES = 3;                  // chunks of V: read, read a chunk late and written, coming
 
-    // Phases: `full` when the copies have come, `empty` when every warp that reads them has. `early`: P . Lambda, V, plan;
-    // `late`: weights, K of the chunk before.
+    // Phases: `full` when the copies have come, `empty` when every warp that reads them has. `early`: P . Lambda, V, plan.
+    // `keys`: K of the chunk before.
     struct Barriers {
-        Barrier early_full, late_full;
-        Barrier early_empty, late_empty;
+        Barrier early_full, weights_full, keys_full;
+        Barrier early_empty, weights_empty, keys_empty;
         Barrier turn[2];  // the other group has read, so this one may
     };
 
@@ -148,27 +159,29 @@ struct Scan {
     uint4* pairs;
     Rows<DK> k_rows;
     uint16_t* values;      // [VALUES][WARPGROUPS][64][8]
-    ChunkPlan* plans;      // [2]
+    unsigned char* plans;  // [2][PLAN]
     Barriers* barriers;
 
     METHOD void take(Carve& carve) {
         banks = carve.take<unsigned char>(WARPGROUPS * BANK);
-        weights = carve.take<float4>(C * QUADS);
-        pairs = carve.take<uint4>(PAIRS / 16);
+        weights = carve.take<float4>(DIRECT ? 0 : C * QUADS);
+        pairs = carve.take<uint4>(DIRECT ? REST / 16 : PAIRS / 16);
         k_rows.data = carve.take<uint16_t>(C * DK);
         values = carve.take<uint16_t>(VALUES * WARPGROUPS * C * COLUMNS);
-        plans = carve.take<ChunkPlan>(2);
+        plans = carve.take<unsigned char>(2 * PLAN);
         barriers = carve.take<Barriers>(1);
         carve.check();
     }
 
     // V of chunk n, -1 the one before the window, and its plan.
     METHOD uint16_t* values_of(int64_t n) const { return values + (n + 1) % VALUES * (WARPGROUPS * C * COLUMNS); }
-    METHOD ChunkPlan* plan_of(int64_t n) const { return plans + n % 2; }
+    METHOD ChunkPlan* plan_of(int64_t n) const { return reinterpret_cast<ChunkPlan*>(plans + n % 2 * PLAN); }
 
     METHOD void init_barriers() const {
-        barrier_init(&barriers->early_full, BRINGING + 1), barrier_init(&barriers->late_full, BRINGING + 1);
-        barrier_init(&barriers->early_empty, 4 * WARPGROUPS), barrier_init(&barriers->late_empty, 4 * WARPGROUPS);
+        barrier_init(&barriers->early_full, BRINGING + 1), barrier_init(&barriers->weights_full, 1);
+        barrier_init(&barriers->keys_full, BRINGING);
+        barrier_init(&barriers->early_empty, 4 * WARPGROUPS), barrier_init(&barriers->weights_empty, 4 * WARPGROUPS);
+        barrier_init(&barriers->keys_empty, 4 * WARPGROUPS);
         barrier_init(&barriers->turn[0], 4), barrier_init(&barriers->turn[1], 4);
         fence_barriers();
     }
@@ -203,45 +216,38 @@ struct Scan {
         for (int64_t first = from; first < to; first += C, n++, index += e.value_heads) {
             barrier_wait(&barriers->early_empty, phase(n + 1));
             if (thread == 0) {
-                barrier_expect(&barriers->early_full, PAIRS + PLAN);
-                bring_from(pairs, p.pairs + index * (PAIRS / 4), PAIRS, &barriers->early_full);
+                barrier_expect(&barriers->early_full, (DIRECT ? 0 : PAIRS) + PLAN);
+                if (!DIRECT) bring_from(pairs, p.pairs + index * (PAIRS / 4), PAIRS, &barriers->early_full);
                 bring_from(plan_of(n), p.plans + index, PLAN, &barriers->early_full);
             }
             if (n == 0) bring_values(-1, first - C, first > 0 ? C : 0);
             bring_values(n, first, len_of(first));
             copies_arrive(&barriers->early_full);
 
-            barrier_wait(&barriers->late_empty, phase(n + 1));
-            if (thread == 0) {
-                barrier_expect(&barriers->late_full, C * QUADS * 16);
-                bring_from(weights, p.weights + index * (C * QUADS * 4), C * QUADS * 16, &barriers->late_full);
+            if (!DIRECT && thread == 0) {
+                barrier_wait(&barriers->weights_empty, phase(n + 1));
+                barrier_expect(&barriers->weights_full, C * QUADS * 16);
+                bring_from(weights, p.weights + index * (C * QUADS * 4), C * QUADS * 16, &barriers->weights_full);
             }
+            barrier_wait(&barriers->keys_empty, phase(n + 1));
             bring_keys(first - C, first > 0 ? C : 0);
-            copies_arrive(&barriers->late_full);
+            copies_arrive(&barriers->keys_full);
         }
         // For the final states the last chunk's keys and the rest of its plan.
         if (n == 0 || to < row.len || !p.states) return;
-        constexpr int REST = static_cast<int>(sizeof(ChunkPlan)) - PLAN;
-        index -= e.value_heads, n--;
-        barrier_wait(&barriers->late_empty, phase(n));
+        index -= e.value_heads;
+        barrier_wait(&barriers->early_empty, phase(n + 1));
         if (thread == 0) {
-            barrier_expect(&barriers->late_full, REST);
-            bring_from(reinterpret_cast<unsigned char*>(plan_of(n)) + PLAN,
-                       reinterpret_cast<const unsigned char*>(p.plans + index) + PLAN, REST, &barriers->late_full);
+            // The only arrivals: no V comes.
+            barrier_expect(&barriers->early_full, REST);
+            bring_from(pairs, &p.plans[index].exit_len, REST, &barriers->early_full);
         }
-        bring_keys(from + n * C, len_of(from + n * C));
-        copies_arrive(&barriers->late_full);
+        copies_arrive(&barriers->early_full);
+        barrier_wait(&barriers->keys_empty, phase(n + 1));
+        bring_keys(from + (n - 1) * C, len_of(from + (n - 1) * C));
+        copies_arrive(&barriers->keys_full);
     }
 
-    // A chunk's keys as left operands of K^T V: rows of dk of the warp's tiles, 16 tokens a step.
-    METHOD void load_keys(uint32_t (&keys)[4][SHARE][4], int warp, int lane) const {
-#pragma unroll
-        for (int s = 0; s < 4; s++)
-#pragma unroll
-            for (int tile = 0; tile < SHARE; tile++)
-                ldmatrix_x4_trans(keys[s][tile],
-                                  k_rows.unit(s * 16 + lane % 8 + lane / 16 * 8, (warp * SHARE + tile) * 2 + lane / 8 % 2));
-    }
     // A chunk's values, 16 tokens a step.
     METHOD void load_values(uint32_t (&v)[4][2], const uint16_t* from, int lane) const {
 #pragma unroll
@@ -252,9 +258,7 @@ struct Scan {
         }
     }
     // The same times their factors, in two planes.
-    METHOD void load_factored(uint32_t (&v)[4][2][2], const uint16_t* from, const float* factors, int lane) const {
-        uint32_t raw[4][2];
-        load_values(raw, from, lane);
+    METHOD void apply_factors(uint32_t (&v)[4][2][2], const uint32_t (&raw)[4][2], const float* factors, int lane) const {
 #pragma unroll
         for (int s = 0; s < 4; s++)
 #pragma unroll
@@ -263,27 +267,32 @@ struct Scan {
                 split<2>(factor.x * low_bf16(raw[s][i]), factor.y * high_bf16(raw[s][i]), v[s][i]);
             }
     }
-    // x += K^T V of tokens from..to.
-    METHOD void add_tokens(float (&x)[SHARE * 4], const uint32_t (&keys)[4][SHARE][4], const uint32_t (&v)[4][2][2], int from,
-                           int to, int lane) const {
-        float sums[SHARE][4] = {};
+    // A chunk's keys as left operands of K^T V: the warp's tiles, 16 tokens a step.
+    METHOD void load_keys(uint32_t (&keys)[4][SHARE][4], int warp, int lane) const {
+#pragma unroll
+        for (int s = 0; s < 4; s++)
+#pragma unroll
+            for (int tile = 0; tile < SHARE; tile++)
+                ldmatrix_x4_trans(keys[s][tile],
+                                  k_rows.unit(s * 16 + lane % 8 + lane / 16 * 8, (warp * SHARE + tile) * 2 + lane / 8 % 2));
+    }
+    // sum += K^T V of the tokens whose bits are set (SlotChange).
+    METHOD void add_tokens(float (&sum)[SHARE][4], const uint32_t (&keys)[4][SHARE][4], const uint32_t (&v)[4][2][2],
+                           uint32_t tokens, uint32_t steps) const {
 #pragma unroll
         for (int s = 0; s < 4; s++) {
-            if (from >= s * 16 + 16 || to <= s * 16) continue;
+            if (!(steps >> s & 1)) continue;
             uint32_t masked[2][2];
 #pragma unroll
             for (int i = 0; i < 2; i++) {
-                const int t = s * 16 + i * 8 + lane % 4 * 2;
-                const uint32_t mask = (t >= from && t < to ? 0xffffu : 0u) | (t + 1 >= from && t + 1 < to ? 0xffff0000u : 0u);
+                const uint32_t mask = sign_masks(tokens << (2 * s + i));
                 masked[0][i] = v[s][i][0] & mask, masked[1][i] = v[s][i][1] & mask;
             }
 #pragma unroll
             for (int plane = 1; plane >= 0; plane--)
 #pragma unroll
-                for (int tile = 0; tile < SHARE; tile++) mma_bf16(sums[tile], keys[s][tile], masked[plane][0], masked[plane][1]);
+                for (int tile = 0; tile < SHARE; tile++) mma_bf16(sum[tile], keys[s][tile], masked[plane][0], masked[plane][1]);
         }
-#pragma unroll
-        for (int i = 0; i < SHARE * 4; i++) x[i] += sums[i / 4][i % 4];
     }
 
     // One group: 8 columns of dv from `column` on.
@@ -291,7 +300,7 @@ struct Scan {
         const Extents& e = p.extents;
         const int dk = e.dk, dv = e.dv, capacity = e.capacity;
         const int lane = lane_index(), warp = __shfl_sync(ALL, warp_index() % 4, 0), g = lane / 4, c = lane % 4, c2 = c * 2;
-        const Slots<DK, SLOTS> mine = Slots<DK, SLOTS>::of(banks + group * BANK, warp, g, c);
+        const Slots<DK, SLOTS> mine = Slots<DK, SLOTS>::of(banks + group * BANK, g, c);
         const bool live_columns = column < dv;
         const int64_t state = static_cast<int64_t>(dk) * dv;
         // Row of dk of the thread's elements (Slots).
@@ -317,9 +326,10 @@ struct Scan {
                         x[n * 2] = two.x, x[n * 2 + 1] = two.y;
                     }
                 }
-                mine.store(i, x);
+                mine.store(i, warp, x);
             }
         }
+        if (from < to) barrier_wait(&barriers->early_full, phase(0));
         fence_async();
         group_barrier(1 + group, GROUP);
 
@@ -327,26 +337,35 @@ struct Scan {
         // waits for another: past the row's end the last token's (whose output no one writes), past dk the first
         // elements (which meet zeros).
         uint2 q_top[STEPS], q_bottom[STEPS];
+        const uint32_t q_row = static_cast<uint32_t>(row.heads * dk * 2);
         const auto load_q = [&](int64_t first, int from_step) {
-            const int64_t last = row.len - 1, top_t = first + warp * 16 + g, bottom_t = top_t + 8;
-            const Bf16* const q_at = static_cast<const Bf16*>(p.q);
-            const Bf16* const top_at = q_at + row.key_at(top_t < last ? top_t : last) * dk;
-            const Bf16* const bottom_at = q_at + row.key_at(bottom_t < last ? bottom_t : last) * dk;
+            const int64_t last = row.len - 1, begin = first < last ? first : last;
+            const int rows = last - begin < C ? static_cast<int>(last - begin) : C, top = warp * 16 + g;
+            const unsigned char* const at =
+                reinterpret_cast<const unsigned char*>(static_cast<const Bf16*>(p.q) + row.key_at(begin) * dk);
+            const uint32_t top_at = (top < rows ? top : rows) * q_row, bottom_at = (top + 8 < rows ? top + 8 : rows) * q_row;
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
-                const int k = (from_step + step) * 16 + c * 4, live = k < dk ? k : 0;
-                q_top[step] = *reinterpret_cast<const uint2*>(top_at + live);
-                q_bottom[step] = *reinterpret_cast<const uint2*>(bottom_at + live);
+                const int k = (from_step + step) * 16 + c * 4;
+                const uint32_t live = k < dk ? k * 2 : 0;
+                q_top[step] = *reinterpret_cast<const uint2*>(at + (top_at + live));
+                q_bottom[step] = *reinterpret_cast<const uint2*>(at + (bottom_at + live));
             }
         };
         if (STEPS == TILES && from < to) load_q(from, 0);
 
         const uint64_t operand = wgmma_operand(mine.all, DK * 8, Slots<DK, SLOTS>::OTHERS);
-        const uint4* const my_pairs = pairs + (warp * 4 + warp * (warp + 1) / 2) * 32 + lane;
+        const int64_t chunk0 = first_of_window(e, row, from, p.to, C) * e.value_heads + row.head;
+        const uint4* my_pairs = (DIRECT ? reinterpret_cast<const uint4*>(p.pairs) + chunk0 * (PAIRS / 16) : pairs) +
+                                (warp * 4 + warp * (warp + 1) / 2) * 32 + lane;
+        const float4* my_weights = (DIRECT ? reinterpret_cast<const float4*>(p.weights) + chunk0 * (C * QUADS) : weights) +
+                                   warp * QUADS * 16 + g;
         Barrier* const my_turn = &barriers->turn[group];
         Barrier* const read_done = &barriers->turn[1 - group];
         Bf16* o_at = static_cast<Bf16*>(p.o) + row.at(from + warp * 16 + g) * dv + column + c2;
         const int64_t o_row = static_cast<int64_t>(e.value_heads) * dv;
+        // 0, which the compiler cannot know: copies of Q would be made as soon as it is loaded, and wait for it there.
+        const uint32_t zero = static_cast<uint32_t>(capacity) >> 16;
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
@@ -354,53 +373,48 @@ struct Scan {
 
             // Read.
             float out[4] = {};
+            // The tokens that are not in the slots, those of the chunk before and this one's up to the diagonal.
+            uint32_t pair[8][4];
+#pragma unroll
+            for (int s = 0; s < 8; s++) {
+                const bool within = s < 4 + warp + 1;
+                const uint4 x = my_pairs[(within ? s : 0) * 32];
+                pair[s][0] = within ? x.x : 0, pair[s][1] = within ? x.y : 0, pair[s][2] = within ? x.z : 0, pair[s][3] = within ? x.w : 0;
+            }
+            uint32_t q[STEPS][4];
+            const auto take_q = [&] {
+#pragma unroll
+                for (int step = 0; step < STEPS; step++) {
+                    q[step][0] = q_top[step].x ^ zero, q[step][1] = q_bottom[step].x ^ zero;
+                    q[step][2] = q_top[step].y ^ zero, q[step][3] = q_bottom[step].y ^ zero;
+                }
+            };
+            if (STEPS == TILES) take_q();
             if (WARPGROUPS == 2) barrier_wait(my_turn, phase(n + 1 - group));
+            float with_tokens[4];
 #pragma unroll
             for (int part = 0; part < PARTS; part++) {
                 float read[AT_ONCE * 4];  // the first product overwrites it
 #pragma unroll
                 for (int from_step = 0; from_step < TILES; from_step += STEPS) {
                     if (from_step > 0) wgmma_wait();
-                    if (STEPS < TILES) load_q(first, from_step);
-                    uint32_t q[STEPS][4];
-#pragma unroll
-                    for (int step = 0; step < STEPS; step++) {
-                        q[step][0] = q_top[step].x, q[step][1] = q_bottom[step].x;
-                        q[step][2] = q_top[step].y, q[step][3] = q_bottom[step].y;
-                    }
+                    if (STEPS < TILES) load_q(first, from_step), take_q();
                     wgmma_begin();
+                    if (part == 0 && from_step == 0) {
+#pragma unroll
+                        for (int s = 0; s < 8; s++)
+                            wgmma_bf16(with_tokens, pair[s],
+                                       wgmma_operand(values_of(n - 1 + s / 4) + (group * C + s % 4 * 16) * COLUMNS, 0), s > 0);
+                    }
 #pragma unroll
                     for (int step = 0; step < STEPS; step++)
                         wgmma_bf16(read, q[step], operand + (part * AT_ONCE * DK * 8 + (from_step + step) * 128) / 16,
                                    from_step + step > 0);
                     wgmma_commit();
                 }
-                if (part == 0) {
-                    // While the products run: the tokens that are not in the slots, this chunk's and those of the one before.
-                    // Blocks beyond the diagonal are none: zeros of V instead, for a branch would end the products' overlap.
-                    barrier_wait(&barriers->early_full, phase(n));
-                    uint32_t v[4][2];
-                    load_values(v, values_of(n - 1) + group * C * COLUMNS, lane);
-#pragma unroll
-                    for (int s = 0; s < 4; s++) {
-                        const uint4 x = my_pairs[s * 32];
-                        const uint32_t a[4] = {x.x, x.y, x.z, x.w};
-                        mma_bf16(out, a, v[s][0], v[s][1]);
-                    }
-                    load_values(v, values_of(n) + group * C * COLUMNS, lane);
-#pragma unroll
-                    for (int s = 0; s < 4; s++) {
-                        const bool within = s <= warp;
-                        const uint4 x = my_pairs[(4 + (within ? s : warp)) * 32];
-                        const uint32_t a[4] = {x.x, x.y, x.z, x.w};
-                        mma_bf16(out, a, within ? v[s][0] : 0, within ? v[s][1] : 0);
-                    }
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(&barriers->early_empty);
-                    barrier_wait(&barriers->late_full, phase(n));
-                }
                 wgmma_wait();
                 wgmma_hold(read);
+                wgmma_hold(with_tokens);
                 if (part == PARTS - 1) {
                     __syncwarp();
                     if (lane == 0) barrier_arrive(read_done);
@@ -408,9 +422,14 @@ struct Scan {
                     // under a condition the loads would be waited for here.
                     if (STEPS == TILES) load_q(first + C, 0);
                 }
+                if (part == 0) {
+                    __syncwarp();
+                    if (lane == 0) barrier_arrive(&barriers->early_empty);
+                    if (!DIRECT) barrier_wait(&barriers->weights_full, phase(n));
+                }
 #pragma unroll
                 for (int quad = 0; quad < (AT_ONCE + 3) / 4; quad++) {
-                    const float4* const at = weights + (warp * QUADS + part * AT_ONCE / 4 + quad) * 16 + g;
+                    const float4* const at = my_weights + (part * AT_ONCE / 4 + quad) * 16;
                     const float4 top = at[0], bottom = at[8];
                     const float w[2][4] = {{top.x, top.y, top.z, top.w}, {bottom.x, bottom.y, bottom.z, bottom.w}};
 #pragma unroll
@@ -422,41 +441,65 @@ struct Scan {
                     }
                 }
             }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->weights_empty);
+#pragma unroll
+            for (int i = 0; i < 4; i++) out[i] += with_tokens[i];
 #pragma unroll
             for (int half = 0; half < 2; half++) {
                 if (warp * 16 + half * 8 + g < len && live_columns)
                     *reinterpret_cast<uint32_t*>(o_at + half * 8 * o_row) = pack_bf16(out[half * 2], out[half * 2 + 1]);
             }
             o_at += C * o_row;
+            if (DIRECT) my_pairs += static_cast<int64_t>(e.value_heads) * (PAIRS / 16), my_weights += static_cast<int64_t>(e.value_heads) * C * QUADS;
 
-            // Write: every warp its share of dk, so that no warp waits for another; a slot at a time, oldest first, so that
-            // none is overwritten that a later one takes in.
-            uint32_t keys[4][SHARE][4], v[4][2][2];
+            // Write: every warp its share of dk, so that none waits for another; oldest first, so that nothing is overwritten that
+            // a later slot takes in.
+            uint32_t keys[4][SHARE][4], v[4][2], factored[4][2][2];
+            load_values(v, values_of(n - 1) + group * C * COLUMNS, lane);
+            apply_factors(factored, v, plan.value_factor, lane);
+            barrier_wait(&barriers->keys_full, phase(n));
             load_keys(keys, warp, lane);
-            load_factored(v, values_of(n - 1) + group * C * COLUMNS, plan.value_factor, lane);
             __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers->late_empty);
+            if (lane == 0) barrier_arrive(&barriers->keys_empty);
             barrier_wait(read_done, phase(n));
             const int changes = static_cast<int>(plan.changes);
-            uint64_t next = plan.changed[0];
 #pragma unroll 1
-            for (int change = 0; change < changes; change++) {
-                const uint64_t what = next;
-                next = plan.changed[change + 1 < changes ? change + 1 : change];
-                const int place = what & 0xff, entries_from = what >> 8 & 0xff, entries_to = what >> 16 & 0xff;
-                const int tokens_from = what >> 24 & 0xff, tokens_to = what >> 32 & 0xff;
-                float sum[SHARE * 4] = {};
-                if (tokens_from < tokens_to) add_tokens(sum, keys, v, tokens_from, tokens_to, lane);
-#pragma unroll 1
-                for (int j = entries_from; j < entries_to; j++) {
-                    float x[SHARE * 4];
-                    mine.load(plan.entry_place[j], x);
-                    const float factor = plan.factor[j];
+            for (int change = 0; change < changes; change += 2) {
+                // Two at a time, so that one's instructions fill the other's waits.
+                const bool two = change + 1 < changes;
+                float sum[2][SHARE][4], x[2][SHARE * 4], factor[2];
+                uint32_t place[2], steps[2], tokens[2], entries[2], first_entry[2];
 #pragma unroll
-                    for (int i = 0; i < SHARE * 4; i++) sum[i] += factor * x[i];
+                for (int i = 0; i < 2; i++) {
+                    const SlotChange* const at = plan.changed + (i == 0 || two ? change + i : change);
+                    const uint4 what = *reinterpret_cast<const uint4*>(at);
+                    tokens[i] = (c < 2 ? what.x : what.y) >> c % 2 * 16;
+                    place[i] = what.z & 0xff, steps[i] = what.z >> 8 & 0xff, entries[i] = what.z >> 16 & 0xff;
+                    first_entry[i] = what.z >> 24, factor[i] = at->factor;
+                    mine.load(what.w, warp, x[i]);
+#pragma unroll
+                    for (int m = 0; m < SHARE * 4; m++) sum[i][m / 4][m % 4] = 0;
                 }
-                mine.store(place, sum);
+#pragma unroll
+                for (int i = 0; i < 2; i++) add_tokens(sum[i], keys, factored, tokens[i], i == 0 || two ? steps[i] : 0);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+#pragma unroll
+                    for (int m = 0; m < SHARE * 4; m++) x[i][m] = sum[i][m / 4][m % 4] + (entries[i] ? factor[i] * x[i][m] : 0.0f);
+#pragma unroll 1
+                    for (uint32_t j = 1; j < entries[i]; j++) {
+                        float other[SHARE * 4];
+                        mine.load(plan.entry_place[first_entry[i] + j], warp, other);
+                        const float factor = plan.factor[first_entry[i] + j];
+#pragma unroll
+                        for (int m = 0; m < SHARE * 4; m++) x[i][m] += factor * other[m];
+                    }
+                    if (i == 0 || two) mine.store(place[i], warp, x[i]);
+                }
             }
+            // What the next products read: V too, which came by copies of threads.
+            if (first + C < to) barrier_wait(&barriers->early_full, phase(n + 1));
             fence_async();
             group_barrier(1 + group, GROUP);
         }
@@ -471,29 +514,51 @@ struct Scan {
             const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
             for (int i = 0; i < capacity; i++) {
                 float x[SHARE * 4] = {};
-                if (i < held) mine.load(i, x);
+                if (i < held) mine.load(i, warp, x);
                 put_state(p, row, x, i, warp, g, column, c2);
             }
             return;
         }
-        const ChunkPlan& plan = *plan_of(n - 1);
-        barrier_wait(&barriers->late_full, phase(n));
-        uint32_t keys[4][SHARE][4], v[4][2][2];
+        // The rest of its plan.
+        struct Rest {
+            uint32_t len, reserved[3];
+            float factor[MOST_SLOTS], value_factor[C];
+            uint8_t place[MOST_SLOTS], from[MOST_SLOTS], to[MOST_SLOTS];
+        };
+        static_assert(sizeof(Rest) == REST);
+        const Rest& rest = *reinterpret_cast<const Rest*>(pairs);
+        barrier_wait(&barriers->early_full, phase(n));
+        barrier_wait(&barriers->keys_full, phase(n));
+        uint32_t keys[4][SHARE][4], v[4][2], factored[4][2][2];
         load_keys(keys, warp, lane);
-        load_factored(v, values_of(n - 1) + group * C * COLUMNS, plan.exit_value_factor, lane);
-        const int held = static_cast<int>(plan.exit_len);
+        load_values(v, values_of(n - 1) + group * C * COLUMNS, lane);
+        apply_factors(factored, v, rest.value_factor, lane);
+        const int held = static_cast<int>(rest.len);
 #pragma unroll 1
         for (int i = 0; i < capacity; i++) {
             float x[SHARE * 4] = {};
             if (i < held) {
-                const int place = plan.exit_place[i], tokens_from = plan.exit_from[i], tokens_to = plan.exit_to[i];
+                const int place = rest.place[i], tokens_from = rest.from[i], tokens_to = rest.to[i];
                 if (place != NO_STATE) {
-                    mine.load(place, x);
-                    const float factor = plan.exit_factor[i];
+                    mine.load(place, warp, x);
+                    const float factor = rest.factor[i];
 #pragma unroll
                     for (int m = 0; m < SHARE * 4; m++) x[m] *= factor;
                 }
-                if (tokens_from < tokens_to) add_tokens(x, keys, v, tokens_from, tokens_to, lane);
+                if (tokens_from < tokens_to) {
+                    uint32_t tokens = 0, steps = 0;
+#pragma unroll
+                    for (int eight = 0; eight < 8; eight++) {
+                        const int t = eight * 8 + c2;
+                        tokens |= (t >= tokens_from && t < tokens_to ? 0x80u : 0u) >> eight;
+                        tokens |= (t + 1 >= tokens_from && t + 1 < tokens_to ? 0x8000u : 0u) >> eight;
+                        if (tokens_from < eight * 8 + 8 && tokens_to > eight * 8) steps |= 1u << eight / 2;
+                    }
+                    float sum[SHARE][4] = {};
+                    add_tokens(sum, keys, factored, tokens, steps);
+#pragma unroll
+                    for (int m = 0; m < SHARE * 4; m++) x[m] += sum[m / 4][m % 4];
+                }
             }
             put_state(p, row, x, i, warp, g, column, c2);
         }
@@ -530,10 +595,10 @@ DEVICE void scan_sm90(const ScanSm90Params& p) {
     __syncthreads();
     const int group = __shfl_sync(ALL, warp_index() / 4, 0);
     if (group == WARPGROUPS) {
-        if (WARPGROUPS == 2) registers_fewer<40>();
+        if (WARPGROUPS == 2) registers_fewer<56>();
         scan.bring(p, row, slice, p.from, to);
     } else {
-        if (WARPGROUPS == 2) registers_more<232>();
+        if (WARPGROUPS == 2) registers_more<224>();
         scan.compute(p, row, group, slice + group * COLUMNS, p.from, to);
     }
 }

@@ -150,6 +150,14 @@ DEVICE uint64_t wgmma_operand_nk(const void* at, uint32_t along) {
 // D [64, N] = A [64, 16] B [16, N] (+ D where `accumulate`), by the four warps of a warpgroup, asynchronously: `d` may
 // not be touched before wgmma_wait. Warp w has rows 16 w..: with g = lane / 4, c = lane % 4, d[4 n + i] is
 // D(g + i / 2 * 8, 8 n + 2 c + i % 2); `a` as in mma_bf16.
+DEVICE void wgmma_bf16(float (&d)[4], const uint32_t (&a)[4], uint64_t b, int accumulate) {
+    asm volatile(
+        "{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
+        "wgmma.mma_async.sync.aligned.m64n8k16.f32.bf16.bf16 {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 1;\n}"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "l"(b), "r"(accumulate));
+}
+
 DEVICE void wgmma_bf16(float (&d)[32], const uint32_t (&a)[4], uint64_t b, int accumulate) {
     asm volatile(
         "{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"

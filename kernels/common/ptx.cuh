@@ -51,6 +51,7 @@ using emulation::put_shared;
 DEVICE void move_if(bool live, uint32_t& to, uint32_t from) { to = live ? from : to; }
 DEVICE void decrement_if(bool live, uint32_t& x) { x -= live; }
 using emulation::shared_uint;
+using emulation::sign_masks;
 using emulation::shared_uint2;
 using emulation::shared_uint4_if;
 using emulation::transpose_8x8;
@@ -147,6 +148,13 @@ DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];"
 DEVICE uint32_t arrive(uint32_t* count) {
     __threadfence();
     return atomicAdd(count, 1u);
+}
+
+// 0xffff where byte 0 is negative, 0xffff0000 where byte 1 is.
+DEVICE uint32_t sign_masks(uint32_t x) {
+    uint32_t masks;
+    asm("prmt.b32 %0, %1, %1, 0x9988;" : "=r"(masks) : "r"(x));
+    return masks;
 }
 
 DEVICE void trap() { asm volatile("trap;"); }

@@ -165,7 +165,11 @@ pub struct ScanParams {
 }
 
 /// Bytes of a `ChunkPlan`.
-pub const CHUNK_PLAN_BYTES: usize = 1824;
+pub const CHUNK_PLAN_BYTES: usize = 3360;
+/// Bytes of it before its changes, of one of these, and of what the last chunk alone has.
+const PLAN_CHANGES: usize = 592;
+const SLOT_CHANGE_BYTES: usize = 32;
+const PLAN_REST: usize = 720;
 /// Blocks of 16 x 16 of a chunk's P . Lambda.
 const PAIR_BLOCKS: usize = 26;
 /// Threads of `gammas_sm90`, and its shared memory.
@@ -1340,13 +1344,11 @@ impl ScanSm90 {
                 + self.slots
                 + 96;
         }
-        self.bank_bytes()
-            + 64 * self.weight_slots() * 4
-            + PAIR_BLOCKS * 512
-            + 64 * self.dk * 2
-            + 3 * self.groups * 64 * 8 * 2
-            + 2 * CHUNK_PLAN_BYTES
-            + 48
+        // The largest has no room for P . Lambda and weights.
+        let direct = self.slots * self.dk > 32 * 128;
+        let read = if direct { PLAN_REST } else { 64 * self.weight_slots() * 4 + PAIR_BLOCKS * 512 };
+        let plans = 2 * (PLAN_CHANGES + self.slots * SLOT_CHANGE_BYTES);
+        self.bank_bytes() + read + 64 * self.dk * 2 + 3 * self.groups * 64 * 8 * 2 + plans + 64
     }
 
     /// Shared memory of the kernel that prepares for it.

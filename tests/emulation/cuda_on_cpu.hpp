@@ -509,6 +509,7 @@ inline void copy_async_8(void* to, const void* from, bool live) {
     else memset(to, 0, 8);
 }
 inline float exp_approx(float x) { return expf(x); }
+inline uint32_t sign_masks(uint32_t x) { return (x & 0x80 ? 0xffffu : 0) | (x & 0x8000 ? 0xffff0000u : 0); }
 inline float exp2_approx(float x) { return exp2f(x); }
 inline void copies_wait() {}
 inline void copies_commit() {}
