@@ -20,12 +20,12 @@ use std::sync::OnceLock;
 mod backward;
 #[path = "emulation/hopper.rs"]
 mod hopper;
+#[path = "emulation/hopper_backward.rs"]
+mod hopper_backward;
 #[path = "emulation/step.rs"]
 mod step;
 #[path = "emulation/whole_backward.rs"]
 mod whole_backward;
-#[path = "emulation/hopper_backward.rs"]
-mod hopper_backward;
 
 unsafe extern "C" {
     fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;

@@ -2,9 +2,8 @@
 
 use super::*;
 use dla::cuda::abi::{
-    DELTA_CHUNK,
-    GAMMAS_SHARED_BYTES, GammasSm90Params, PrepareDeltaSm90Params, PrepareSm90Params, ScanDeltaSm90Params,
-    ScanSm90, ScanSm90Params,
+    DELTA_CHUNK, GAMMAS_SHARED_BYTES, GammasSm90Params, PrepareDeltaSm90Params, PrepareSm90Params,
+    ScanDeltaSm90Params, ScanSm90, ScanSm90Params,
 };
 use dla::events::MERGE;
 use rand::rngs::StdRng;
