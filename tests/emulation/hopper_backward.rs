@@ -186,7 +186,7 @@ fn backward(
     let (heads, capacity) = (shape.value_heads, shape.capacity);
     let scans = [false, true].map(|exchanged| ScanBackwardSm90::choose(&geometry, exchanged).unwrap());
     // dV rounded or not, as callers want it; of keys not, for more is done to it.
-    let rounded = [window % 128 == 0, false];
+    let rounded = [window.is_multiple_of(128), false];
     let widths = [shape.dv, shape.dk];
     let out = [0, 1].map(|pass| {
         Array::poisoned(shape.tokens() * heads * widths[pass] * if rounded[pass] { 2 } else { 4 })
