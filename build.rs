@@ -181,7 +181,9 @@ fn packaged(folder: &Path, sources: &[Source]) -> Result<Option<Vec<Fatbin>>, St
 /// profile and set of features finds it.
 fn compile(nvcc: &Nvcc, sources: &[Source], store: &Path) -> Result<Vec<Fatbin>, String> {
     fs::create_dir_all(store).map_err(|error| format!("{}: {error}", store.display()))?;
-    let archs = nvcc::architectures(env::var("DLA_CUDA_ARCHS").ok().as_deref(), &nvcc.codes()?)?;
+    let codes = nvcc.codes()?;
+    let archs = nvcc::architectures(env::var("DLA_CUDA_ARCHS").ok().as_deref(), &codes)?;
+    let small = nvcc::compresses(&codes);
     let check = env::var("DLA_CUDA_CHECK").is_ok_and(|value| value == "1");
     let results: Vec<Mutex<Result<Fatbin, String>>> =
         sources.iter().map(|_| Mutex::new(Err("not compiled".to_owned()))).collect();
@@ -194,7 +196,7 @@ fn compile(nvcc: &Nvcc, sources: &[Source], store: &Path) -> Result<Vec<Fatbin>,
                     let index = next.fetch_add(1, Ordering::Relaxed);
                     sources.get(index).zip(results.get(index))
                 } {
-                    let compiled = compile_one(nvcc, source, &archs, store, check);
+                    let compiled = compile_one(nvcc, source, (&archs, small), store, check);
                     if let Ok(mut result) = result.lock() {
                         *result = compiled;
                     }
@@ -208,7 +210,7 @@ fn compile(nvcc: &Nvcc, sources: &[Source], store: &Path) -> Result<Vec<Fatbin>,
 fn compile_one(
     nvcc: &Nvcc,
     source: &Source,
-    archs: &[String],
+    (archs, small): (&[String], bool),
     store: &Path,
     check: bool,
 ) -> Result<Fatbin, String> {
@@ -216,7 +218,7 @@ fn compile_one(
     let hopper = source.stage.ends_with("_sm90");
     let archs: Vec<&str> =
         archs.iter().map(String::as_str).filter(|arch| !hopper || arch.starts_with("90")).collect();
-    let arguments = nvcc::arguments(&archs, !hopper);
+    let arguments = nvcc::arguments(&archs, !hopper, small);
     let key = format!("{:016x} {} {arguments:?}", source.hash, nvcc.version()?);
     let path = store.join(format!("{}-{:016x}.fatbin", source.stage, hash(key.bytes())));
     let report_path = path.with_extension("report");

@@ -160,10 +160,19 @@ pub fn architectures(asked: Option<&str>, codes: &str) -> Result<Vec<String>, St
     }
 }
 
-/// Arguments of a compilation: SASS for every one of `archs`, and baseline PTX.
-pub fn arguments(archs: &[&str], baseline: bool) -> Vec<String> {
+/// Whether an nvcc that makes these codes knows `--compress-mode`: 12.8, the first that makes sm_100, does.
+pub fn compresses(codes: &str) -> bool {
+    codes.lines().any(|code| code.trim() == "sm_100")
+}
+
+/// Arguments of a compilation: SASS for every one of `archs`, and baseline PTX; `small`: compressed as far as can be, to a
+/// fifth (drivers of CUDA 12.4 and later load it).
+pub fn arguments(archs: &[&str], baseline: bool, small: bool) -> Vec<String> {
     let mut out: Vec<String> =
         ["-std=c++20", "-O3", "-fatbin", "-Xptxas", "-v"].into_iter().map(str::to_owned).collect();
+    if small {
+        out.push("--compress-mode=size".to_owned());
+    }
     let codes = archs.iter().map(|arch| (*arch, format!("sm_{arch}")));
     let ptx = baseline.then(|| (BASELINE, format!("compute_{BASELINE}")));
     for (arch, code) in codes.chain(ptx) {

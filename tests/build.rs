@@ -6,7 +6,7 @@ mod nvcc;
 #[path = "../build/report.rs"]
 mod report;
 
-use nvcc::{Environment, architectures, arguments, find};
+use nvcc::{Environment, architectures, arguments, compresses, find};
 use std::path::{Path, PathBuf};
 
 const CODES: &str = "sm_75\nsm_80\nsm_86\nsm_89\nsm_90\nsm_100\nsm_120\n";
@@ -89,13 +89,16 @@ fn architectures_are_those_that_nvcc_can_make() {
 
 #[test]
 fn arguments_hold_sass_and_baseline_ptx() {
-    let text = arguments(&["80", "90a"], true).join(" ");
+    let text = arguments(&["80", "90a"], true, false).join(" ");
     for part in
         ["arch=compute_80,code=sm_80", "arch=compute_90a,code=sm_90a", "arch=compute_80,code=compute_80"]
     {
         assert!(text.contains(part), "{text}");
     }
-    assert!(!arguments(&["90a"], false).join(" ").contains("code=compute_"));
+    assert!(!text.contains("compress"));
+    assert!(!arguments(&["90a"], false, false).join(" ").contains("code=compute_"));
+    assert!(arguments(&["90a"], false, true).contains(&"--compress-mode=size".to_owned()));
+    assert!(compresses(CODES) && !compresses("sm_80\nsm_90\n"));
 }
 
 #[test]
