@@ -201,8 +201,11 @@ fn mutate(
             call.sequences = pick(rng, &[count.max(1) - 1, count, 0]);
             kept.0.push(offsets);
         }
-        9 => call.size = pick(rng, &[0, 8, call.size - 8, call.size + 8, usize::MAX]),
-        _ => options.size = pick(rng, &[0, 8, options.size - 4, options.size + 8, usize::MAX]),
+        9 => call.size = pick(rng, &[0, 8, call.size.wrapping_sub(8), call.size.wrapping_add(8), usize::MAX]),
+        _ => {
+            options.size =
+                pick(rng, &[0, 8, options.size.wrapping_sub(4), options.size.wrapping_add(8), usize::MAX])
+        }
     }
 }
 
