@@ -20,7 +20,7 @@ pub use types::{
     RecurrenceCode, Results, SlotOrderCode, Status, Upstream,
 };
 
-use call::{Parsed, Place, Wanted};
+use call::{Parsed, Place, ResultsOf, Wanted};
 use dla::Error;
 use status::{Outcome, guarded};
 use std::ffi::c_char;
@@ -89,6 +89,30 @@ unsafe fn answer(to: *mut usize, bytes: usize) -> Outcome<()> {
     Ok(())
 }
 
+/// Bytes of workspace of a call that has results; `of`: on a GPU.
+///
+/// # Safety
+/// Every pointer is null or what its type says.
+unsafe fn workspace(
+    options: *const CallOptions,
+    call: *const Call,
+    results: *const Results,
+    bytes: *mut usize,
+    of: fn(&Parsed<'_>, &ResultsOf) -> Outcome<usize>,
+) -> Status {
+    guarded(|| {
+        // SAFETY: as the caller says.
+        let (parsed, results) = unsafe { (parse(options, call)?, call::read(results)?) };
+        let results = parsed.results(results)?;
+        let needed = match parsed.place {
+            Place::Cpu => 0,
+            Place::Cuda { .. } => of(&parsed, &results)?,
+        };
+        // SAFETY: as the caller says.
+        unsafe { answer(bytes, needed) }
+    })
+}
+
 /// Bytes of workspace that `dla_forward` needs for a call of these extents and results; of the buffers only whether they
 /// are there, and their bytes, are read. On the CPU: 0.
 ///
@@ -101,17 +125,8 @@ pub unsafe extern "C" fn dla_forward_workspace(
     results: *const Results,
     bytes: *mut usize,
 ) -> Status {
-    guarded(|| {
-        // SAFETY: as the caller says.
-        let (parsed, results) = unsafe { (parse(options, call)?, call::read(results)?) };
-        let results = parsed.results(results)?;
-        let needed = match parsed.place {
-            Place::Cpu => 0,
-            Place::Cuda { .. } => cuda::forward_workspace(&parsed, &results)?,
-        };
-        // SAFETY: as the caller says.
-        unsafe { answer(bytes, needed) }
-    })
+    // SAFETY: as the caller says.
+    unsafe { workspace(options, call, results, bytes, cuda::forward_workspace) }
 }
 
 /// All tokens of all sequences: `o`, and what else `results` has room for.
@@ -200,17 +215,8 @@ pub unsafe extern "C" fn dla_step_workspace(
     results: *const Results,
     bytes: *mut usize,
 ) -> Status {
-    guarded(|| {
-        // SAFETY: as the caller says.
-        let (parsed, results) = unsafe { (parse(options, call)?, call::read(results)?) };
-        let results = parsed.results(results)?;
-        let needed = match parsed.place {
-            Place::Cpu => 0,
-            Place::Cuda { .. } => cuda::step_workspace(&parsed, &results)?,
-        };
-        // SAFETY: as the caller says.
-        unsafe { answer(bytes, needed) }
-    })
+    // SAFETY: as the caller says.
+    unsafe { workspace(options, call, results, bytes, cuda::step_workspace) }
 }
 
 /// One token per batch entry (T = 1), in place: batch entry b continues sequence b of `cache`.
