@@ -11,10 +11,8 @@ use dla::events::{EXTEND, Ledger, OPEN, plan};
 use dla::reference::{self, Arguments};
 use dla::{Cache, Dtype, Merge, Options, Problem, Read, Recurrence, SlotOrder};
 use half::{bf16, f16};
-use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_void};
-use std::path::PathBuf;
-use std::process::Command;
-use std::sync::OnceLock;
+use library::{Emulate, emulator};
+use std::ffi::{c_int, c_void};
 
 #[path = "emulation/backward.rs"]
 mod backward;
@@ -22,14 +20,14 @@ mod backward;
 mod hopper;
 #[path = "emulation/hopper_backward.rs"]
 mod hopper_backward;
+#[path = "emulation/library.rs"]
+mod library;
 #[path = "emulation/step.rs"]
 mod step;
 #[path = "emulation/whole_backward.rs"]
 mod whole_backward;
 
 unsafe extern "C" {
-    fn dlopen(path: *const c_char, flags: c_int) -> *mut c_void;
-    fn dlsym(library: *mut c_void, name: *const c_char) -> *mut c_void;
     fn mmap(
         at: *mut c_void,
         bytes: usize,
@@ -40,49 +38,6 @@ unsafe extern "C" {
     ) -> *mut c_void;
     fn mprotect(at: *mut c_void, bytes: usize, protection: c_int) -> c_int;
     fn munmap(at: *mut c_void, bytes: usize) -> c_int;
-}
-
-type Emulate =
-    unsafe extern "C" fn(*const c_char, c_uint, c_uint, *const c_void, *mut c_char, usize) -> c_int;
-
-/// Compiles and opens the kernels; `None` where there is no compiler.
-fn emulator() -> Option<Emulate> {
-    static LIBRARY: OnceLock<Option<Emulate>> = OnceLock::new();
-    *LIBRARY.get_or_init(|| {
-        let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
-        // Under its own name first: another run may have the library open.
-        let library = PathBuf::from(env!("CARGO_TARGET_TMPDIR")).join("kernels_on_cpu.so");
-        let fresh = library.with_extension(format!("{}.so", std::process::id()));
-        let compiler = std::env::var("CXX").unwrap_or_else(|_| "g++".to_owned());
-        let build = Command::new(&compiler)
-            .args(["-std=c++20", "-O3", "-march=native", "-ffp-contract=off", "-fPIC", "-shared"])
-            .args(["-Wall", "-Wno-unknown-pragmas", "-DDLA_ON_CPU", "-x", "c++"])
-            .arg("-I")
-            .arg(root.join("tests/emulation"))
-            .arg(root.join("tests/emulation/kernels.cpp"))
-            .arg("-o")
-            .arg(&fresh)
-            .output();
-        let build = match build {
-            Ok(build) => build,
-            Err(error) => {
-                println!("SKIPPED: the kernels are not checked, {compiler} does not run: {error}");
-                assert!(std::env::var_os("DLA_EMULATION").is_none_or(|value| value != "require"));
-                return None;
-            }
-        };
-        assert!(build.status.success(), "{}", String::from_utf8_lossy(&build.stderr));
-        std::fs::rename(&fresh, &library).unwrap();
-        let path = CString::new(library.to_str().unwrap()).unwrap();
-        // SAFETY: the library was built above from this repository; its one symbol has this type.
-        unsafe {
-            let library = dlopen(path.as_ptr(), 2);
-            assert!(!library.is_null(), "dlopen {path:?}");
-            let symbol = dlsym(library, c"dla_emulate".as_ptr());
-            assert!(!symbol.is_null());
-            Some(std::mem::transmute::<*mut c_void, Emulate>(symbol))
-        }
-    })
 }
 
 fn launch<P>(emulate: Emulate, name: &str, grid: usize, shared_bytes: usize, params: &P) {
@@ -98,21 +53,9 @@ fn try_launch<P>(
     shared_bytes: usize,
     params: &P,
 ) -> Option<String> {
-    let name = CString::new(name).unwrap();
-    let mut error = [0u8; 512];
     // SAFETY: `params` is the twin of the struct that this kernel takes, and its pointers lie in live buffers
     // of the sizes that abi.cuh asks for.
-    let code = unsafe {
-        emulate(
-            name.as_ptr(),
-            grid as c_uint,
-            shared_bytes as c_uint,
-            std::ptr::from_ref(params).cast(),
-            error.as_mut_ptr().cast(),
-            error.len(),
-        )
-    };
-    (code != 0).then(|| CStr::from_bytes_until_nul(&error).unwrap().to_string_lossy().into_owned())
+    unsafe { emulate.run(name, grid, shared_bytes, std::ptr::from_ref(params).cast()) }
 }
 
 // SAFETY: memory of this process, owned.

@@ -1,29 +1,10 @@
-// All kernels as one shared library for tests/kernels_on_cpu.rs.
-#include "../../kernels/segment.cu"
-#include "../../kernels/prepare.cu"
-#include "../../kernels/route.cu"
-#include "../../kernels/scan.cu"
-#include "../../kernels/step.cu"
-#include "../../kernels/slots.cu"
-#include "../../kernels/scan_backward.cu"
-#include "../../kernels/prepare_backward.cu"
-#include "../../kernels/group_sum.cu"
-#include "../../kernels/route_backward.cu"
-// Names that segment.cu has too.
-#define FORGOTTEN FORGOTTEN_BACKWARD
-#include "../../kernels/segment_backward.cu"
-#undef FORGOTTEN
-#include "../../kernels/prepare_sm90.cu"
-#include "../../kernels/scan_sm90.cu"
-#include "../../kernels/prepare_delta_sm90.cu"
-#include "../../kernels/prepare_backward_sm90.cu"
-#include "../../kernels/scan_backward_sm90.cu"
-// Files are compiled one by one for the device; here their names would meet.
-#define Scan ScanDelta
-#define GROUP GROUP_DELTA
-#define phase phase_delta
-#include "../../kernels/scan_delta_sm90.cu"
+// One kernel file as a shared library: library.rs includes it in front of this one and defines FILE_ with its name, so
+// that what nvcc compiles by itself is compiled by itself here.
+#include <cstdio>
+#include <cstring>
+#include <string>
 
+#ifdef FILE_slots
 // What the emulator must catch.
 struct NoParams {};
 static void wrong_barrier(NoParams) {
@@ -39,13 +20,17 @@ static void wrong_launch(NoParams) {
     carve.take<float>(1000);
     carve.check();
 }
+#endif
 
-// Runs kernel `name`; 0, or 1 and what went wrong.
+// Runs kernel `name`, or with no parameters only looks for it; 0, or 1 and what went wrong, or 2 where there is no such kernel.
 extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_bytes, const void* params, char* error,
                            size_t error_bytes) {
-    std::string wrong = "no such kernel";
+    bool found = false;
+    std::string wrong;
     const auto run = [&]<typename P>(const char* kernel, void (*function)(P), unsigned threads = dla::THREADS) {
         if (strcmp(name, kernel) != 0) return;
+        found = true;
+        if (!params) return;
         P copy;
         memcpy(&copy, params, sizeof copy);
         wrong = emulation::launch(grid, threads, shared_bytes, [&] { function(copy); });
@@ -55,20 +40,24 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
 #define RUN_DTYPES_OF(threads, stem) \
     RUN_OF(threads, stem##_bf16), RUN_OF(threads, stem##_f16), RUN_OF(threads, stem##_f32)
 #define RUN_DTYPES(stem) RUN(stem##_bf16), RUN(stem##_f16), RUN(stem##_f32)
-    RUN(wrong_barrier), RUN(wrong_collective), RUN(wrong_write), RUN(wrong_launch);
+#if defined FILE_segment
     RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment_gram);
     RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment);
     // Blocks of several rows.
     run("segment_rows_bf16", segment_bf16, dla::SEGMENT_ROWS * dla::SEGMENT_THREADS);
     run("segment_rows_f16", segment_f16, dla::SEGMENT_ROWS * dla::SEGMENT_THREADS);
     run("segment_rows_f32", segment_f32, dla::SEGMENT_ROWS * dla::SEGMENT_THREADS);
+#elif defined FILE_prepare
     RUN_DTYPES(prepare_gated);
     RUN_DTYPES(prepare_delta);
+#elif defined FILE_route
     RUN_DTYPES(route_sums);
     RUN_DTYPES(route_bases);
     RUN_DTYPES(route);
+#elif defined FILE_scan
     RUN_DTYPES(scan_gated);
     RUN_DTYPES(scan_delta);
+#elif defined FILE_step
     RUN(step_gated_bf16_1), RUN(step_gated_bf16_4), RUN(step_gated_bf16_8);
     RUN(step_gated_f32_1), RUN(step_gated_f32_4), RUN(step_gated_f32_8);
     RUN(step_delta_bf16_1), RUN(step_delta_bf16_4), RUN(step_delta_bf16_8);
@@ -77,35 +66,51 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN(step_delta_bf16_1_staged), RUN(step_delta_f32_1_staged);
     RUN(step_gather_gated_bf16), RUN(step_gather_gated_f32), RUN(step_gather_delta_bf16), RUN(step_gather_delta_f32);
     RUN(step_scatter_bf16), RUN(step_scatter_f32);
+#elif defined FILE_slots
+    RUN(wrong_barrier), RUN(wrong_collective), RUN(wrong_write), RUN(wrong_launch);
     RUN(slots, 32);
+#elif defined FILE_scan_backward
     RUN_DTYPES(scan_states_gated);
     RUN_DTYPES(scan_states_delta);
     RUN_DTYPES(scan_backward_gated);
     RUN_DTYPES(scan_backward_delta);
+#elif defined FILE_prepare_backward
     RUN_DTYPES(prepare_backward_gated);
     RUN_DTYPES(prepare_backward_delta);
+#elif defined FILE_group_sum
     RUN_DTYPES(group_sum);
+    RUN(head_sums);
+#elif defined FILE_route_backward
     RUN_DTYPES(route_backward);
     RUN_DTYPES(route_backward_keys);
+#elif defined FILE_segment_backward
     RUN_DTYPES(drift_backward);
     RUN_DTYPES(segment_states);
     RUN_DTYPES(segment_scalars);
     RUN_DTYPES(segment_open_backward);
     RUN_DTYPES(segment_backward);
     RUN_DTYPES(segment_log_backward);
-    RUN(head_sums);
+#elif defined FILE_prepare_sm90
     RUN(gammas_sm90, dla::GAMMAS_THREADS);
     RUN(prepare_sm90_bf16);
+#elif defined FILE_scan_sm90
     RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
     RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 256), RUN(scan_sm90_128_30_2, 384);
     RUN(scan_sm90_128_32_1, 256), RUN(scan_sm90_128_64_1, 256);
     RUN(scan_sm90_256_16_1, 256);
+#elif defined FILE_prepare_delta_sm90
     RUN(prepare_delta_sm90_64), RUN(prepare_delta_sm90_128);
+#elif defined FILE_scan_delta_sm90
     RUN(scan_delta_sm90_64_16, 384), RUN(scan_delta_sm90_64_32, 384);
     RUN(scan_delta_sm90_128_16, 384), RUN(scan_delta_sm90_128_32, 384);
+#elif defined FILE_prepare_backward_sm90
     RUN(prepare_backward_sm90_bf16);
+#elif defined FILE_scan_backward_sm90
     RUN(scan_backward_sm90_64_16, 384), RUN(scan_backward_sm90_64_32, 384);
     RUN(scan_backward_sm90_128_16, 384), RUN(scan_backward_sm90_128_32, 384);
-    snprintf(error, error_bytes, "%s: %s", name, wrong.c_str());
-    return wrong.empty() ? 0 : 1;
+#else
+#error "a kernel file that has no list here"
+#endif
+    snprintf(error, error_bytes, "%s: %s", name, found ? wrong.c_str() : "no such kernel");
+    return found ? !wrong.empty() : 2;
 }
