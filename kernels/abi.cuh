@@ -204,6 +204,10 @@ struct PrepareSm90Params {
                                   //   with the chunk before, then those with the chunk itself up to the diagonal
     float* weights;               // [W, HV, 4, slots / 4, 2, 8, 4] out: by warp, place / 4, half, row, place % 4
     ChunkPlan* plans;             // [W, HV] out
+    // Of prepare_queries_sm90, which prepares for dQ: q is do, k is v, and W as the backward has it (PrepareParams).
+    const void* normed;           // [B,T,H,dk] k, read under qk_l2norm
+    float* entry_factor;          // [W, HV, slots] out: decay of the state at a place until the chunk's entry, 0: no state
+    uint8_t* slot_of;             // [W, HV, C, slots] out: slot that the state at a place is in after a token, 255: no state
     int64_t from, to;             // window of every sequence, multiples of C
     int32_t lambda_columns;       // M or more
     int32_t slots;                // places that have weights, a multiple of 4
@@ -211,7 +215,8 @@ struct PrepareSm90Params {
     int32_t qk_l2norm;
 };
 
-// Everything -> o and the states of the cache, on Hopper. Grid N x HV x dv / columns of a block.
+// Everything -> o and the states of the cache, on Hopper. Grid N x HV x dv / columns of a block. As scan_queries_sm90, with q -> do,
+// k -> v, v -> k: dQ, and what dlambda takes of the states; grid N x HV x dk / columns.
 struct ScanSm90Params {
     Extents extents;
     const void* q;                  // [B,T,H,dk]
@@ -222,8 +227,13 @@ struct ScanSm90Params {
     const ChunkPlan* plans;
     const uint32_t* initial_len;    // [N,HV], or null: no initial cache
     const float* initial_states;    // [N,HV,M,dk,dv]
-    unsigned char* banks;           // what a block holds between windows, as it stands in shared memory; or null: one window
-    void* o;                        // [B,T,HV,dv] out
+    const unsigned char* source;    // what blocks held at `from`, as it stands in shared memory; from = 0: not read
+    unsigned char* banks;           // out: the same at `to`, where the row goes on; may be `source`, or null: not wanted
+    void* o;                        // [B,T,HV,dv] out; scan_queries_sm90: [W, HV, C, dk] f32 of queries as the read uses them, or
+                                    //   null: only the states are carried on
+    const void* thin_q;             // scan_queries_sm90: [B,T,H,dk] q
+    float* d_reads;                 // and [dk / 8, W, HV, 4, slots / 4, 2, 8, 4] out, as the weights stand: q_t . (S do_t) over 8
+                                    //   columns of dk
     float* states;                  // [N,HV,M,dk,dv] out where the row ends, unused slots 0; or null: not wanted
     int64_t from, to;               // window of every sequence, multiples of C; in order
 };
@@ -312,6 +322,7 @@ struct SlotsParams {
     const uint32_t* initial_len;  // [N,HV], or null: no initial cache
     uint32_t* chunk_len;          // [B T / C + N, HV] out
     int32_t* chunk_starts;        // [B T / C + N, HV, M] out
+    uint8_t* chunk_place;         // [B T / C + N, HV, M] out, or null
     int32_t chunk;                // C
     int32_t reserved;
 };
@@ -536,7 +547,7 @@ struct SegmentBackwardParams {
 };
 
 static_assert(sizeof(BankPlaces) == 576 && offsetof(BankPlaces, order) == 512);
-static_assert(sizeof(SlotsParams) == 88 && offsetof(SlotsParams, chunk_len) == 64 && offsetof(SlotsParams, chunk) == 80);
+static_assert(sizeof(SlotsParams) == 96 && offsetof(SlotsParams, chunk_len) == 64 && offsetof(SlotsParams, chunk) == 88);
 static_assert(sizeof(ScanStatesParams) == 168 && offsetof(ScanStatesParams, initial_len) == 104 &&
               offsetof(ScanStatesParams, entries) == 136 && offsetof(ScanStatesParams, qk_l2norm) == 160);
 static_assert(sizeof(ScanBackwardParams) == 296 && offsetof(ScanBackwardParams, final_states) == 176 &&
@@ -578,7 +589,7 @@ struct BackwardPlan {
 };
 
 // q, k, v, g, do, events, lambda -> what the reverse scan on Hopper takes of a chunk, and the gradients by way of the pairs of
-// tokens that the chunk reads: its own and the chunk's before. Grid W x HV (PrepareSm90Params).
+// tokens that the chunk reads: its own and the chunk's before. Grid W x HV, of the backward (PrepareParams).
 struct PrepareBackwardSm90Params {
     Extents extents;
     const void* q;                // [B,T,H,dk]
@@ -619,13 +630,74 @@ struct ScanBackwardSm90Params {
     float* initial_states;        // [N,HV,M,dk,dv] out where from = 0: gradient of the initial ones, unused slots 0; or null
     float* carried;               // [blocks, WIDTH SLOTS / 128 + 2, 256, 4] from window to window (WIDTH: dk, exchanged dv, as
                                   //   computed), one for dV and one for dK; or null: one window
-    void* out;                    // [B,T,HV,dv] out: dV; exchanged [B,T,HV,dk]: of keys as the recurrence uses them, of this value
-                                  //   head. Of tokens from the window's first chunk on
+    void* out;                    // dV out, bf16 [B,T,HV,dv] or f32 [W,HV,C,dv]; exchanged dk for dv: of keys as the recurrence
+                                  //   uses them, of this value head. Of tokens from the window's first chunk on
     float* flow;                  // [dv / 8 or dk / 8, B T, HV] out: v_t . dV_t by way of the states, over a block's columns (k_t . dK_t,
                                   //   exchanged, sums to the same); of tokens from the chunk before the window's first on; or null
     int64_t from, to;             // window of every sequence, multiples of C
     int32_t exchanged;            // 1: dK
     int32_t out_f32;              // 1: `out` is f32, else bf16
+};
+
+// What the states give to dlambda, of the slices of scan_queries_sm90, and what pairs give -> dlambda; read_t = sum over slots of
+// lambda_t dlambda_t by way of the states. Grid W x HV, of the backward.
+struct LambdaBackwardSm90Params {
+    Extents extents;
+    const void* q;              // [B,T,H,dk], read under qk_l2norm
+    const float* g;             // [B,T,HV], or null: 0
+    const uint8_t* events;      // [B,T,HV]
+    const float* lambda;        // [B,T,HV,lambda_columns]
+    const uint32_t* chunk_len;  // as segment leaves them
+    const float* d_reads;       // as scan_queries_sm90 leaves them
+    const float* entry_factor;  // as prepare_queries_sm90 leaves them
+    const uint8_t* slot_of;
+    const float* d_weights;     // as prepare_backward_sm90 leaves them
+    float* dlambda;             // [B,T,HV,lambda_columns] out, columns without a slot 0; or null: routed
+    float* d_slots;             // [W, HV, C, M] out, the same by slot; or null
+    float* read;                // [W, HV, C] out; or null: no gradient of g
+    int64_t from, to;
+    int64_t places;             // W
+    int32_t slices;             // of dk
+    int32_t slots;              // places that have weights
+    int32_t lambda_columns;
+    float scale;
+    int32_t qk_l2norm;
+    int32_t reserved;
+};
+
+// <dS, S> at a window's beginning, over 8 columns of dk: the adjoint as scan_backward_sm90 leaves it, exchanged, the states as
+// scan_queries_sm90 found them. Grid N x HV x dk / 8. Rows that do not go on at `from`: nothing.
+struct AnchorsSm90Params {
+    Extents extents;
+    const float* carried;         // of scan_backward_sm90, exchanged
+    const unsigned char* banks;   // `source` of scan_queries_sm90
+    const float* entry_factor;    // of the window's first chunk
+    double* anchors;              // [N, HV, dk / 8] out
+    int64_t from, to;
+    int32_t width;                // of dv as both compute it
+    int32_t carried_slots;        // places, of scan_backward_sm90
+    int32_t bank_slots;           // of scan_queries_sm90
+    int32_t groups;               // of 8 columns in its block
+    int32_t factor_slots;         // places in entry_factor
+    int32_t reserved;
+};
+
+// dg of a window: pairs, and by way of the states. g_flow_sm90 (grid W x HV, of the backward) sums over slices, g_backward_sm90 (grid
+// N x HV) over tokens. Windows come from the last to the first.
+struct GBackwardSm90Params {
+    Extents extents;
+    const float* read;       // as lambda_backward_sm90 leaves it
+    const float* flow[2];    // as scan_backward_sm90 leaves it, dV's and dK's
+    float* net;              // [W, HV, C]: read less flow, of tokens of the window
+    const float* d_g;        // as prepare_backward_sm90 leaves it
+    const double* anchors;   // as anchors_sm90 leaves them; from = 0: not read
+    float* carried_g;        // [N,HV,C] from window to window: of `d_g`, for tokens of the chunk before the window
+    double* carried;         // [N,HV] from window to window: dg by way of the states at its beginning
+    float* dg;               // [B,T,HV] out
+    int64_t from, to;
+    int32_t slices[2];       // of flow
+    int32_t anchor_slices;
+    int32_t resumed;         // 1: there are initial states, so dg by way of the states is not 0 at the first token
 };
 
 static_assert(sizeof(BackwardPlan) == 1344 && offsetof(BackwardPlan, last_number) == 720 &&
@@ -634,6 +706,11 @@ static_assert(sizeof(PrepareBackwardSm90Params) == 200 && offsetof(PrepareBackwa
               offsetof(PrepareBackwardSm90Params, lambda_columns) == 184);
 static_assert(sizeof(ScanBackwardSm90Params) == 176 && offsetof(ScanBackwardSm90Params, initial_len) == 104 &&
               offsetof(ScanBackwardSm90Params, exchanged) == 168);
+static_assert(sizeof(LambdaBackwardSm90Params) == 192 && offsetof(LambdaBackwardSm90Params, dlambda) == 120 &&
+              offsetof(LambdaBackwardSm90Params, slices) == 168);
+static_assert(sizeof(AnchorsSm90Params) == 120 && offsetof(AnchorsSm90Params, from) == 80 && offsetof(AnchorsSm90Params, width) == 96);
+static_assert(sizeof(GBackwardSm90Params) == 152 && offsetof(GBackwardSm90Params, dg) == 112 &&
+              offsetof(GBackwardSm90Params, slices) == 136);
 static_assert(sizeof(DeltaPlan) == 208 && offsetof(DeltaPlan, firsts) == 160 && offsetof(DeltaPlan, exit_place) == 176);
 static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90Params, pairs) == 112 &&
               offsetof(PrepareDeltaSm90Params, from) == 160 && offsetof(PrepareDeltaSm90Params, qk_l2norm) == 192);
@@ -642,10 +719,10 @@ static_assert(sizeof(ScanDeltaSm90Params) == 168 && offsetof(ScanDeltaSm90Params
 static_assert(sizeof(GammasSm90Params) == 64 && offsetof(GammasSm90Params, gammas) == 56);
 static_assert(sizeof(SlotChange) == 32 && sizeof(ChunkPlan) == 3360 && offsetof(ChunkPlan, changed) == 592 &&
               offsetof(ChunkPlan, exit_len) == 2640 && offsetof(ChunkPlan, exit_place) == 3168);
-static_assert(sizeof(PrepareSm90Params) == 176 && offsetof(PrepareSm90Params, pairs) == 120 &&
-              offsetof(PrepareSm90Params, lambda_columns) == 160);
-static_assert(sizeof(ScanSm90Params) == 152 && offsetof(ScanSm90Params, initial_len) == 96 &&
-              offsetof(ScanSm90Params, from) == 136);
+static_assert(sizeof(PrepareSm90Params) == 200 && offsetof(PrepareSm90Params, pairs) == 120 &&
+              offsetof(PrepareSm90Params, lambda_columns) == 184);
+static_assert(sizeof(ScanSm90Params) == 176 && offsetof(ScanSm90Params, initial_len) == 96 &&
+              offsetof(ScanSm90Params, from) == 160);
 static_assert(sizeof(Extents) == 48 && offsetof(Extents, heads) == 24 && offsetof(Extents, newest_first) == 44);
 static_assert(sizeof(SegmentParams) == 280 && offsetof(SegmentParams, k) == 48 && offsetof(SegmentParams, drift) == 120 &&
               offsetof(SegmentParams, open) == 160 && offsetof(SegmentParams, walks) == 200 &&

@@ -33,7 +33,7 @@ DEVICE void prepare_backward_sm90(const PrepareBackwardSm90Params& p) {
     constexpr int PART = 2 * C / 4, PITCH = 2 * C + 4;  // of y: four threads a row, in banks of their own
     constexpr uint8_t NONE = 255;
     const Extents& e = p.extents;
-    const Chunk chunk = chunk_of(p);
+    const Chunk chunk = chunk_of_backward(p);
     if (chunk.len == 0) return;
     const Row& row = chunk.row;
     const int64_t first = chunk.first, entered = chunk.place * e.value_heads + row.head;

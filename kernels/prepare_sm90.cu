@@ -92,31 +92,36 @@ DEVICE int first_from(const int32_t* ascending, int count, int64_t x) {
 }
 
 // Row `t` of a matrix [C][dk] to the tile, zeros where not `live`; by the block, complete after copies_wait.
+template <bool EXCHANGED>
 DEVICE void copy_rows(const Tile<1>& tile, const Bf16* from, const Row& row, int64_t first, int live, int dk) {
     constexpr int C = Bf16::CHUNK;
+    const auto at = [&](int64_t t) { return EXCHANGED ? row.at(t) : row.key_at(t); };
     const int units = padded(dk) / 8, shift = units <= 8 ? 3 : units <= 16 ? 4 : 5;
     const int unit = threadIdx.x & ((1 << shift) - 1), rows = THREADS >> shift;
     if (unit >= units) return;
     for (int t = threadIdx.x >> shift; t < C; t += rows) {
         const bool inside = t < live && unit * 8 < dk;
         copy_async_16(tile.data + t * tile.stride + unit * 8,
-                      from + row.key_at(first + (inside ? t : 0)) * dk + (inside ? unit * 8 : 0), inside);
+                      from + at(first + (inside ? t : 0)) * dk + (inside ? unit * 8 : 0), inside);
     }
 }
 
 // A chunk's tokens are written a chunk late (scan_sm90.cu). So at its entry the states hold the tokens before the
 // chunk before: those of entry slots that start there, a prefix of them. What is before the chunk and not in a state, the
 // chunk before, is read as tokens. All from where slots start, so that chunks know nothing of each other.
+// EXCHANGED: for scan_queries_sm90, where q is do, k is v, and v is k with its norm factor.
+template <bool EXCHANGED>
 DEVICE void prepare_sm90(const PrepareSm90Params& p) {
     constexpr int C = Bf16::CHUNK;
     constexpr int32_t NEVER = 0x7fffffff;
     const Extents& e = p.extents;
-    const Chunk chunk = chunk_of(p);
+    const Chunk chunk = EXCHANGED ? chunk_of_backward(p) : chunk_of(p);
     if (chunk.len == 0) return;
     const Row& row = chunk.row;
     const int64_t first = chunk.first, entered = chunk.place * e.value_heads + row.head;
     const int64_t index = chunk.kept * e.value_heads + row.head;
-    const int len = chunk.len, dk = e.dk, width = padded(dk), capacity = e.capacity;
+    const int len = chunk.len, dk = EXCHANGED ? e.dv : e.dk, width = padded(dk), capacity = e.capacity;
+    const bool reads = !EXCHANGED || p.pairs;  // else the plan is all that is wanted
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
     const bool lagged = first >= C, last = first + C >= row.len;
     // Segment's record of the next chunk has what stands at this one's end; that of another window may not be written yet.
@@ -148,10 +153,12 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
     float* const lambda = carve.take<float>(C * capacity);
     carve.check();
 
-    copy_rows(queries, q, row, first, len, dk);
-    copy_rows(keys, k, row, first, len, dk);
-    copy_rows(lag_keys, k, row, before, lagged ? C : 0, dk);
-    for (int t = warp; t < len; t += WARPS) {
+    if (reads) {
+        copy_rows<EXCHANGED>(queries, q, row, first, len, dk);
+        copy_rows<EXCHANGED>(keys, k, row, first, len, dk);
+        copy_rows<EXCHANGED>(lag_keys, k, row, before, lagged ? C : 0, dk);
+    }
+    for (int t = warp; t < len && reads; t += WARPS) {
         const float* const from = p.lambda + row.at(first + t) * p.lambda_columns;
         for (int i = lane; i < capacity; i += 32) copy_async_4(lambda + t * capacity + i, from + i);
     }
@@ -179,9 +186,10 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
     if (p.qk_l2norm) {
         for (int t = warp; t < C; t += WARPS) {
             const bool live = t < len;
-            const float qf = norm_factor(live ? q + row.key_at(first + t) * dk : nullptr, dk, true);
-            const float kf = norm_factor(live ? k + row.key_at(first + t) * dk : nullptr, dk, true);
-            const float lf = norm_factor(lagged ? k + row.key_at(before + t) * dk : nullptr, dk, true);
+            const Bf16* const normed = EXCHANGED ? static_cast<const Bf16*>(p.normed) : k;
+            const float qf = EXCHANGED ? 1.0f : norm_factor(live ? q + row.key_at(first + t) * dk : nullptr, dk, true);
+            const float kf = norm_factor(live ? normed + row.key_at(first + t) * e.dk : nullptr, e.dk, true);
+            const float lf = norm_factor(lagged ? normed + row.key_at(before + t) * e.dk : nullptr, e.dk, true);
             if (lane == 0) q_factor[t] = p.scale * qf, k_factor[t] = kf, lag_factor[t] = lf;
         }
     } else if (thread < C) {
@@ -233,9 +241,10 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
 
     // The weights of four neighbouring places at a time.
     const int quads = p.slots / 4, shift = __ffs(quads) - 1;  // a power of two
-    for (int i = thread; i < C * quads; i += THREADS) {
+    for (int i = thread; i < C * quads && reads; i += THREADS) {
         const int g = i % 8, half = i / 8 % 2, quad = i / 16 & (quads - 1), t = (i >> (4 + shift)) * 16 + half * 8 + g;
         float x[4] = {};
+        uint32_t now = ~0u;  // slots that the four are in
         if (t < len) {
             const float factor = row_factor[t];
             const float* const at = base(t);
@@ -243,20 +252,26 @@ DEVICE void prepare_sm90(const PrepareSm90Params& p) {
 #pragma unroll
             for (int n = 0; n < 4; n++) {
                 const int slot = slots >> 8 * n & 0xff;
-                if (slot != 255) x[n] = factor * decay[slot] * at[way * items.of_slot(t, slot)];
+                if (slot == 255) continue;
+                const int at_t = items.of_slot(t, slot);
+                x[n] = factor * decay[slot] * at[way * at_t];
+                if (EXCHANGED) now ^= static_cast<uint32_t>(at_t ^ 0xff) << 8 * n;
             }
         }
         reinterpret_cast<float4*>(p.weights)[index * C * quads + i] = make_float4(x[0], x[1], x[2], x[3]);
+        if (EXCHANGED) reinterpret_cast<uint32_t*>(p.slot_of)[(index * C + t) * quads + quad] = now;
     }
+    if (EXCHANGED && thread < p.slots)
+        p.entry_factor[index * p.slots + thread] = slot_at[thread] == 255 ? 0.0f : decay[slot_at[thread]];
 
     // P . Lambda, by blocks of 16 x 16: warp w the tokens from 16 (w % 4) on, warps 0 to 3 with the chunk before, the others
     // with the chunk itself.
-    const int t0 = warp % 4 * 16, blocks = warp < 4 ? 4 : warp - 3;
+    const int t0 = warp % 4 * 16, blocks = !reads ? 0 : warp < 4 ? 4 : warp - 3;
     float qk[4][2][4];
 #pragma unroll
     for (int i = 0; i < 4; i++) clear(qk[i]);
     const Tile<1> with = warp < 4 ? lag_keys : keys;
-    for (int from = 0; from < width; from += 16) {
+    for (int from = 0; from < width && reads; from += 16) {
         uint32_t a[1][4], b[1][4];
         load_a(queries, t0, from, a);
 #pragma unroll
@@ -413,4 +428,5 @@ DEVICE void gammas_sm90(const GammasSm90Params& p) {
 }  // namespace dla
 
 KERNEL BLOCK_OF(dla::GAMMAS_THREADS) gammas_sm90(const __grid_constant__ dla::GammasSm90Params p) { dla::gammas_sm90(p); }
-KERNEL BLOCKS_OF(dla::THREADS, 3) prepare_sm90_bf16(const __grid_constant__ dla::PrepareSm90Params p) { dla::prepare_sm90(p); }
+KERNEL BLOCKS_OF(dla::THREADS, 3) prepare_sm90_bf16(const __grid_constant__ dla::PrepareSm90Params p) { dla::prepare_sm90<false>(p); }
+KERNEL BLOCKS_OF(dla::THREADS, 3) prepare_queries_sm90_bf16(const __grid_constant__ dla::PrepareSm90Params p) { dla::prepare_sm90<true>(p); }

@@ -87,7 +87,7 @@ struct Reverse {
             row = row_of(e, index / e.value_heads, static_cast<int>(index % e.value_heads));
             from = p.from, to = row.len < p.to ? row.len : p.to;
             chunks = to > from ? static_cast<int>((to - from + C - 1) / C) : 0;
-            place0 = first_of_window(e, row, p.from, p.to, C);
+            place0 = place_in_window(e, row, p.from, p.to, p.from, C);
             const Bf16* const of_keys[2] = {static_cast<const Bf16*>(p.q) + row.key_at(0) * e.dk,
                                             static_cast<const Bf16*>(p.k) + row.key_at(0) * e.dk};
             const Bf16* const of_values[2] = {static_cast<const Bf16*>(p.d_o) + row.at(0) * e.dv,
@@ -378,8 +378,11 @@ struct Reverse {
         if (of_states) parts[(4 + warp) * 32 + lane] = make_float4(out[0], out[1], out[2], out[3]);
 
         // This thread's first part of dV in the window's last chunk, and the tokens from there on.
-        const int64_t out_step = static_cast<int64_t>(b.row.value_heads) * b.columns;
-        int64_t out_at = b.row.at(b.from + (b.chunks - 1) * static_cast<int64_t>(C) + token) * b.columns + b.column + c2;
+        const int64_t out_step = p.out_f32 ? b.columns : static_cast<int64_t>(b.row.value_heads) * b.columns;
+        const int64_t out_chunk = static_cast<int64_t>(C) * b.row.value_heads * b.columns;
+        const int64_t out_first = p.out_f32 ? b.index(b.chunks - 1) * C + token
+                                            : b.row.at(b.from + (b.chunks - 1) * static_cast<int64_t>(C) + token);
+        int64_t out_at = out_first * b.columns + b.column + c2;
         const auto put_out = [&](int tokens_left) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
@@ -521,7 +524,7 @@ struct Reverse {
                 out[0] += part.x, out[1] += part.y, out[2] += part.z, out[3] += part.w;
                 const int64_t tokens_left = b.row.len - first - token;
                 put_out(tokens_left < C ? static_cast<int>(tokens_left) : C);
-                out_at -= C * out_step;
+                out_at -= out_chunk;
 #pragma unroll
                 for (int i = 0; i < 4; i++) out[i] = 0;
                 if (first > 0) add_pairs(warp * 4, 0);

@@ -131,7 +131,20 @@ struct Slots {
     }
 };
 
-template <int DK, int SLOTS, int WARPGROUPS>
+// o in bf16, dQ in f32: more is done to it.
+template <bool EXCHANGED>
+struct OutOf {
+    using Type = Bf16;
+};
+template <>
+struct OutOf<true> {
+    using Type = float;
+};
+DEVICE void store2(Bf16* to, float x, float y) { *reinterpret_cast<uint32_t*>(to) = pack_bf16(x, y); }
+DEVICE void store2(float* to, float x, float y) { *reinterpret_cast<float2*>(to) = make_float2(x, y); }
+
+// EXCHANGED: q -> do, k -> v, v -> k, for dQ: rows are of dv and by value head, columns of dk and by key head.
+template <int DK, int SLOTS, int WARPGROUPS, bool EXCHANGED>
 struct Scan {
     static constexpr int C = Bf16::CHUNK;
     static constexpr int PARTS = SLOTS > 32 ? 2 : 1;  // products of a read
@@ -173,6 +186,23 @@ struct Scan {
         carve.check();
     }
 
+    METHOD static int wide(const Extents& e) { return EXCHANGED ? e.dv : e.dk; }
+    METHOD static int thin(const Extents& e) { return EXCHANGED ? e.dk : e.dv; }
+    METHOD static int64_t wide_at(const Row& row, int64_t t) { return EXCHANGED ? row.at(t) : row.key_at(t); }
+    METHOD static int64_t thin_at(const Row& row, int64_t t) { return EXCHANGED ? row.key_at(t) : row.at(t); }
+    METHOD static int wide_heads(const Row& row) { return EXCHANGED ? row.value_heads : row.heads; }
+    METHOD static int64_t first_place(const Extents& e, const Row& row, int64_t from, int64_t to) {
+        return EXCHANGED ? place_in_window(e, row, from, to, from, C) : first_of_window(e, row, from, to, C);
+    }
+    // Two neighbours of a thread's elements of a state [dk][dv].
+    METHOD static int64_t in_state(const Extents& e, int k, int column) {
+        return EXCHANGED ? static_cast<int64_t>(column) * e.dv + k : static_cast<int64_t>(k) * e.dv + column;
+    }
+    METHOD static float2 load_state(const float* state, const Extents& e, int k, int column) {
+        const float* const at = state + in_state(e, k, column);
+        return EXCHANGED ? make_float2(at[0], at[e.dv]) : *reinterpret_cast<const float2*>(at);
+    }
+
     // V of chunk n, -1 the one before the window, and its plan.
     METHOD uint16_t* values_of(int64_t n) const { return values + (n + 1) % VALUES * (WARPGROUPS * C * COLUMNS); }
     METHOD ChunkPlan* plan_of(int64_t n) const { return reinterpret_cast<ChunkPlan*>(plans + n % 2 * PLAN); }
@@ -189,19 +219,20 @@ struct Scan {
     // The warps that bring what every chunk reads.
     METHOD void bring(const ScanSm90Params& p, const Row& row, int slice, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
-        const int dk = e.dk, dv = e.dv, thread = threadIdx.x % BRINGING;
+        const int dk = wide(e), dv = thin(e), thread = threadIdx.x % BRINGING;
+        const bool reads = !EXCHANGED || p.o;
         constexpr int UNITS = DK / 8, STEP = BRINGING / UNITS;
         const int unit = thread % UNITS, group = thread / C, t_of_v = thread % C, column = slice + group * COLUMNS;
-        const int64_t place0 = first_of_window(e, row, from, p.to, C), step = static_cast<int64_t>(STEP) * row.heads * dk;
+        const int64_t place0 = first_place(e, row, from, p.to), step = static_cast<int64_t>(STEP) * wide_heads(row) * dk;
         // `live` tokens of a chunk, zeros after them.
         const auto bring_values = [&](int64_t n, int64_t first, int live_tokens) {
             if (group >= WARPGROUPS) return;
             const bool live = t_of_v < live_tokens && column < dv;
             copy_async_16(values_of(n) + (group * C + t_of_v) * COLUMNS,
-                          static_cast<const Bf16*>(p.v) + row.at(live ? first + t_of_v : from) * dv + (live ? column : 0), live);
+                          static_cast<const Bf16*>(p.v) + thin_at(row, live ? first + t_of_v : from) * dv + (live ? column : 0), live);
         };
         const auto bring_keys = [&](int64_t first, int live_tokens) {
-            const Bf16* at = static_cast<const Bf16*>(p.k) + row.key_at(live_tokens ? first + thread / UNITS : from) * dk + unit * 8;
+            const Bf16* at = static_cast<const Bf16*>(p.k) + wide_at(row, live_tokens ? first + thread / UNITS : from) * dk + unit * 8;
 #pragma unroll 8
             for (int t = thread / UNITS; t < C; t += STEP) {
                 copy_async_16(k_rows.unit(t, unit), at, t < live_tokens && unit * 8 < dk);
@@ -216,15 +247,15 @@ struct Scan {
         for (int64_t first = from; first < to; first += C, n++, index += e.value_heads) {
             barrier_wait(&barriers->early_empty, phase(n + 1));
             if (thread == 0) {
-                barrier_expect(&barriers->early_full, (DIRECT ? 0 : PAIRS) + PLAN);
-                if (!DIRECT) bring_from(pairs, p.pairs + index * (PAIRS / 4), PAIRS, &barriers->early_full);
+                barrier_expect(&barriers->early_full, (DIRECT || !reads ? 0 : PAIRS) + PLAN);
+                if (!DIRECT && reads) bring_from(pairs, p.pairs + index * (PAIRS / 4), PAIRS, &barriers->early_full);
                 bring_from(plan_of(n), p.plans + index, PLAN, &barriers->early_full);
             }
             if (n == 0) bring_values(-1, first - C, first > 0 ? C : 0);
             bring_values(n, first, len_of(first));
             copies_arrive(&barriers->early_full);
 
-            if (!DIRECT && thread == 0) {
+            if (!DIRECT && reads && thread == 0) {
                 barrier_wait(&barriers->weights_empty, phase(n + 1));
                 barrier_expect(&barriers->weights_full, C * QUADS * 16);
                 bring_from(weights, p.weights + index * (C * QUADS * 4), C * QUADS * 16, &barriers->weights_full);
@@ -234,7 +265,7 @@ struct Scan {
             copies_arrive(&barriers->keys_full);
         }
         // For the final states the last chunk's keys and the rest of its plan.
-        if (n == 0 || to < row.len || !p.states) return;
+        if (EXCHANGED || n == 0 || to < row.len || !p.states) return;
         index -= e.value_heads;
         barrier_wait(&barriers->early_empty, phase(n + 1));
         if (thread == 0) {
@@ -298,7 +329,8 @@ struct Scan {
     // One group: 8 columns of dv from `column` on.
     METHOD void compute(const ScanSm90Params& p, const Row& row, int group, int column, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
-        const int dk = e.dk, dv = e.dv, capacity = e.capacity;
+        const int dk = wide(e), dv = thin(e), capacity = e.capacity;
+        const bool reads = !EXCHANGED || p.o;
         const int lane = lane_index(), warp = __shfl_sync(ALL, warp_index() % 4, 0), g = lane / 4, c = lane % 4, c2 = c * 2;
         const Slots<DK, SLOTS> mine = Slots<DK, SLOTS>::of(banks + group * BANK, g, c);
         const bool live_columns = column < dv;
@@ -308,9 +340,10 @@ struct Scan {
 
         // The slots that the window begins with; every other place zero, for a read multiplies them all.
         const int thread = threadIdx.x % GROUP;
-        uint4* const left = reinterpret_cast<uint4*>(p.banks + (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + group) * BANK);
+        const int64_t bank_at = (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + group) * BANK;
         if (from > 0) {
-            for (int i = thread; i < BANK / 16; i += GROUP) reinterpret_cast<uint4*>(mine.all)[i] = left[i];
+            const uint4* const source = reinterpret_cast<const uint4*>(p.source + bank_at);
+            for (int i = thread; i < BANK / 16; i += GROUP) reinterpret_cast<uint4*>(mine.all)[i] = source[i];
         } else {
             const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
 #pragma unroll 2
@@ -322,7 +355,7 @@ struct Scan {
                     for (int n = 0; n < SHARE * 2; n++) {
                         const int k = k_of(n / 2, n % 2);
                         if (k >= dk || !live_columns) continue;
-                        const float2 two = *reinterpret_cast<const float2*>(in + static_cast<int64_t>(k) * dv + column + c2);
+                        const float2 two = load_state(in, e, k, column + c2);
                         x[n * 2] = two.x, x[n * 2 + 1] = two.y;
                     }
                 }
@@ -337,12 +370,12 @@ struct Scan {
         // waits for another: past the row's end the last token's (whose output no one writes), past dk the first
         // elements (which meet zeros).
         uint2 q_top[STEPS], q_bottom[STEPS];
-        const uint32_t q_row = static_cast<uint32_t>(row.heads * dk * 2);
+        const uint32_t q_row = static_cast<uint32_t>(wide_heads(row) * dk * 2);
         const auto load_q = [&](int64_t first, int from_step) {
             const int64_t last = row.len - 1, begin = first < last ? first : last;
             const int rows = last - begin < C ? static_cast<int>(last - begin) : C, top = warp * 16 + g;
             const unsigned char* const at =
-                reinterpret_cast<const unsigned char*>(static_cast<const Bf16*>(p.q) + row.key_at(begin) * dk);
+                reinterpret_cast<const unsigned char*>(static_cast<const Bf16*>(p.q) + wide_at(row, begin) * dk);
             const uint32_t top_at = (top < rows ? top : rows) * q_row, bottom_at = (top + 8 < rows ? top + 8 : rows) * q_row;
 #pragma unroll
             for (int step = 0; step < STEPS; step++) {
@@ -352,18 +385,28 @@ struct Scan {
                 q_bottom[step] = *reinterpret_cast<const uint2*>(at + (bottom_at + live));
             }
         };
-        if (STEPS == TILES && from < to) load_q(from, 0);
+        if (STEPS == TILES && reads && from < to) load_q(from, 0);
 
         const uint64_t operand = wgmma_operand(mine.all, DK * 8, Slots<DK, SLOTS>::OTHERS);
-        const int64_t chunk0 = first_of_window(e, row, from, p.to, C) * e.value_heads + row.head;
+        const int64_t chunk0 = first_place(e, row, from, p.to) * e.value_heads + row.head;
         const uint4* my_pairs = (DIRECT ? reinterpret_cast<const uint4*>(p.pairs) + chunk0 * (PAIRS / 16) : pairs) +
                                 (warp * 4 + warp * (warp + 1) / 2) * 32 + lane;
         const float4* my_weights = (DIRECT ? reinterpret_cast<const float4*>(p.weights) + chunk0 * (C * QUADS) : weights) +
                                    warp * QUADS * 16 + g;
         Barrier* const my_turn = &barriers->turn[group];
         Barrier* const read_done = &barriers->turn[1 - group];
-        Bf16* o_at = static_cast<Bf16*>(p.o) + row.at(from + warp * 16 + g) * dv + column + c2;
-        const int64_t o_row = static_cast<int64_t>(e.value_heads) * dv;
+        // dQ stands as what is kept of its chunk.
+        const int64_t o_first = EXCHANGED ? chunk0 * C + warp * 16 + g : row.at(from + warp * 16 + g);
+        auto* o_at = static_cast<typename OutOf<EXCHANGED>::Type*>(p.o) + o_first * dv + column + c2;
+        const int64_t o_row = EXCHANGED ? dv : static_cast<int64_t>(e.value_heads) * dv;
+        const int64_t o_chunk = static_cast<int64_t>(C) * e.value_heads * dv;
+        // Of dlambda: q of the block's columns and, by slot, what the group's columns give.
+        const Bf16* const thin_q = static_cast<const Bf16*>(p.thin_q) + column + c2;
+        float* reads_at = nullptr;
+        if (EXCHANGED) {
+            const int64_t all = e.sequences * chunks_of_window(e, from, p.to, C) * e.value_heads;
+            reads_at = p.d_reads + (column / COLUMNS * all + chunk0) * (C * QUADS * 4) + (warp * QUADS * 16 + g) * 4 + c;
+        }
         // 0, which the compiler cannot know: copies of Q would be made as soon as it is loaded, and wait for it there.
         const uint32_t zero = static_cast<uint32_t>(capacity) >> 16;
         int64_t n = 0;
@@ -372,86 +415,125 @@ struct Scan {
             const ChunkPlan& plan = *plan_of(n);
 
             // Read.
-            float out[4] = {};
-            // The tokens that are not in the slots, those of the chunk before and this one's up to the diagonal.
-            uint32_t pair[8][4];
+            if (!reads) {
+                // Only the states are wanted.
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&barriers->early_empty);
+            } else {
+                float out[4] = {};
+                // The tokens that are not in the slots, those of the chunk before and this one's up to the diagonal.
+                [[maybe_unused]] uint32_t of_q[2] = {};
+                if (EXCHANGED && live_columns) {
 #pragma unroll
-            for (int s = 0; s < 8; s++) {
-                const bool within = s < 4 + warp + 1;
-                const uint4 x = my_pairs[(within ? s : 0) * 32];
-                pair[s][0] = within ? x.x : 0, pair[s][1] = within ? x.y : 0, pair[s][2] = within ? x.z : 0, pair[s][3] = within ? x.w : 0;
-            }
-            uint32_t q[STEPS][4];
-            const auto take_q = [&] {
-#pragma unroll
-                for (int step = 0; step < STEPS; step++) {
-                    q[step][0] = q_top[step].x ^ zero, q[step][1] = q_bottom[step].x ^ zero;
-                    q[step][2] = q_top[step].y ^ zero, q[step][3] = q_bottom[step].y ^ zero;
-                }
-            };
-            if (STEPS == TILES) take_q();
-            if (WARPGROUPS == 2) barrier_wait(my_turn, phase(n + 1 - group));
-            float with_tokens[4];
-#pragma unroll
-            for (int part = 0; part < PARTS; part++) {
-                float read[AT_ONCE * 4];  // the first product overwrites it
-#pragma unroll
-                for (int from_step = 0; from_step < TILES; from_step += STEPS) {
-                    if (from_step > 0) wgmma_wait();
-                    if (STEPS < TILES) load_q(first, from_step), take_q();
-                    wgmma_begin();
-                    if (part == 0 && from_step == 0) {
-#pragma unroll
-                        for (int s = 0; s < 8; s++)
-                            wgmma_bf16(with_tokens, pair[s],
-                                       wgmma_operand(values_of(n - 1 + s / 4) + (group * C + s % 4 * 16) * COLUMNS, 0), s > 0);
-                    }
-#pragma unroll
-                    for (int step = 0; step < STEPS; step++)
-                        wgmma_bf16(read, q[step], operand + (part * AT_ONCE * DK * 8 + (from_step + step) * 128) / 16,
-                                   from_step + step > 0);
-                    wgmma_commit();
-                }
-                wgmma_wait();
-                wgmma_hold(read);
-                wgmma_hold(with_tokens);
-                if (part == PARTS - 1) {
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(read_done);
-                    // The next chunk's Q, now that the products are done with its registers; after the last chunk too, for
-                    // under a condition the loads would be waited for here.
-                    if (STEPS == TILES) load_q(first + C, 0);
-                }
-                if (part == 0) {
-                    __syncwarp();
-                    if (lane == 0) barrier_arrive(&barriers->early_empty);
-                    if (!DIRECT) barrier_wait(&barriers->weights_full, phase(n));
-                }
-#pragma unroll
-                for (int quad = 0; quad < (AT_ONCE + 3) / 4; quad++) {
-                    const float4* const at = my_weights + (part * AT_ONCE / 4 + quad) * 16;
-                    const float4 top = at[0], bottom = at[8];
-                    const float w[2][4] = {{top.x, top.y, top.z, top.w}, {bottom.x, bottom.y, bottom.z, bottom.w}};
-#pragma unroll
-                    for (int i = 0; i < 4; i++) {
-                        const int slot = quad * 4 + i;
-                        if (slot >= AT_ONCE) continue;
-#pragma unroll
-                        for (int x = 0; x < 4; x++) out[x] += w[x / 2][i] * read[slot * 4 + x];
+                    for (int half = 0; half < 2; half++) {
+                        const int t = warp * 16 + half * 8 + g;
+                        of_q[half] = *reinterpret_cast<const uint32_t*>(thin_q + thin_at(row, first + (t < len ? t : 0)) * dv);
                     }
                 }
-            }
-            __syncwarp();
-            if (lane == 0) barrier_arrive(&barriers->weights_empty);
+                uint32_t pair[8][4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) out[i] += with_tokens[i];
+                for (int s = 0; s < 8; s++) {
+                    const bool within = s < 4 + warp + 1;
+                    const uint4 x = my_pairs[(within ? s : 0) * 32];
+                    pair[s][0] = within ? x.x : 0, pair[s][1] = within ? x.y : 0, pair[s][2] = within ? x.z : 0, pair[s][3] = within ? x.w : 0;
+                }
+                uint32_t q[STEPS][4];
+                const auto take_q = [&] {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                if (warp * 16 + half * 8 + g < len && live_columns)
-                    *reinterpret_cast<uint32_t*>(o_at + half * 8 * o_row) = pack_bf16(out[half * 2], out[half * 2 + 1]);
+                    for (int step = 0; step < STEPS; step++) {
+                        q[step][0] = q_top[step].x ^ zero, q[step][1] = q_bottom[step].x ^ zero;
+                        q[step][2] = q_top[step].y ^ zero, q[step][3] = q_bottom[step].y ^ zero;
+                    }
+                };
+                if (STEPS == TILES) take_q();
+                if (WARPGROUPS == 2) barrier_wait(my_turn, phase(n + 1 - group));
+                float with_tokens[4];
+#pragma unroll
+                for (int part = 0; part < PARTS; part++) {
+                    float read[AT_ONCE * 4];  // the first product overwrites it
+#pragma unroll
+                    for (int from_step = 0; from_step < TILES; from_step += STEPS) {
+                        if (from_step > 0) wgmma_wait();
+                        if (STEPS < TILES) load_q(first, from_step), take_q();
+                        wgmma_begin();
+                        if (part == 0 && from_step == 0) {
+#pragma unroll
+                            for (int s = 0; s < 8; s++)
+                                wgmma_bf16(with_tokens, pair[s],
+                                           wgmma_operand(values_of(n - 1 + s / 4) + (group * C + s % 4 * 16) * COLUMNS, 0), s > 0);
+                        }
+#pragma unroll
+                        for (int step = 0; step < STEPS; step++)
+                            wgmma_bf16(read, q[step], operand + (part * AT_ONCE * DK * 8 + (from_step + step) * 128) / 16,
+                                       from_step + step > 0);
+                        wgmma_commit();
+                    }
+                    wgmma_wait();
+                    wgmma_hold(read);
+                    wgmma_hold(with_tokens);
+                    if (part == PARTS - 1) {
+                        __syncwarp();
+                        if (lane == 0) barrier_arrive(read_done);
+                        // The next chunk's Q, now that the products are done with its registers; after the last chunk too, for
+                        // under a condition the loads would be waited for here.
+                        if (STEPS == TILES) load_q(first + C, 0);
+                    }
+                    if (part == 0) {
+                        __syncwarp();
+                        if (lane == 0) barrier_arrive(&barriers->early_empty);
+                        if (!DIRECT) barrier_wait(&barriers->weights_full, phase(n));
+                    }
+#pragma unroll
+                    for (int quad = 0; quad < (AT_ONCE + 3) / 4; quad++) {
+                        const float4* const at = my_weights + (part * AT_ONCE / 4 + quad) * 16;
+                        const float4 top = at[0], bottom = at[8];
+                        const float w[2][4] = {{top.x, top.y, top.z, top.w}, {bottom.x, bottom.y, bottom.z, bottom.w}};
+#pragma unroll
+                        for (int i = 0; i < 4; i++) {
+                            const int slot = quad * 4 + i;
+                            if (slot >= AT_ONCE) continue;
+#pragma unroll
+                            for (int x = 0; x < 4; x++) out[x] += w[x / 2][i] * read[slot * 4 + x];
+                        }
+                        if (EXCHANGED) {
+                            // Of four slots each of the four threads of a row gets one's sum over its columns.
+                            float sums[2][4];
+#pragma unroll
+                            for (int i = 0; i < 4; i++) {
+                                const int slot = quad * 4 + i;
+#pragma unroll
+                                for (int half = 0; half < 2; half++)
+                                    sums[half][i] = slot >= AT_ONCE ? 0.0f
+                                                                    : low_bf16(of_q[half]) * read[slot * 4 + half * 2] +
+                                                                          high_bf16(of_q[half]) * read[slot * 4 + half * 2 + 1];
+                            }
+                            float* const to = reads_at + (part * AT_ONCE / 4 + quad) * 64;
+#pragma unroll
+                            for (int half = 0; half < 2; half++) {
+                                float (&x)[4] = sums[half];
+                                const bool odd = c & 1, late = c & 2;
+#pragma unroll
+                                for (int i = 0; i < 4; i += 2)
+                                    x[i] = (odd ? x[i + 1] : x[i]) + __shfl_xor_sync(ALL, odd ? x[i] : x[i + 1], 1);
+                                x[0] = (late ? x[2] : x[0]) + __shfl_xor_sync(ALL, late ? x[0] : x[2], 2);
+                                if (live_columns) to[half * 32] = x[0];
+                            }
+                        }
+                    }
+                }
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&barriers->weights_empty);
+#pragma unroll
+                for (int i = 0; i < 4; i++) out[i] += with_tokens[i];
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    if (warp * 16 + half * 8 + g < len && live_columns)
+                        store2(o_at + half * 8 * o_row, out[half * 2], out[half * 2 + 1]);
+                }
+                o_at += o_chunk;
+                if (EXCHANGED) reads_at += static_cast<int64_t>(e.value_heads) * (C * QUADS * 4);
+                if (DIRECT) my_pairs += static_cast<int64_t>(e.value_heads) * (PAIRS / 16), my_weights += static_cast<int64_t>(e.value_heads) * C * QUADS;
             }
-            o_at += C * o_row;
-            if (DIRECT) my_pairs += static_cast<int64_t>(e.value_heads) * (PAIRS / 16), my_weights += static_cast<int64_t>(e.value_heads) * C * QUADS;
 
             // Write: every warp its share of dk, so that none waits for another; oldest first, so that nothing is overwritten that
             // a later slot takes in.
@@ -462,7 +544,7 @@ struct Scan {
             load_keys(keys, warp, lane);
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->keys_empty);
-            barrier_wait(read_done, phase(n));
+            if (reads) barrier_wait(read_done, phase(n));
             const int changes = static_cast<int>(plan.changes);
 #pragma unroll 1
             for (int change = 0; change < changes; change += 2) {
@@ -505,11 +587,13 @@ struct Scan {
         }
 
         if (to < row.len) {
+            uint4* const left = reinterpret_cast<uint4*>(p.banks + bank_at);
+            if (!p.banks) return;
             for (int i = thread; i < BANK / 16; i += GROUP) left[i] = reinterpret_cast<const uint4*>(mine.all)[i];
             return;
         }
         // The cache, oldest first, unused slots zero: states and the last chunk's tokens.
-        if (!p.states) return;
+        if (EXCHANGED || !p.states) return;
         if (to == 0) {
             const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
             for (int i = 0; i < capacity; i++) {
@@ -567,7 +651,7 @@ struct Scan {
     // A thread's elements of slot i of the final cache.
     METHOD void put_state(const ScanSm90Params& p, const Row& row, const float (&x)[SHARE * 4], int i, int warp, int g, int column,
                           int c2) const {
-        const int dk = p.extents.dk, dv = p.extents.dv;
+        const int dk = wide(p.extents), dv = thin(p.extents);
         float* const out = p.states + (row.index() * p.extents.capacity + i) * (static_cast<int64_t>(dk) * dv) + column + c2;
 #pragma unroll
         for (int n = 0; n < SHARE * 2; n++) {
@@ -578,18 +662,19 @@ struct Scan {
     }
 };
 
-template <int DK, int SLOTS, int WARPGROUPS>
+template <int DK, int SLOTS, int WARPGROUPS, bool EXCHANGED>
 DEVICE void scan_sm90(const ScanSm90Params& p) {
     const Extents& e = p.extents;
     constexpr int WIDTH = WARPGROUPS * COLUMNS;
-    const int slices = (e.dv + WIDTH - 1) / WIDTH, slice = blockIdx.x % slices * WIDTH;
+    using Scan = Scan<DK, SLOTS, WARPGROUPS, EXCHANGED>;
+    const int slices = (Scan::thin(e) + WIDTH - 1) / WIDTH, slice = blockIdx.x % slices * WIDTH;
     const int64_t index = blockIdx.x / slices;
     const Row row = row_of(e, index / e.value_heads, static_cast<int>(index % e.value_heads));
     if (p.from > 0 && row.len <= p.from) return;
     const int64_t to = row.len < p.to ? row.len : p.to;
 
     Carve carve{dynamic_shared()};
-    Scan<DK, SLOTS, WARPGROUPS> scan;
+    Scan scan;
     scan.take(carve);
     if (threadIdx.x == 0) scan.init_barriers();
     __syncthreads();
@@ -611,7 +696,7 @@ DEVICE void scan_sm90(const ScanSm90Params& p) {
 #define SCAN_SM90(DK, SLOTS, WARPGROUPS)                                                          \
     KERNEL BLOCK_OF(WARPGROUPS * 128 + 128) scan_sm90_##DK##_##SLOTS##_##WARPGROUPS(               \
         const __grid_constant__ dla::ScanSm90Params p) {                                          \
-        dla::scan_sm90<DK, SLOTS, WARPGROUPS>(p);                                                 \
+        dla::scan_sm90<DK, SLOTS, WARPGROUPS, false>(p);                                                 \
     }
 SCAN_SM90(64, 16, 2)
 SCAN_SM90(64, 30, 2)
@@ -623,3 +708,15 @@ SCAN_SM90(128, 30, 2)
 SCAN_SM90(128, 32, 1)
 SCAN_SM90(128, 64, 1)
 SCAN_SM90(256, 16, 1)
+
+// For dQ: size of do's and v's rows as computed, slots, groups of 8 columns of dk.
+#define SCAN_QUERIES_SM90(DV, SLOTS, WARPGROUPS)                                                  \
+    KERNEL BLOCK_OF(WARPGROUPS * 128 + 128) scan_queries_sm90_##DV##_##SLOTS##_##WARPGROUPS(       \
+        const __grid_constant__ dla::ScanSm90Params p) {                                          \
+        dla::scan_sm90<DV, SLOTS, WARPGROUPS, true>(p);                                           \
+    }
+SCAN_QUERIES_SM90(64, 16, 2)
+SCAN_QUERIES_SM90(64, 32, 2)
+SCAN_QUERIES_SM90(128, 16, 2)
+SCAN_QUERIES_SM90(128, 30, 2)
+SCAN_QUERIES_SM90(128, 32, 1)

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "replay.cuh"
+#include "window.cuh"
 
 namespace dla {
 
@@ -34,6 +35,13 @@ DEVICE Chunk chunk_of(const Params& p) {
     const bool inside = chunk.first >= p.from && chunk.first < p.to && left > 0;
     chunk.len = !inside ? 0 : left < C ? static_cast<int>(left) : C;
     return chunk;
+}
+
+// The same of a window of the backward.
+template <typename Params>
+DEVICE Chunk chunk_of_backward(const Params& p) {
+    const WindowChunk at = chunk_of_block(p.extents, blockIdx.x, p.from, p.to, Bf16::CHUNK);
+    return {at.row, at.first, at.place / p.extents.value_heads, at.kept / p.extents.value_heads, at.len};
 }
 
 // The places of the slots that are held after the chunk (0: not held), by one warp; lane i has tokens and slots i and

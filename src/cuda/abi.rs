@@ -185,7 +185,7 @@ pub struct GammasSm90Params {
     pub gammas: DevicePointer,
 }
 
-/// Parameters of `prepare_sm90_bf16`.
+/// Parameters of `prepare_sm90_bf16` and `prepare_queries_sm90_bf16`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct PrepareSm90Params {
@@ -202,6 +202,9 @@ pub struct PrepareSm90Params {
     pub pairs: DevicePointer,
     pub weights: DevicePointer,
     pub plans: DevicePointer,
+    pub normed: DevicePointer,
+    pub entry_factor: DevicePointer,
+    pub slot_of: DevicePointer,
     pub from: i64,
     pub to: i64,
     pub lambda_columns: i32,
@@ -210,7 +213,7 @@ pub struct PrepareSm90Params {
     pub qk_l2norm: i32,
 }
 
-/// Parameters of `scan_sm90_*`.
+/// Parameters of `scan_sm90_*` and `scan_queries_sm90_*`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct ScanSm90Params {
@@ -223,8 +226,11 @@ pub struct ScanSm90Params {
     pub plans: DevicePointer,
     pub initial_len: DevicePointer,
     pub initial_states: DevicePointer,
+    pub source: DevicePointer,
     pub banks: DevicePointer,
     pub o: DevicePointer,
+    pub thin_q: DevicePointer,
+    pub d_reads: DevicePointer,
     pub states: DevicePointer,
     pub from: i64,
     pub to: i64,
@@ -296,6 +302,83 @@ const _: () = assert!(
         && offset_of!(ScanBackwardSm90Params, exchanged) == 168
 );
 
+/// Parameters of `lambda_backward_sm90`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct LambdaBackwardSm90Params {
+    pub extents: Extents,
+    pub q: DevicePointer,
+    pub g: DevicePointer,
+    pub events: DevicePointer,
+    pub lambda: DevicePointer,
+    pub chunk_len: DevicePointer,
+    pub d_reads: DevicePointer,
+    pub entry_factor: DevicePointer,
+    pub slot_of: DevicePointer,
+    pub d_weights: DevicePointer,
+    pub dlambda: DevicePointer,
+    pub d_slots: DevicePointer,
+    pub read: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub places: i64,
+    pub slices: i32,
+    pub slots: i32,
+    pub lambda_columns: i32,
+    pub scale: f32,
+    pub qk_l2norm: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `anchors_sm90`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct AnchorsSm90Params {
+    pub extents: Extents,
+    pub carried: DevicePointer,
+    pub banks: DevicePointer,
+    pub entry_factor: DevicePointer,
+    pub anchors: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub width: i32,
+    pub carried_slots: i32,
+    pub bank_slots: i32,
+    pub groups: i32,
+    pub factor_slots: i32,
+    pub reserved: i32,
+}
+
+/// Parameters of `g_flow_sm90` and `g_backward_sm90`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct GBackwardSm90Params {
+    pub extents: Extents,
+    pub read: DevicePointer,
+    pub flow: [DevicePointer; 2],
+    pub net: DevicePointer,
+    pub d_g: DevicePointer,
+    pub anchors: DevicePointer,
+    pub carried_g: DevicePointer,
+    pub carried: DevicePointer,
+    pub dg: DevicePointer,
+    pub from: i64,
+    pub to: i64,
+    pub slices: [i32; 2],
+    pub anchor_slices: i32,
+    pub resumed: i32,
+}
+
+const _: () = {
+    assert!(size_of::<LambdaBackwardSm90Params>() == 192);
+    assert!(offset_of!(LambdaBackwardSm90Params, dlambda) == 120);
+    assert!(offset_of!(LambdaBackwardSm90Params, slices) == 168);
+    assert!(size_of::<AnchorsSm90Params>() == 120 && offset_of!(AnchorsSm90Params, from) == 80);
+    assert!(offset_of!(AnchorsSm90Params, width) == 96);
+    assert!(size_of::<GBackwardSm90Params>() == 152 && offset_of!(GBackwardSm90Params, dg) == 112);
+    assert!(offset_of!(GBackwardSm90Params, slices) == 136);
+};
+
 /// Bytes of a `DeltaPlan`.
 pub const DELTA_PLAN_BYTES: usize = 208;
 
@@ -365,6 +448,7 @@ pub struct SlotsParams {
     pub initial_len: DevicePointer,
     pub chunk_len: DevicePointer,
     pub chunk_starts: DevicePointer,
+    pub chunk_place: DevicePointer,
     pub chunk: i32,
     pub reserved: i32,
 }
@@ -610,8 +694,8 @@ pub struct SegmentBackwardParams {
 const _: () = {
     assert!(size_of::<ScanStatesParams>() == 168 && offset_of!(ScanStatesParams, initial_len) == 104);
     assert!(offset_of!(ScanStatesParams, entries) == 136 && offset_of!(ScanStatesParams, qk_l2norm) == 160);
-    assert!(size_of::<SlotsParams>() == 88 && offset_of!(SlotsParams, chunk_len) == 64);
-    assert!(offset_of!(SlotsParams, chunk) == 80);
+    assert!(size_of::<SlotsParams>() == 96 && offset_of!(SlotsParams, chunk_len) == 64);
+    assert!(offset_of!(SlotsParams, chunk) == 88);
     assert!(size_of::<ScanBackwardParams>() == 296 && offset_of!(ScanBackwardParams, final_states) == 176);
     assert!(offset_of!(ScanBackwardParams, qk_l2norm) == 288);
     assert!(size_of::<PrepareBackwardParams>() == 256 && offset_of!(PrepareBackwardParams, d_weights) == 152);
@@ -635,11 +719,11 @@ const _: () = {
     assert!(size_of::<ScanDeltaSm90Params>() == 168);
     assert!(offset_of!(ScanDeltaSm90Params, initial_len) == 104);
     assert!(offset_of!(ScanDeltaSm90Params, from) == 152);
-    assert!(size_of::<PrepareSm90Params>() == 176 && offset_of!(PrepareSm90Params, pairs) == 120);
-    assert!(offset_of!(PrepareSm90Params, lambda_columns) == 160);
+    assert!(size_of::<PrepareSm90Params>() == 200 && offset_of!(PrepareSm90Params, pairs) == 120);
+    assert!(offset_of!(PrepareSm90Params, lambda_columns) == 184);
     assert!(size_of::<GammasSm90Params>() == 64 && offset_of!(GammasSm90Params, gammas) == 56);
-    assert!(size_of::<ScanSm90Params>() == 152 && offset_of!(ScanSm90Params, initial_len) == 96);
-    assert!(offset_of!(ScanSm90Params, from) == 136);
+    assert!(size_of::<ScanSm90Params>() == 176 && offset_of!(ScanSm90Params, initial_len) == 96);
+    assert!(offset_of!(ScanSm90Params, from) == 160);
     assert!(size_of::<Extents>() == 48 && offset_of!(Extents, heads) == 24);
     assert!(offset_of!(Extents, newest_first) == 44);
     assert!(size_of::<SegmentParams>() == 280 && offset_of!(SegmentParams, k) == 48);
@@ -1424,6 +1508,86 @@ impl ScanSm90 {
     /// Blocks of the scan.
     pub fn blocks(&self, geometry: &Geometry) -> usize {
         geometry.rows() * geometry.dv.div_ceil(self.columns())
+    }
+}
+
+/// The forward scan on Hopper with q -> do, k -> v, v -> k, gated, for dQ: `scan_queries_sm90_{dv}_{slots}_{groups}`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ScanQueriesSm90(ScanSm90);
+
+impl ScanQueriesSm90 {
+    const TABLE: [(usize, usize, usize); 5] =
+        [(64, 16, 2), (64, 32, 2), (128, 16, 2), (128, 30, 2), (128, 32, 1)];
+
+    /// The scan for a problem; `None` where there is none: inputs other than bf16, the delta rule, more than 32 slots, dv
+    /// above 128.
+    pub fn choose(geometry: &Geometry) -> Option<Self> {
+        if geometry.parts != 1 || geometry.delta {
+            return None;
+        }
+        let fits = |&&(wide, slots, _): &&_| wide >= geometry.dv && slots >= geometry.capacity;
+        let &(dk, slots, groups) = Self::TABLE.iter().find(fits)?;
+        Some(ScanQueriesSm90(ScanSm90 { delta: false, dk, slots, groups }))
+    }
+
+    /// What it reads and writes, as the kernel has it.
+    fn exchanged(geometry: &Geometry) -> Geometry {
+        Geometry { dk: geometry.dv, dv: geometry.dk, ..*geometry }
+    }
+
+    /// Name of the kernel.
+    pub fn name(&self) -> String {
+        format!("scan_queries_sm90_{}_{}_{}", self.0.dk, self.0.slots, self.0.groups)
+    }
+
+    /// Places for slots.
+    pub fn slots(&self) -> usize {
+        self.0.slots
+    }
+
+    /// Groups of 8 columns of a block.
+    pub fn groups(&self) -> usize {
+        self.0.groups
+    }
+
+    /// Threads of a block.
+    pub fn threads(&self) -> u32 {
+        self.0.threads()
+    }
+
+    /// Places that have weights.
+    pub fn weight_slots(&self) -> usize {
+        self.0.weight_slots()
+    }
+
+    /// Shared memory.
+    pub fn shared_bytes(&self) -> usize {
+        self.0.shared_bytes()
+    }
+
+    /// Shared memory of the kernel that prepares for it.
+    pub fn prepare_shared_bytes(&self, geometry: &Geometry) -> usize {
+        self.0.prepare_shared_bytes(&Self::exchanged(geometry))
+    }
+
+    /// Bytes that a block leaves to the next window's.
+    pub fn bank_bytes(&self) -> usize {
+        self.0.bank_bytes()
+    }
+
+    /// Elements (u32) of the pairs.
+    pub fn pairs_len(&self, geometry: &Geometry, places: usize) -> usize {
+        self.0.pairs_len(geometry, places)
+    }
+
+    /// Bytes of the plans.
+    pub fn plans_bytes(&self, geometry: &Geometry, places: usize) -> usize {
+        self.0.plans_bytes(geometry, places)
+    }
+
+    /// Blocks of the scan.
+    pub fn blocks(&self, geometry: &Geometry) -> usize {
+        self.0.blocks(&Self::exchanged(geometry))
     }
 }
 

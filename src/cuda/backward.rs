@@ -19,7 +19,10 @@ use crate::error::Result;
 use crate::options::{Read, Recurrence, SlotOrder, Soft};
 use crate::problem::Shape;
 use crate::tensor::Dtype;
+use hopper::Hopper;
 use std::ops::Range;
+
+mod hopper;
 
 /// Bytes of workspace that a backward keeps within, where the least that it needs allows.
 pub const BUDGET: usize = 480_000_000;
@@ -69,11 +72,31 @@ pub enum BackwardKernel {
     SegmentBackward,
     /// Of the decay since R's newest token.
     SegmentLogBackward,
+    /// Hopper: g -> its sums before chunks.
+    GammasSm90,
+    /// Hopper: what the scan for dQ takes.
+    PrepareQueriesSm90,
+    /// Hopper: dQ, and what the states give to dlambda.
+    ScanQueriesSm90,
+    /// Hopper: what the adjoint of scan takes, and gradients by way of pairs.
+    PrepareBackwardSm90,
+    /// Hopper: the adjoint of scan, for dV.
+    ScanBackwardValuesSm90,
+    /// Hopper: the same for dK.
+    ScanBackwardKeysSm90,
+    /// Hopper: dlambda.
+    LambdaBackwardSm90,
+    /// Hopper: dg by way of the states where windows meet.
+    AnchorsSm90,
+    /// Hopper: what tokens give to dg by way of the states.
+    GFlowSm90,
+    /// Hopper: dg.
+    GBackwardSm90,
 }
 
 impl BackwardKernel {
-    /// File that it is in.
-    pub fn stage(self) -> &'static str {
+    /// File that a portable one is in.
+    fn stage(self) -> &'static str {
         use BackwardKernel::*;
         match self {
             Slots => "slots",
@@ -86,11 +109,12 @@ impl BackwardKernel {
             DriftBackward | SegmentStates | SegmentScalars | SegmentOpenBackward | SegmentBackward
             | SegmentLogBackward => "segment_backward",
             RouteBackward | RouteBackwardKeys => "route_backward",
+            _ => unreachable!("a kernel of Hopper"),
         }
     }
 
-    /// Name.
-    pub fn name(self, delta: bool, dtype: Dtype) -> String {
+    /// Name of a portable one.
+    fn name(self, delta: bool, dtype: Dtype) -> String {
         use BackwardKernel::*;
         let recurrence = if delta { "delta" } else { "gated" };
         match self {
@@ -112,11 +136,12 @@ impl BackwardKernel {
             SegmentBackward => format!("segment_backward_{dtype}"),
             SegmentLogBackward => format!("segment_log_backward_{dtype}"),
             SegmentGram => format!("segment_gram_{dtype}"),
+            _ => unreachable!("a kernel of Hopper"),
         }
     }
 
-    /// Threads of a block.
-    pub fn threads(self) -> u32 {
+    /// Threads of a block of a portable one.
+    fn threads(self) -> u32 {
         match self {
             BackwardKernel::Slots => 32,
             BackwardKernel::SegmentGram => SEGMENT_THREADS,
@@ -124,8 +149,8 @@ impl BackwardKernel {
         }
     }
 
-    /// Shared memory of a block.
-    pub fn shared_bytes(self, g: &Geometry) -> usize {
+    /// Shared memory of a block of a portable one.
+    fn shared_bytes(self, g: &Geometry) -> usize {
         use BackwardKernel::*;
         match self {
             Slots => 0,
@@ -145,7 +170,41 @@ impl BackwardKernel {
             SegmentScalars => g.segment_scalars_shared_bytes(),
             SegmentBackward => g.segment_backward_shared_bytes(),
             SegmentLogBackward => 0,
+            _ => unreachable!("a kernel of Hopper"),
         }
+    }
+}
+
+/// How a kernel of a backward is found and launched.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KernelForm {
+    /// Which.
+    pub kernel: BackwardKernel,
+    /// Its name.
+    pub name: String,
+    /// File that it is in.
+    pub stage: &'static str,
+    /// Threads of a block.
+    pub threads: u32,
+    /// Shared memory of a block.
+    pub shared_bytes: usize,
+}
+
+/// Takes arrays of a workspace one after the other.
+trait TakeArray {
+    /// The next array, of as many bytes as the product of `factors`: where it stands; `None` where there are not so many.
+    fn take(&mut self, factors: &[usize]) -> Option<usize>;
+}
+
+/// Bytes taken so far.
+struct Taken(usize);
+
+impl TakeArray for Taken {
+    fn take(&mut self, factors: &[usize]) -> Option<usize> {
+        let at = self.0;
+        let bytes = factors.iter().try_fold(1usize, |product, &factor| product.checked_mul(factor))?;
+        self.0 = at.checked_add(bytes)?.checked_next_multiple_of(ALIGNMENT)?;
+        Some(at)
     }
 }
 
@@ -216,6 +275,8 @@ struct Layout {
     open_logs: usize,
     /// Banks for states before windows.
     banks: usize,
+    /// What Hopper's kernels have in place of the portable ones' p to d_total.
+    hopper: hopper::Layout,
     bytes: usize,
 }
 
@@ -240,14 +301,17 @@ pub struct Backward {
     newest_first: bool,
     qk_l2norm: bool,
     scale: f32,
+    /// Hopper's kernels, where they are to be taken.
+    hopper: Option<Hopper>,
     layout: Layout,
 }
 
 impl Backward {
     /// The backward of a call on a card of `processors` multiprocessors, within `budget` bytes of workspace if that is
     /// possible; `call.final_cache`: whether the final cache has a gradient. `None` where the workspace would be of more
-    /// bytes than there are addresses.
-    pub fn new(call: &Call<'_>, processors: usize, budget: usize) -> Option<Backward> {
+    /// bytes than there are addresses. `hopper`: with the kernels of compute capability 9.0 where there are any: bf16, gated,
+    /// head sizes up to 128, at most 32 slots, no gradient of the final cache.
+    pub fn new(call: &Call<'_>, processors: usize, budget: usize, hopper: bool) -> Option<Backward> {
         let Call { options, shape, dtype, final_cache } = *call;
         let delta = options.recurrence == Recurrence::GatedDelta;
         let geometry = |sequences: usize| Geometry {
@@ -261,7 +325,13 @@ impl Backward {
             capacity: shape.capacity,
             delta,
         };
-        let group = group(shape.sequences, geometry(1).rows() * geometry(1).slices(), processors);
+        let hopper =
+            if hopper && dtype == Dtype::Bf16 && !final_cache { Hopper::choose(&geometry(1)) } else { None };
+        let blocks = match &hopper {
+            Some(hopper) => hopper.blocks(&geometry(1)),
+            None => geometry(1).rows() * geometry(1).slices(),
+        };
+        let group = group(shape.sequences, blocks, processors);
         let geometry = geometry(group);
         let chunk = geometry.chunk();
         let all_chunks = shape.time.div_ceil(chunk).max(1);
@@ -279,17 +349,19 @@ impl Backward {
             newest_first: options.slot_order == SlotOrder::NewestFirst,
             qk_l2norm: options.qk_l2norm,
             scale: options.scale.unwrap_or_else(|| (1.0 / (shape.dk as f64).sqrt()) as f32),
+            hopper,
             layout: Layout::default(),
         };
+        let most_chunks = if hopper.is_some() { hopper::MOST_CHUNKS } else { MOST_CHUNKS };
         // Of all lengths of a window the one that leaves the least to be computed again, within the budget; where none
         // is within it, the one that takes the least memory.
         let mut best: Option<(bool, usize, Backward)> = None;
-        for chunks in 1..=MOST_CHUNKS.min(all_chunks) {
+        for chunks in 1..=most_chunks.min(all_chunks) {
             backward.chunks = chunks;
             backward.windows = all_chunks.div_ceil(chunks);
             backward.places = 0;
             let without = backward.lay_out()?.bytes;
-            let bank = geometry.bank_bytes().max(1);
+            let bank = backward.bank_bytes().max(1);
             let most = (backward.windows - 1).max(1);
             backward.places = (budget.saturating_sub(without) / bank).clamp(FEWEST_PLACES.min(most), most);
             backward.layout = backward.lay_out()?;
@@ -315,9 +387,13 @@ impl Backward {
     }
 
     /// Kernels that a run launches.
-    pub fn kernels(&self) -> Vec<BackwardKernel> {
+    pub fn kernels(&self) -> Vec<KernelForm> {
         use BackwardKernel::*;
-        let mut kernels = vec![Slots, Prepare, ScanStates, ScanBackward, PrepareBackward, GroupSum];
+        let mut kernels = vec![Slots, GroupSum];
+        match &self.hopper {
+            Some(_) => kernels.extend(Hopper::KERNELS),
+            None => kernels.extend([Prepare, ScanStates, ScanBackward, PrepareBackward]),
+        }
         if self.routed {
             kernels.extend([RouteSums, RouteBases, RouteBackward, RouteBackwardKeys]);
         }
@@ -331,7 +407,25 @@ impl Backward {
             kernels.extend([SegmentGram, SegmentStates, SegmentScalars, SegmentOpenBackward]);
             kernels.extend([SegmentBackward, SegmentLogBackward]);
         }
-        kernels
+        let form = |kernel: BackwardKernel| {
+            let g = &self.geometry;
+            let own = self.hopper.as_ref().and_then(|hopper| hopper.kernel(kernel, g));
+            let (name, stage, threads, shared_bytes) = own.unwrap_or_else(|| {
+                (kernel.name(g.delta, self.dtype), kernel.stage(), kernel.threads(), kernel.shared_bytes(g))
+            });
+            KernelForm { kernel, name, stage, threads, shared_bytes }
+        };
+        kernels.into_iter().map(form).collect()
+    }
+
+    /// Whether Hopper's kernels are taken.
+    pub fn on_hopper(&self) -> bool {
+        self.hopper.is_some()
+    }
+
+    /// Bytes of the states before a window.
+    fn bank_bytes(&self) -> usize {
+        self.hopper.as_ref().map_or(self.geometry.bank_bytes(), |hopper| hopper.bank_bytes(&self.geometry))
     }
 
     /// Whether sequences are packed. One sequence of all tokens is not, whatever says so.
@@ -346,22 +440,15 @@ impl Backward {
 
     fn lay_out(&self) -> Option<Layout> {
         let g = &self.geometry;
-        let mut layout = Layout::default();
-        let mut take = |wanted: bool, factors: &[usize]| -> Option<usize> {
-            let at = layout.bytes;
-            let bytes = if wanted {
-                factors.iter().try_fold(1usize, |product, &factor| product.checked_mul(factor))?
-            } else {
-                0
-            };
-            layout.bytes = at.checked_add(bytes)?.checked_next_multiple_of(ALIGNMENT)?;
-            Some(at)
-        };
+        let mut taken = Taken(0);
+        let mut take =
+            |wanted: bool, factors: &[usize]| if wanted { taken.take(factors) } else { Some(taken.0) };
         let (all, rows, heads, chunk, parts) = (g.chunks(), g.rows(), g.value_heads, g.chunk(), g.parts);
         let (width, slices, capacity) = (g.padded_dk(), g.slices(), g.capacity);
         let places = self.group.checked_mul(self.chunks)?;
         let (soft, open, routed) = (self.soft.is_some(), self.through_open, self.routed);
         let always = true;
+        let portable = self.hopper.is_none();
         let chunk_len = take(always, &[4, all, heads])?;
         let chunk_starts = take(always, &[4, all, heads, capacity])?;
         let key_sums = take(routed, &[4, all, g.heads, chunk / 8, g.dk])?;
@@ -370,19 +457,19 @@ impl Backward {
         let slope_sums = take(routed, &[8, all, heads])?;
         let bias_sums = take(routed, &[8, all, heads])?;
         let tau_sums = take(soft, &[8, all, heads])?;
-        let p = take(always, &[2, places, heads, parts, chunk, chunk])?;
+        let p = take(portable, &[2, places, heads, parts, chunk, chunk])?;
         let prepared = [2, places, heads, parts, chunk, width];
-        let qt = take(g.delta, &prepared)?;
-        let w = take(g.delta, &prepared)?;
-        let kh = take(g.delta, &prepared)?;
-        let entries = take(always, &[16, places, heads, slices, capacity, width / 16, parts, 32])?;
+        let qt = take(portable && g.delta, &prepared)?;
+        let w = take(portable && g.delta, &prepared)?;
+        let kh = take(portable && g.delta, &prepared)?;
+        let entries = take(portable, &[16, places, heads, slices, capacity, width / 16, parts, 32])?;
         let partial = [4, slices, places, heads, chunk, width];
-        let d_qt = take(always, &partial)?;
-        let d_kh = take(always, &partial)?;
-        let d_w = take(g.delta, &partial)?;
-        let d_kd = take(g.delta, &partial)?;
-        let d_weights = take(always, &[4, slices, places, heads, chunk, capacity])?;
-        let d_total = take(always, &[8, slices, places, heads])?;
+        let d_qt = take(portable, &partial)?;
+        let d_kh = take(portable, &partial)?;
+        let d_w = take(portable && g.delta, &partial)?;
+        let d_kd = take(portable && g.delta, &partial)?;
+        let d_weights = take(portable, &[4, slices, places, heads, chunk, capacity])?;
+        let d_total = take(portable, &[8, slices, places, heads])?;
         let d_v = take(soft || open, &[4, places, heads, chunk, g.dv])?;
         let d_q = take(always, &[4, places, heads, chunk, g.dk])?;
         let d_k = take(always, &[4, places, heads, chunk, g.dk])?;
@@ -395,9 +482,8 @@ impl Backward {
         let open_log = take(open, &[8, places, heads])?;
         let scalars = take(open, &[8, places, heads, 8 * chunk + 8])?;
         let d_open = take(open, &open_bytes)?;
-        let scratch = take(always, &[g.scan_backward_scratch_bytes()])?;
-        let bank = [rows, slices, 64 * capacity * width + BANK_PLACES_BYTES];
-        let d_bank = take(always, &bank)?;
+        let scratch = take(portable, &[g.scan_backward_scratch_bytes()])?;
+        let d_bank = take(portable, &[rows, slices, 64 * capacity * width + BANK_PLACES_BYTES])?;
         let d_keys = take(routed, &[4, rows, capacity, g.dk])?;
         let d_carried = take(open, &[4, rows, state])?;
         let d_carried_scalars = take(open, &[8, rows, 1 + slices])?;
@@ -408,8 +494,12 @@ impl Backward {
         let next = take(open, &[all, heads, chunk])?;
         let opens = take(open, &[4, rows, self.windows, state])?;
         let open_logs = take(open, &[8, rows, self.windows])?;
-        let banks = take(always, &[self.places, bank[0], bank[1], bank[2]])?;
-        let bytes = layout.bytes;
+        let banks = take(always, &[self.places, self.bank_bytes()])?;
+        let hopper = match &self.hopper {
+            Some(hopper) => hopper.lay_out(g, places, &mut taken)?,
+            None => hopper::Layout::default(),
+        };
+        let bytes = taken.0;
         Some(Layout {
             chunk_len,
             chunk_starts,
@@ -454,6 +544,7 @@ impl Backward {
             opens,
             open_logs,
             banks,
+            hopper,
             bytes,
         })
     }
@@ -629,7 +720,7 @@ impl<'a> Pass<'a> {
     }
 
     fn bank(&self, place: usize) -> DevicePointer {
-        self.at(self.plan.layout.banks + place * self.plan.geometry.bank_bytes())
+        self.at(self.plan.layout.banks + place * self.plan.bank_bytes())
     }
 
     /// The tokens of windows `first..last`.
@@ -653,6 +744,9 @@ impl<'a> Pass<'a> {
 
     fn run(&self, launcher: &mut impl Launcher) -> Result<()> {
         self.slots(launcher)?;
+        if self.plan.hopper.is_some() {
+            self.gammas(launcher)?;
+        }
         if self.plan.routed {
             self.route_sums(launcher)?;
         }
@@ -689,6 +783,7 @@ impl<'a> Pass<'a> {
             initial_len: self.initial.len,
             chunk_len: self.at(layout.chunk_len),
             chunk_starts: self.at(layout.chunk_starts),
+            chunk_place: self.chunk_place(),
             chunk: self.geometry.chunk() as i32,
             reserved: 0,
         };
@@ -771,6 +866,9 @@ impl<'a> Pass<'a> {
         windows: Range<usize>,
         launcher: &mut impl Launcher,
     ) -> Result<()> {
+        if let Some(hopper) = &self.plan.hopper {
+            return self.advance_hopper(hopper, from, to, windows, launcher);
+        }
         if !self.geometry.delta {
             return self.scan_states(from, to, &self.tokens(windows), 0, launcher);
         }
@@ -789,10 +887,14 @@ impl<'a> Pass<'a> {
     fn reverse(&self, from: Option<usize>, window: usize, launcher: &mut impl Launcher) -> Result<()> {
         let layout = &self.plan.layout;
         let tokens = self.tokens(window..window + 1);
-        self.prepare(&tokens, launcher)?;
-        self.scan_states(from, from.unwrap_or(0), &tokens, self.at(layout.entries), launcher)?;
-        self.scan_backward(&tokens, launcher)?;
-        self.prepare_backward(&tokens, launcher)?;
+        if let Some(hopper) = &self.plan.hopper {
+            self.reverse_hopper(hopper, from, &tokens, launcher)?;
+        } else {
+            self.prepare(&tokens, launcher)?;
+            self.scan_states(from, from.unwrap_or(0), &tokens, self.at(layout.entries), launcher)?;
+            self.scan_backward(&tokens, launcher)?;
+            self.prepare_backward(&tokens, launcher)?;
+        }
         if self.plan.routed {
             self.route_backward(&tokens, launcher)?;
         }

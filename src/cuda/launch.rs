@@ -211,6 +211,7 @@ impl<'a> Stages<'a> {
                     slots: form.weight_slots() as i32,
                     scale: self.plan.scale,
                     qk_l2norm: self.plan.qk_l2norm.into(),
+                    ..PrepareSm90Params::default()
                 };
                 launch(&kernel, &params, stream)
             }
@@ -338,11 +339,13 @@ impl<'a> Stages<'a> {
                     plans: self.at(layout.plans),
                     initial_len: self.initial.len,
                     initial_states: self.initial.states,
+                    source: self.at(layout.banks),
                     banks: self.at(layout.banks),
                     o: self.outputs.o,
                     states: self.cache.states,
                     from: window.start as i64,
                     to: window.end as i64,
+                    ..ScanSm90Params::default()
                 };
                 launch(scan, &params, stream)
             }

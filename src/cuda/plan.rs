@@ -261,23 +261,24 @@ pub struct BackwardPlan {
 
 impl BackwardPlan {
     pub(super) fn new(device: &Device, call: &Call<'_>) -> Result<BackwardPlan> {
-        let Call { options, shape, dtype, final_cache } = *call;
+        let Call { options, shape, final_cache, .. } = *call;
         check_shape(&shape)?;
         let processors = device.multiprocessors().max(0) as usize;
-        let backward = Backward::new(call, processors, BUDGET)
+        // Hopper's kernels have run on the emulator alone, so they are there for who asks for them.
+        let hopper = device.capability() == (9, 0)
+            && std::env::var_os("DLA_CUDA_BACKWARD").is_some_and(|wanted| wanted == "sm90");
+        let backward = Backward::new(call, processors, BUDGET, hopper)
             .ok_or(Error::OutOfMemory { bytes: usize::MAX, free: 0 })?;
-        let (g, delta) = (*backward.geometry(), options.recurrence == Recurrence::GatedDelta);
-        let kernels = backward.kernels().into_iter().map(|kernel| {
-            let choice =
-                Choice::portable(kernel.stage(), kernel.name(delta, dtype), 0, kernel.shared_bytes(&g));
-            Ok((kernel, choice.of_threads(kernel.threads()).resolve(device)?))
+        let kernels = backward.kernels().into_iter().map(|form| {
+            let choice = Choice::portable(form.stage, form.name, 0, form.shared_bytes);
+            Ok((form.kernel, choice.of_threads(form.threads).resolve(device)?))
         });
         Ok(BackwardPlan {
             kernels: kernels.collect::<Result<_>>()?,
             backward,
             shape,
             read: options.read,
-            delta,
+            delta: options.recurrence == Recurrence::GatedDelta,
             soft: options.soft.is_some(),
             through_open: final_cache || options.soft.is_some_and(|soft| soft.through_drift),
             final_gradient: final_cache,

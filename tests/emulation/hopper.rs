@@ -193,6 +193,7 @@ fn scan(
                 slots: kernel.weight_slots() as i32,
                 scale: problem.scale(),
                 qk_l2norm: options.qk_l2norm.into(),
+                ..PrepareSm90Params::default()
             };
             launch(emulate, prepare, prepare_blocks, prepare_shared, &params);
             let params = ScanSm90Params {
@@ -205,11 +206,13 @@ fn scan(
                 plans: plans.pointer(),
                 initial_len: pointer(&initial_len),
                 initial_states: pointer(&initial_states),
+                source: banks.pointer(),
                 banks: banks.pointer(),
                 o: o.pointer(),
                 states: states.pointer(),
                 from: from as i64,
                 to: to as i64,
+                ..ScanSm90Params::default()
             };
             launch(emulate, &name, blocks, shared, &params);
         }

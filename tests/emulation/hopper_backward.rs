@@ -2,7 +2,7 @@
 
 use super::hopper::own_log;
 use super::*;
-use dla::cuda::abi::{PrepareBackwardSm90Params, ScanBackwardSm90, ScanBackwardSm90Params, ScanSm90};
+use dla::cuda::abi::{PrepareBackwardSm90Params, ScanBackwardSm90, ScanBackwardSm90Params};
 use dla::events::MERGE;
 use dla::reference::{States, Upstream};
 
@@ -212,15 +212,13 @@ fn backward(
     let log = Array::of(events);
     let (chunk_len, chunk_starts) = (Array::of(&rows.chunk_len), Array::of(&rows.chunk_starts));
     let chunk_place = Array::of(&rows.chunk_place);
-    let packed = case.cu_seqlens.is_some();
     let (heads, capacity) = (shape.value_heads, shape.capacity);
     let scans = [false, true].map(|exchanged| ScanBackwardSm90::choose(&geometry, exchanged).unwrap());
     // dV rounded or not, as callers want it; of keys not, for more is done to it.
     let rounded = [window.is_multiple_of(128), false];
     let widths = [shape.dv, shape.dk];
-    let out = [0, 1].map(|pass| {
-        Array::poisoned(shape.tokens() * heads * widths[pass] * if rounded[pass] { 2 } else { 4 })
-    });
+    let dv = Array::poisoned(shape.tokens() * heads * widths[0] * 2);
+    let mut values_of = [0, 1].map(|pass| vec![0.0; shape.tokens() * heads * widths[pass]]);
     let initial = [0, 1].map(|_| Array::poisoned(dims.rows() * dims.bank() * 4));
     let flow = scans.map(|scan| Array::poisoned(scan.flow_len(&geometry) * 4));
     let carried = scans.map(|scan| Array::poisoned(scan.carried_len(&geometry) * 4));
@@ -229,7 +227,7 @@ fn backward(
     let windows = shape.time.div_ceil(window).max(1);
     for from in (0..windows).rev().map(|at| at * window) {
         let to = from + window;
-        let places = ScanSm90::places(&geometry, shape.time, packed, from, to);
+        let places = geometry.window_places(shape.time, from, to);
         let pairs = Array::poisoned(ScanBackwardSm90::pairs_len(&geometry, places) * 4);
         let read = Array::poisoned(scans[0].weights_len(&geometry, places) * 4);
         let plans = Array::poisoned(ScanBackwardSm90::plans_bytes(&geometry, places));
@@ -261,6 +259,8 @@ fn backward(
         };
         let shared = ScanBackwardSm90::prepare_shared_bytes(&geometry);
         launch(emulate, ScanBackwardSm90::PREPARE_NAME, places * heads, shared, &params);
+        // In f32 a window's own.
+        let out = widths.map(|width| Array::poisoned(places * heads * CHUNK * width * 4));
         for (pass, scan) in scans.iter().enumerate() {
             let params = ScanBackwardSm90Params {
                 extents,
@@ -275,7 +275,7 @@ fn backward(
                 final_states: pointer(&final_states),
                 initial_states: initial[pass].pointer(),
                 carried: carried[pass].pointer(),
-                out: out[pass].pointer(),
+                out: if rounded[pass] { dv.pointer() } else { out[pass].pointer() },
                 flow: flow[pass].pointer(),
                 from: from as i64,
                 to: to as i64,
@@ -289,13 +289,11 @@ fn backward(
         }
         // Where a chunk's parts stand (abi.cuh, PrepareSm90Params).
         let (d_weights, of_g) = (d_weights.get::<f32>(), of_g.get::<f32>());
+        let out = out.map(|out| out.get::<f32>());
         let mut place0 = 0;
-        for (n, sequence) in problem.sequences().iter().enumerate() {
+        for sequence in problem.sequences().iter() {
             let end = sequence.len.min(to);
             let chunks = end.saturating_sub(from).div_ceil(CHUNK);
-            if packed {
-                place0 = sequence.start / CHUNK + n + from / CHUNK;
-            }
             for chunk in 0..chunks {
                 for head in 0..heads {
                     let place = (place0 + chunk) * heads + head;
@@ -307,6 +305,12 @@ fn backward(
                             weights[at * capacity + slot] = x.into();
                         }
                         d_g[at] += f64::from(of_g[(place * 2 + 1) * CHUNK + t]);
+                        for pass in [0, 1] {
+                            let width = widths[pass];
+                            let x = &out[pass][(place * CHUNK + t) * width..][..width];
+                            let to = &mut values_of[pass][at * width..][..width];
+                            to.iter_mut().zip(x).for_each(|(to, &x)| *to = x.into());
+                        }
                     }
                     for t in 0..if first > 0 { CHUNK } else { 0 } {
                         let at = (sequence.start + first + t - CHUNK) * heads + head;
@@ -314,25 +318,23 @@ fn backward(
                     }
                 }
             }
-            place0 += chunks;
+            place0 += places / shape.sequences;
         }
     }
-    let values = |array: &Array, rounded: bool| -> Vec<f64> {
-        if rounded {
-            array.get::<u16>().iter().map(|&x| bf16::from_bits(x).to_f64()).collect()
-        } else {
-            array.get::<f32>().iter().map(|&x| x.into()).collect()
-        }
-    };
+    let values = |array: &Array| -> Vec<f64> { array.get::<f32>().iter().map(|&x| x.into()).collect() };
+    if rounded[0] {
+        values_of[0] = dv.get::<u16>().iter().map(|&x| bf16::from_bits(x).to_f64()).collect();
+    }
+    let [dv, dk] = values_of;
     let summed = |array: &Array| {
         let per_token = shape.tokens() * heads;
-        let parts = values(array, false);
+        let parts = values(array);
         (0..per_token).map(|at| parts.iter().skip(at).step_by(per_token).sum()).collect()
     };
     Left {
-        dv: values(&out[0], rounded[0]),
-        dk: values(&out[1], rounded[1]),
-        initial: [values(&initial[0], false), values(&initial[1], false)],
+        dv,
+        dk,
+        initial: [values(&initial[0]), values(&initial[1])],
         weights,
         g: d_g,
         flow: [summed(&flow[0]), summed(&flow[1])],

@@ -92,12 +92,14 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES(segment_log_backward);
 #elif defined FILE_prepare_sm90
     RUN(gammas_sm90, dla::GAMMAS_THREADS);
-    RUN(prepare_sm90_bf16);
+    RUN(prepare_sm90_bf16), RUN(prepare_queries_sm90_bf16);
 #elif defined FILE_scan_sm90
     RUN(scan_sm90_64_16_2, 384), RUN(scan_sm90_64_30_2, 384), RUN(scan_sm90_64_32_2, 384), RUN(scan_sm90_64_64_1, 256);
     RUN(scan_sm90_128_16_2, 384), RUN(scan_sm90_128_30_1, 256), RUN(scan_sm90_128_30_2, 384);
     RUN(scan_sm90_128_32_1, 256), RUN(scan_sm90_128_64_1, 256);
     RUN(scan_sm90_256_16_1, 256);
+    RUN(scan_queries_sm90_64_16_2, 384), RUN(scan_queries_sm90_64_32_2, 384), RUN(scan_queries_sm90_128_16_2, 384);
+    RUN(scan_queries_sm90_128_30_2, 384), RUN(scan_queries_sm90_128_32_1, 256);
 #elif defined FILE_prepare_delta_sm90
     RUN(prepare_delta_sm90_64), RUN(prepare_delta_sm90_128);
 #elif defined FILE_scan_delta_sm90
@@ -108,6 +110,10 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
 #elif defined FILE_scan_backward_sm90
     RUN(scan_backward_sm90_64_16, 384), RUN(scan_backward_sm90_64_32, 384);
     RUN(scan_backward_sm90_128_16, 384), RUN(scan_backward_sm90_128_32, 384);
+#elif defined FILE_lambda_backward_sm90
+    RUN(lambda_backward_sm90);
+#elif defined FILE_g_backward_sm90
+    RUN(anchors_sm90), RUN(g_flow_sm90), RUN(g_backward_sm90);
 #else
 #error "a kernel file that has no list here"
 #endif

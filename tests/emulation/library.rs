@@ -36,7 +36,7 @@ fn compiler() -> String {
 }
 
 /// Which file holds a kernel: by the first stem that its name begins with.
-const FILES: [(&str, &str); 28] = [
+const FILES: [(&str, &str); 34] = [
     ("segment_states", "segment_backward"),
     ("segment_scalars", "segment_backward"),
     ("segment_open_backward", "segment_backward"),
@@ -48,6 +48,7 @@ const FILES: [(&str, &str); 28] = [
     ("prepare_backward", "prepare_backward"),
     ("prepare_delta_sm90", "prepare_delta_sm90"),
     ("prepare_sm90", "prepare_sm90"),
+    ("prepare_queries_sm90", "prepare_sm90"),
     ("gammas_sm90", "prepare_sm90"),
     ("prepare", "prepare"),
     ("route_backward", "route_backward"),
@@ -58,8 +59,13 @@ const FILES: [(&str, &str); 28] = [
     ("scan_states", "scan_backward"),
     ("scan_delta_sm90", "scan_delta_sm90"),
     ("scan_sm90", "scan_sm90"),
+    ("scan_queries_sm90", "scan_sm90"),
     ("scan", "scan"),
     ("group_sum", "group_sum"),
+    ("lambda_backward_sm90", "lambda_backward_sm90"),
+    ("anchors_sm90", "g_backward_sm90"),
+    ("g_flow_sm90", "g_backward_sm90"),
+    ("g_backward_sm90", "g_backward_sm90"),
     ("step", "step"),
     ("slots", "slots"),
     ("wrong", "slots"),

@@ -3,26 +3,21 @@
 
 use super::*;
 use dla::check::{Bounds, compare_gradients};
-use dla::cuda::backward::{BUDGET, Backward, BackwardCall, BackwardKernel, Launcher};
+use dla::cuda::backward::{BUDGET, Backward, BackwardCall, BackwardKernel, KernelForm, Launcher};
 use dla::cuda::{Call, RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawUpstream};
 use dla::{Buffer, CacheGradients, Gradients, RouteGradients, Soft, SoftGradients};
 
 struct Emulator {
     emulate: Emulate,
-    delta: bool,
-    dtype: Dtype,
-    geometry: Geometry,
-    launches: Vec<BackwardKernel>,
-    allowed: Vec<BackwardKernel>,
+    kernels: Vec<KernelForm>,
 }
 
 impl Launcher for Emulator {
     fn launch<P>(&mut self, kernel: BackwardKernel, blocks: usize, params: &P) -> dla::Result<()> {
-        assert!(self.allowed.contains(&kernel), "{kernel:?} was not named");
-        self.launches.push(kernel);
-        let shared_bytes = kernel.shared_bytes(&self.geometry);
+        let form = self.kernels.iter().find(|form| form.kernel == kernel);
+        let form = form.unwrap_or_else(|| panic!("{kernel:?} was not named"));
         if blocks > 0 {
-            launch(self.emulate, &kernel.name(self.delta, self.dtype), blocks, shared_bytes, params);
+            launch(self.emulate, &form.name, blocks, form.shared_bytes, params);
         }
         Ok(())
     }
@@ -47,11 +42,13 @@ fn get_buffer(array: &Array, dtype: Dtype) -> Buffer {
 pub struct Cut {
     pub processors: usize,
     pub budget: usize,
+    /// With Hopper's kernels, where there are any.
+    pub hopper: bool,
 }
 
-pub const WHOLE: Cut = Cut { processors: 132, budget: BUDGET };
+pub const WHOLE: Cut = Cut { processors: 132, budget: BUDGET, hopper: false };
 /// Groups of one sequence, windows of one chunk, as few places for states as there may be.
-pub const FINE: Cut = Cut { processors: 1, budget: 0 };
+pub const FINE: Cut = Cut { processors: 1, budget: 0, hopper: false };
 
 /// The gradients of a case, `events` being its log.
 pub fn gradients(emulate: Emulate, case: &Case, problem: &Problem, events: &[u8], cut: Cut) -> Gradients {
@@ -150,7 +147,8 @@ pub fn gradients(emulate: Emulate, case: &Case, problem: &Problem, events: &[u8]
         }),
     };
     let call = Call { options, shape, dtype, final_cache: case.d_cache.is_some() };
-    let plan = Backward::new(&call, cut.processors, cut.budget).unwrap();
+    let plan = Backward::new(&call, cut.processors, cut.budget, cut.hopper).unwrap();
+    assert_eq!(plan.on_hopper(), cut.hopper);
     let workspace = Array::poisoned(plan.workspace_bytes());
     let call = BackwardCall {
         inputs,
@@ -159,14 +157,7 @@ pub fn gradients(emulate: Emulate, case: &Case, problem: &Problem, events: &[u8]
         gradients: raw_gradients,
         workspace: workspace.pointer(),
     };
-    let mut emulator = Emulator {
-        emulate,
-        delta,
-        dtype,
-        geometry: *plan.geometry(),
-        launches: Vec::new(),
-        allowed: plan.kernels(),
-    };
+    let mut emulator = Emulator { emulate, kernels: plan.kernels() };
     plan.run(&call, &mut emulator).unwrap();
     workspace.get::<u8>();
     let get = |array: &Option<Array>| array.as_ref().map(|array| array.get::<f32>());
@@ -270,6 +261,56 @@ fn every_kernel(seed: u64) {
                 }
             }
         }
+    }
+    println!("{:?}", worst.0);
+}
+
+/// Hopper's kernels of the gated backward in bf16: head sizes, capacities, boundary rates, decays, ragged and packed lengths,
+/// resumed caches, grouped heads, routed reads and soft boundaries; in one window and in as many as can be.
+#[test]
+fn hopper_whole_backward() {
+    let Some(emulate) = emulator() else { return };
+    let seed: u64 = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    println!("seeds from {seed}");
+    let mut worst = Worst::default();
+    let sizes = [(64, 16), (128, 32), (40, 24), (72, 40), (16, 128), (32, 72), (8, 8), (128, 128)];
+    let capacities = [30, 16, 30, 32, 29, 31, 17, 3, 30, 1, 8, 2];
+    for (at, &capacity) in capacities.iter().enumerate() {
+        let (dk, dv) = sizes[at % sizes.len()];
+        let packed = at % 3 == 2;
+        let recipe = Recipe {
+            options: Options {
+                capacity,
+                merge: if at % 3 == 0 { Merge::Mass } else { Merge::Density },
+                read: if at % 4 == 1 { Read::Routed } else { Read::Given },
+                slot_order: if at % 4 < 2 { SlotOrder::OldestFirst } else { SlotOrder::NewestFirst },
+                qk_l2norm: at % 5 == 2,
+                soft: (at % 4 == 3).then_some(Soft { temperature: 0.2, through_drift: at % 8 == 3 }),
+                ..Options::default()
+            },
+            batch: if packed { 1 } else { 1 + at % 2 },
+            time: [200, 262, 330, 64][at % 4],
+            heads: 1 + at % 2,
+            value_heads: 2,
+            dk,
+            dv,
+            dtype: Dtype::Bf16,
+            boundary_rate: [1.0, 0.25, 1.0, 0.02][at / 2 % 4],
+            decay: [Some(0.1), None, Some(0.01), Some(50.0)][at / 3 % 4],
+            extra_columns: at % 3,
+            logits: at % 2 == 0,
+            packed: packed.then(|| match at % 4 {
+                0 => vec![0, 1, 65, 0, 134],
+                1 => vec![64, 128, 70],
+                2 => vec![0, 1, 130, 0, 199, 0],
+                _ => vec![33, 31],
+            }),
+            resumed: at % 3 != 1,
+            ..Recipe::default()
+        };
+        let case = recipe.draw(seed + at as u64);
+        check(emulate, &case, Cut { hopper: true, ..WHOLE }, &mut worst);
+        check(emulate, &case, Cut { hopper: true, ..FINE }, &mut worst);
     }
     println!("{:?}", worst.0);
 }
