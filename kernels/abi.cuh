@@ -629,7 +629,7 @@ struct ScanBackwardSm90Params {
     const float* final_states;    // [N,HV,M,dk,dv] gradient of the final states, or null: 0
     float* initial_states;        // [N,HV,M,dk,dv] out where from = 0: gradient of the initial ones, unused slots 0; or null
     float* carried;               // [blocks, WIDTH SLOTS / 128 + 2, 256, 4] from window to window (WIDTH: dk, exchanged dv, as
-                                  //   computed), one for dV and one for dK; or null: one window
+                                  //   computed), one for dV and one for dK; or null: one window, and no flow
     void* out;                    // dV out, bf16 [B,T,HV,dv] or f32 [W,HV,C,dv]; exchanged dk for dv: of keys as the recurrence
                                   //   uses them, of this value head. Of tokens from the window's first chunk on
     float* flow;                  // [dv / 8 or dk / 8, B T, HV] out: v_t . dV_t by way of the states, over a block's columns (k_t . dK_t,
@@ -654,7 +654,7 @@ struct LambdaBackwardSm90Params {
     const float* d_weights;     // as prepare_backward_sm90 leaves them
     float* dlambda;             // [B,T,HV,lambda_columns] out, columns without a slot 0; or null: routed
     float* d_slots;             // [W, HV, C, M] out, the same by slot; or null
-    float* read;                // [W, HV, C] out; or null: no gradient of g
+    float* read;                // [W, HV, C, 2] out, and its variance (g_backward_sm90.cu); or null: no gradient of g
     int64_t from, to;
     int64_t places;             // W
     int32_t slices;             // of dk
@@ -670,9 +670,10 @@ struct LambdaBackwardSm90Params {
 struct AnchorsSm90Params {
     Extents extents;
     const float* carried;         // of scan_backward_sm90, exchanged
-    const unsigned char* banks;   // `source` of scan_queries_sm90
+    const unsigned char* banks;   // `source` of scan_queries_sm90; not read where from = 0
+    const float* initial_states;  // [N,HV,M,dk,dv], read where from = 0
     const float* entry_factor;    // of the window's first chunk
-    double* anchors;              // [N, HV, dk / 8] out
+    double* anchors;              // [N, HV, dk / 8, 2] out, and its variance (g_backward_sm90.cu)
     int64_t from, to;
     int32_t width;                // of dv as both compute it
     int32_t carried_slots;        // places, of scan_backward_sm90
@@ -682,22 +683,32 @@ struct AnchorsSm90Params {
     int32_t reserved;
 };
 
+// <dS, S> of the final states, over 8 columns of dk. Grid N x HV x dk / 8.
+struct EndAnchorsSm90Params {
+    Extents extents;
+    const float* gradient;  // [N,HV,M,dk,dv]
+    const float* states;    // [N,HV,M,dk,dv]
+    double* anchors;        // [N, HV, dk / 8, 2] out, and its variance (g_backward_sm90.cu)
+};
+
 // dg of a window: pairs, and by way of the states. g_flow_sm90 (grid W x HV, of the backward) sums over slices, g_backward_sm90 (grid
 // N x HV) over tokens. Windows come from the last to the first.
 struct GBackwardSm90Params {
     Extents extents;
+    const BackwardPlan* plans;  // as prepare_backward_sm90 leaves them
     const float* read;       // as lambda_backward_sm90 leaves it
     const float* flow[2];    // as scan_backward_sm90 leaves it, dV's and dK's
-    float* net;              // [W, HV, C]: read less flow, of tokens of the window
+    float* net;              // [W, HV, C, 2]: read less flow, of tokens of the window, and its variance
     const float* d_g;        // as prepare_backward_sm90 leaves it
-    const double* anchors;   // as anchors_sm90 leaves them; from = 0: not read
+    const double* anchors;   // as anchors_sm90 leaves them; or null: from = 0 and no initial states
+    const double* end_anchors;  // as end_anchors_sm90 leaves them; or null: the final states have no gradient
     float* carried_g;        // [N,HV,C] from window to window: of `d_g`, for tokens of the chunk before the window
-    double* carried;         // [N,HV] from window to window: dg by way of the states at its beginning
+    double* carried;         // [N,HV,3] from window to window: dg by way of the states at its beginning, its variance, and P
     float* dg;               // [B,T,HV] out
     int64_t from, to;
     int32_t slices[2];       // of flow
     int32_t anchor_slices;
-    int32_t resumed;         // 1: there are initial states, so dg by way of the states is not 0 at the first token
+    int32_t reserved;
 };
 
 static_assert(sizeof(BackwardPlan) == 1344 && offsetof(BackwardPlan, last_number) == 720 &&
@@ -708,9 +719,10 @@ static_assert(sizeof(ScanBackwardSm90Params) == 176 && offsetof(ScanBackwardSm90
               offsetof(ScanBackwardSm90Params, exchanged) == 168);
 static_assert(sizeof(LambdaBackwardSm90Params) == 192 && offsetof(LambdaBackwardSm90Params, dlambda) == 120 &&
               offsetof(LambdaBackwardSm90Params, slices) == 168);
-static_assert(sizeof(AnchorsSm90Params) == 120 && offsetof(AnchorsSm90Params, from) == 80 && offsetof(AnchorsSm90Params, width) == 96);
-static_assert(sizeof(GBackwardSm90Params) == 152 && offsetof(GBackwardSm90Params, dg) == 112 &&
-              offsetof(GBackwardSm90Params, slices) == 136);
+static_assert(sizeof(AnchorsSm90Params) == 128 && offsetof(AnchorsSm90Params, from) == 88 && offsetof(AnchorsSm90Params, width) == 104);
+static_assert(sizeof(EndAnchorsSm90Params) == 72);
+static_assert(sizeof(GBackwardSm90Params) == 168 && offsetof(GBackwardSm90Params, dg) == 128 &&
+              offsetof(GBackwardSm90Params, slices) == 152);
 static_assert(sizeof(DeltaPlan) == 208 && offsetof(DeltaPlan, firsts) == 160 && offsetof(DeltaPlan, exit_place) == 176);
 static_assert(sizeof(PrepareDeltaSm90Params) == 200 && offsetof(PrepareDeltaSm90Params, pairs) == 112 &&
               offsetof(PrepareDeltaSm90Params, from) == 160 && offsetof(PrepareDeltaSm90Params, qk_l2norm) == 192);

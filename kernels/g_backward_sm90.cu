@@ -7,14 +7,21 @@
 //
 //   dg_u = dg_{u+1} + read_u - flow_u,  read_u = sum over s of x(s, u) = q_u . dq_u,  flow_u = sum over t of x(u, t) = v_u . dv_u = k_u . dk_u
 //
-// so that nothing of the size of a state is needed at every token. Where windows meet it is <dS, S> of the bank, plus the flow of
-// the chunk before, which no bank has yet (tokens are written a chunk late); there the sums begin and end, and what they differ by
-// at the end is taken off evenly over the window, so that roundings of a long sequence do not add up. At a row's end it is 0.
+// so that nothing of the size of a state is needed at every token. A row's end it begins from is <dS, S> of the final states, 0
+// where they have no gradient. The roundings of read and flow add up as a walk, so where windows meet it is measured too: as <dS, S>
+// of the bank, plus the flow of the chunk before, which no bank has yet (tokens are written a chunk late). That has roundings too.
+// Either's variance is, but for one factor, the sum of the squares of what it is the sum of: V of read by slots and slices and of
+// flow by slices, A of <dS, S> by slots and columns. So they are weighed as a Kalman smoother does, the state being dg at chunks'
+// ends: from the last chunk to the first, then back. At a row's beginning without initial states A = 0.
+// Where the decay is strong dg by way of the states all but vanishes inside a row, which no sum of roundings does: at every
+// chunk's beginning 0 is an anchor too, with the variance of the reads that follow (P, in units of roundings, and not to be
+// relied on: times 64).
 //
-// anchors_sm90: a block of 256 threads has 8 columns of dk. g_flow_sm90: 256 threads a chunk and value head, four a token.
-// g_backward_sm90: 256 threads a row. Shared memory: 2,048 bytes, none, 2,072 bytes. Floors: bytes, the states 6 M dk dv a window
+// anchors_sm90, end_anchors_sm90: a block of 256 threads has 8 columns of dk. g_flow_sm90: 256 threads a chunk and value head, four a token.
+// g_backward_sm90: 256 threads a row, a warp a chunk
+// at a time. Shared memory: 2,048 bytes, none, 2,048 + 48 bytes a chunk. Floors: bytes, the states 6 M dk dv a window
 // and row. Numerics: sums in f64, but over slices in f32; roundings of flow and read are those of dv, dk and dq before they are
-// rounded, about 2e-3 of a token's, and add up as a walk between two anchors: 3e-3 sqrt(W / 6) of a token's for a window of W.
+// rounded, about 2e-3 of a token's.
 
 #include "common/window.cuh"
 
@@ -47,17 +54,18 @@ DEVICE void anchors(const AnchorsSm90Params& p) {
     carve.check();
     const float* const factors =
         p.entry_factor + (place_in_window(e, row, p.from, p.to, p.from, C) * e.value_heads + row.head) * p.factor_slots;
-    // As a block of scan_queries_sm90 holds its states (Slots, scan_sm90.cu): of two bytes the upper ones.
+    // As a block of scan_queries_sm90 holds its states (Slots, scan_sm90.cu): an upper half and a byte.
     const int64_t blocks = (slices + p.groups - 1) / p.groups;
     const int64_t bytes = static_cast<int64_t>(p.bank_slots) * p.width * 24 + 64;
     const unsigned char* const bank = p.banks + (index * blocks * p.groups + slice) * bytes;
-    const int others = p.bank_slots * p.width * 8 + 64;
+    const int others = p.bank_slots * p.width * 8 + 64, lower = others + p.bank_slots * p.width * 8, share = p.width / 64;
     // As a thread of scan_backward_sm90 holds its adjoints.
     const int group = thread / 128, warp = thread % 128 / 32, lane = thread % 32, column = lane / 4, c2 = lane % 4 * 2;
     const int eights = p.carried_slots / 16, wide = p.width / 2, fours = eights * wide / 4;
     const float4* const carried = reinterpret_cast<const float4*>(p.carried) + static_cast<int64_t>(blockIdx.x) * (fours + 2) * 256 + thread;
     const float grown = carried[(fours + 1) * 256].x;
-    double sum = 0;
+    double sum = 0, squares = 0;
+    float parts_of[2] = {};  // of the two places
     for (int i = 0; i < fours; i++) {
         const int place = (group * eights + i * 4 / wide) * 8 + warp * 2, k = i * 4 % wide / 4 * 8 + c2;
         const float4 x = carried[i * 256];
@@ -67,107 +75,211 @@ DEVICE void anchors(const AnchorsSm90Params& p) {
             if (place + own >= p.bank_slots || place + own >= p.factor_slots) continue;
             const float factor = factors[place + own];
             if (factor == 0) continue;
+            const float* const initial = p.initial_states + (index * e.capacity + place + own) * e.dk * e.dv +
+                                         static_cast<int64_t>(slice * COLUMNS + column) * e.dv;
 #pragma unroll
             for (int n = 0; n < 2; n++) {
+                if (p.from == 0) {
+                    if (k + n < e.dv) parts_of[own] += adjoint[own][n] * initial[k + n];
+                    continue;
+                }
                 const int g = (k + n) % 8;
-                const unsigned char* const at = bank + (g % 4 < 2 ? 0 : others) + (g / 4 * 2 + g % 2) * 16 + column * 2 +
-                                                (place + own) * p.width * 8 + (k + n) / 16 * 128 + (k + n) / 8 % 2 * 64;
-                const float state = __uint_as_float(static_cast<uint32_t>(*reinterpret_cast<const uint16_t*>(at)) << 16);
-                sum += static_cast<double>(adjoint[own][n]) * (state * factor);
+                const int tile = (k + n) / 16, half = (k + n) / 8 % 2, at = (place + own) * p.width * 8;
+                const uint32_t upper = *reinterpret_cast<const uint16_t*>(bank + (g % 4 < 2 ? 0 : others) + (g / 4 * 2 + g % 2) * 16 +
+                                                                          column * 2 + at + tile * 128 + half * 64);
+                const uint32_t low = bank[lower + (g * 4 + column / 2) * share * 4 + at + tile / share * share * 128 +
+                                          tile % share * 4 + half * 2 + column % 2];
+                const float state = __uint_as_float((upper << 16 | low << 8) - 0x8000);
+                parts_of[own] += adjoint[own][n] * (state * factor);
             }
         }
+        if ((i + 1) * 4 % wide != 0) continue;
+#pragma unroll
+        for (int own = 0; own < 2; own++) {
+            float x = parts_of[own] * grown;
+            x += __shfl_xor_sync(ALL, x, 1);
+            x += __shfl_xor_sync(ALL, x, 2);
+            if (lane % 4 == 0) sum += x, squares += static_cast<double>(x) * x;
+            parts_of[own] = 0;
+        }
     }
-    sum = block_sum(sum * grown, parts);
-    if (thread == 0) p.anchors[blockIdx.x] = sum;
+    sum = block_sum(sum, parts);
+    squares = block_sum(squares, parts);
+    if (thread == 0) p.anchors[blockIdx.x * 2] = sum, p.anchors[blockIdx.x * 2 + 1] = squares;
 }
 
-// Sum over slices of what token t of the row writes that is read, dV's and dK's in the mean.
-DEVICE float flow_of(const GBackwardSm90Params& p, const Row& row, int64_t t, int part, int parts) {
+// <dS, S> of the final states, over 8 rows of dk: a warp a slot and row.
+DEVICE void end_anchors(const EndAnchorsSm90Params& p) {
+    constexpr int ROWS = 8;
+    const Extents& e = p.extents;
+    const int slices = e.dk / ROWS, slice = blockIdx.x % slices, lane = lane_index();
+    const int64_t index = blockIdx.x / slices;
+    Carve carve{dynamic_shared()};
+    double* const parts = carve.take<double>(THREADS);
+    carve.check();
+    double sum = 0, squares = 0;
+    for (int i = warp_index(); i < e.capacity * ROWS; i += WARPS) {
+        const int64_t at = ((index * e.capacity + i / ROWS) * e.dk + slice * ROWS + i % ROWS) * e.dv;
+        float x = 0;
+        for (int column = lane; column < e.dv; column += 32) x += p.gradient[at + column] * p.states[at + column];
+        x = warp_sum(x);
+        if (lane == 0) sum += x, squares += static_cast<double>(x) * x;
+    }
+    sum = block_sum(sum, parts);
+    squares = block_sum(squares, parts);
+    if (threadIdx.x == 0) p.anchors[blockIdx.x * 2] = sum, p.anchors[blockIdx.x * 2 + 1] = squares;
+}
+
+// Sum over slices of what token t of the row writes that is read, dV's and dK's in the mean, and its variance.
+DEVICE float2 flow_of(const GBackwardSm90Params& p, const Row& row, int64_t t, int part, int parts) {
     const Extents& e = p.extents;
     const int64_t step = start_of(e, e.sequences) * e.value_heads, at = row.at(t);
-    float sum = 0;
+    float2 sum = make_float2(0, 0);
 #pragma unroll
     for (int which = 0; which < 2; which++)
-        for (int slice = part; slice < p.slices[which]; slice += parts) sum += p.flow[which][slice * step + at];
-    return 0.5f * sum;
+        for (int slice = part; slice < p.slices[which]; slice += parts) {
+            const float x = 0.5f * p.flow[which][slice * step + at];
+            sum.x += x, sum.y += x * x;
+        }
+    return sum;
 }
 
 DEVICE void g_flow(const GBackwardSm90Params& p) {
     constexpr int C = Bf16::CHUNK, PARTS = THREADS / C;
     const WindowChunk chunk = chunk_of_block(p.extents, blockIdx.x, p.from, p.to, C);
     const int t = threadIdx.x / PARTS, part = threadIdx.x % PARTS;
-    float sum = t < chunk.len ? flow_of(p, chunk.row, chunk.first + t, part, PARTS) : 0.0f;
-    sum += __shfl_xor_sync(ALL, sum, 1);
-    sum += __shfl_xor_sync(ALL, sum, 2);
-    if (part == 0 && t < chunk.len) p.net[chunk.kept * C + t] = p.read[chunk.kept * C + t] - sum;
+    float2 sum = t < chunk.len ? flow_of(p, chunk.row, chunk.first + t, part, PARTS) : make_float2(0, 0);
+#pragma unroll
+    for (int by = 1; by < PARTS; by *= 2) {
+        sum.x += __shfl_xor_sync(ALL, sum.x, by);
+        sum.y += __shfl_xor_sync(ALL, sum.y, by);
+    }
+    if (part > 0 || t >= chunk.len) return;
+    const float2 read = reinterpret_cast<const float2*>(p.read)[chunk.kept * C + t];
+    reinterpret_cast<float2*>(p.net)[chunk.kept * C + t] = make_float2(read.x - sum.x, read.y + sum.y);
 }
+
+// A chunk of a window: sums of its tokens, then dg by way of the states.
+struct Walk {
+    double net, squares;    // of its tokens
+    double after, walk;     // at its end: dg, and its variance, of what is right of it
+    double off;             // at its beginning: what is to be taken off the sum there
+    double reads;           // squares of its reads; then P at its beginning
+};
 
 DEVICE void g_backward(const GBackwardSm90Params& p) {
     constexpr int C = Bf16::CHUNK;
+    constexpr double UNRELIABLE = 64 * 2.5e5;  // of P: a rounding is 2e-3
     const Extents& e = p.extents;
     const int thread = threadIdx.x, lane = lane_index(), warp = warp_index();
     const int64_t index = blockIdx.x;
     const Row row = row_of(e, index / e.value_heads, static_cast<int>(index % e.value_heads));
     if (row.len <= p.from) return;
+    const int64_t end = row.len < p.to ? row.len : p.to;
+    const int tokens = static_cast<int>(end - p.from), chunks = (tokens + C - 1) / C;
     Carve carve{dynamic_shared()};
     double* const parts = carve.take<double>(THREADS);
-    double* const warps = carve.take<double>(WARPS + 1);
+    Walk* const walks = carve.take<Walk>(chunks);
     carve.check();
-    const int64_t end = row.len < p.to ? row.len : p.to, tokens = end - p.from;
-    const int64_t place0 = place_in_window(e, row, p.from, p.to, p.from, C);
-    // What is kept of token from + i.
-    const auto kept = [&](int64_t i) { return ((place0 + i / C) * e.value_heads + row.head) * C + i % C; };
+    const int64_t first = place_in_window(e, row, p.from, p.to, p.from, C) * e.value_heads + row.head;
+    // What is kept of token i of a chunk.
+    const auto kept = [&](int chunk, int i) { return (first + static_cast<int64_t>(chunk) * e.value_heads) * C + i; };
+    const float2* const net = reinterpret_cast<const float2*>(p.net);
+    const auto of_token = [&](int chunk, int i) { return chunk * C + i < tokens ? net[kept(chunk, i)] : make_float2(0, 0); };
 
-    double sum = 0;
-    for (int64_t i = thread; i < tokens; i += THREADS) sum += p.net[kept(i)];
-    const double all = block_sum(sum, parts);
-    // At the window's beginning.
-    double begin = 0;
-    if (p.from > 0) {
-        sum = 0;
-        const int t = thread / 4;
-        sum = flow_of(p, row, p.from - C + t, thread % 4, 4);
-        if (thread < p.anchor_slices) sum += p.anchors[index * p.anchor_slices + thread];
-        begin = block_sum(sum, parts);
-    }
-    const double right = row.len > p.to ? p.carried[index] : 0.0;
-    const bool known = p.from > 0 || !p.resumed;
-    const double off = known ? (right + all - begin) / static_cast<double>(tokens) : 0.0;
-    __syncthreads();
-    if (thread == 0) p.carried[index] = begin;
-
-    // From the last token to the first, 256 at a time.
-    double after = right;
-    for (int64_t done = 0; done < tokens; done += THREADS) {
-        const int64_t i = tokens - 1 - done - thread;
-        double x = i >= 0 ? p.net[kept(i)] : 0.0;
+    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+        const float2 early = of_token(chunk, lane), late = of_token(chunk, lane + 32);
+        const auto reads = [&](int i) { return chunk * C + i < tokens ? reinterpret_cast<const float2*>(p.read)[kept(chunk, i)].y : 0.0f; };
+        double x = static_cast<double>(early.x) + late.x, y = static_cast<double>(early.y) + late.y, z = reads(lane) + reads(lane + 32);
 #pragma unroll
-        for (int by = 1; by < 32; by *= 2) {
-            const double before = __shfl_up_sync(ALL, x, by);
-            if (lane >= by) x += before;
+        for (int by = 16; by > 0; by /= 2) {
+            x += __shfl_xor_sync(ALL, x, by), y += __shfl_xor_sync(ALL, y, by), z += __shfl_xor_sync(ALL, z, by);
         }
-        if (lane == 31) warps[warp] = x;
-        __syncthreads();
-        double sum = after;
-        for (int w = 0; w < WARPS; w++) {
-            if (w < warp) sum += warps[w];
-            after += warps[w];
-        }
-        __syncthreads();
-        if (i < 0) continue;
-        double pairs = p.d_g[(kept(i) - i % C) * 2 + C + i % C];
-        // The next chunk's share.
-        if (i / C * C + C < tokens) pairs += p.d_g[(kept(i + C - i % C)) * 2 + i % C];
-        else if (row.len > p.to) pairs += p.carried_g[index * C + i % C];
-        p.dg[row.at(p.from + i)] = static_cast<float>(sum + x - off * static_cast<double>(tokens - i) + pairs);
+        if (lane == 0) walks[chunk].net = x, walks[chunk].squares = y, walks[chunk].reads = z;
+    }
+    // At the window's beginning, as measured, and its variance; and at the row's end.
+    double begin = 0, of_anchor = 0, right = 0, walk = 0, reads = 0, sum = 0, squares = 0;
+    const auto add = [&](const double* anchors) {
+        if (thread >= p.anchor_slices) return;
+        const double* const anchor = anchors + (index * p.anchor_slices + thread) * 2;
+        sum += anchor[0], squares += anchor[1];
+    };
+    if (p.anchors) {
+        const float2 flow = p.from > 0 ? flow_of(p, row, p.from - C + thread / 4, thread % 4, 4) : make_float2(0, 0);
+        sum = flow.x, squares = flow.y;
+        add(p.anchors);
+        begin = block_sum(sum, parts), of_anchor = block_sum(squares, parts);
+    }
+    double* const carried = p.carried + index * 3;
+    if (row.len > p.to) {
+        right = carried[0], walk = carried[1], reads = carried[2];
+    } else if (p.end_anchors) {
+        sum = squares = 0;
+        add(p.end_anchors);
+        right = block_sum(sum, parts), walk = reads = block_sum(squares, parts);
     }
     __syncthreads();
-    if (thread < C && p.from > 0) p.carried_g[index * C + thread] = p.d_g[kept(0) * 2 + thread];
+    if (thread == 0) {
+        for (int chunk = chunks - 1; chunk >= 0; chunk--) {
+            Walk& at = walks[chunk];
+            at.after = right, at.walk = walk;
+            const double predicted = right + at.net, variance = walk + at.squares;
+            const double decay = p.plans[first + static_cast<int64_t>(chunk) * e.value_heads].decay;
+            reads = at.reads + decay * decay * reads;
+            const auto weigh = [&](double& x, double& of, double measured, double of_measured) {
+                const double share = of > 0 ? of / (of + of_measured) : 0.0;
+                x += (measured - x) * share, of *= 1 - share;
+            };
+            right = predicted, walk = variance;
+            // Not at a row's beginning, where initial states are read as they are.
+            if (chunk > 0 || p.from > 0) weigh(right, walk, 0, UNRELIABLE * reads);
+            if (chunk == 0) weigh(right, walk, begin, of_anchor);
+        }
+        carried[0] = right, carried[1] = walk, carried[2] = reads;
+        // And back: what has been learnt further left.
+        for (int chunk = 0; chunk < chunks; chunk++) {
+            Walk& at = walks[chunk];
+            const double variance = at.walk + at.squares;
+            at.off = at.after + at.net - right;
+            right = at.after - (variance > 0 ? at.off * (at.walk / variance) : 0.0);
+        }
+    }
+    __syncthreads();
+
+    for (int chunk = warp; chunk < chunks; chunk += WARPS) {
+        const Walk at = walks[chunk];
+        const double variance = at.walk + at.squares;
+        double after = at.after, walk_after = at.walk;
+        // From the last token to the first.
+#pragma unroll
+        for (int half = 1; half >= 0; half--) {
+            const int i = half * 32 + 31 - lane;
+            const float2 own = of_token(chunk, i);
+            double x = own.x, y = own.y;
+#pragma unroll
+            for (int by = 1; by < 32; by *= 2) {
+                const double before = __shfl_up_sync(ALL, x, by), walk_before = __shfl_up_sync(ALL, y, by);
+                if (lane >= by) x += before, y += walk_before;
+            }
+            x += after, y += walk_after;
+            after = __shfl_sync(ALL, x, 31), walk_after = __shfl_sync(ALL, y, 31);
+            if (chunk * C + i >= tokens) continue;
+            double of_pairs = p.d_g[kept(chunk, 0) * 2 + C + i];
+            // The next chunk's share.
+            if (chunk + 1 < chunks) of_pairs += p.d_g[kept(chunk + 1, 0) * 2 + i];
+            else if (row.len > p.to) of_pairs += p.carried_g[index * C + i];
+            const double of_states = x - (variance > 0 ? at.off * (y / variance) : 0.0);
+            p.dg[row.at(p.from + chunk * C + i)] = static_cast<float>(of_states + of_pairs);
+        }
+    }
+    __syncthreads();
+    if (thread < C && p.from > 0) p.carried_g[index * C + thread] = p.d_g[kept(0, 0) * 2 + thread];
 }
 
 }  // namespace
 }  // namespace dla
 
 KERNEL BLOCK_OF(dla::THREADS) anchors_sm90(const __grid_constant__ dla::AnchorsSm90Params p) { dla::anchors(p); }
+KERNEL BLOCK_OF(dla::THREADS) end_anchors_sm90(const __grid_constant__ dla::EndAnchorsSm90Params p) { dla::end_anchors(p); }
 KERNEL BLOCK_OF(dla::THREADS) g_flow_sm90(const __grid_constant__ dla::GBackwardSm90Params p) { dla::g_flow(p); }
 KERNEL BLOCK_OF(dla::THREADS) g_backward_sm90(const __grid_constant__ dla::GBackwardSm90Params p) { dla::g_backward(p); }

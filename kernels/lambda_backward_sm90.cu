@@ -7,7 +7,7 @@
 // from what every slice of dk leaves of q_t . (S_j do_t) (scan_queries_sm90).
 //
 // One block of 256 threads per chunk of 64 tokens and value head. Sums over slices by place, then over the places of a slot,
-// always in the same order. Shared memory (bytes): 64 (4 (S + 1) + S) for S places, 1,344 more. Floor: bytes; it reads 4 S dk / 8 a
+// always in the same order. Shared memory (bytes): 64 (8 (S + 1) + S) for S places, 1,088 more. Floor: bytes; it reads 4 S dk / 8 a
 // token: at S3, M = 30 1.1 GB, 0.36 ms where it comes from memory, and a window's may still be in L2. Not timed.
 
 #include "common/chunk.cuh"
@@ -30,6 +30,7 @@ DEVICE void lambda_backward_sm90(const LambdaBackwardSm90Params& p) {
     float* const factor = carve.take<float>(C);
     float* const entry_factor = carve.take<float>(MOST_SLOTS);
     float* const by_place = carve.take<float>(C * pitch);  // [C][pitch]
+    float* const squares_of = carve.take<float>(C * pitch);  // the same of the slices' squares
     uint8_t* const slot_of = carve.take<uint8_t>(C * slots);
     uint8_t* const held = carve.take<uint8_t>(C);          // slots after a token
     carve.check();
@@ -62,37 +63,46 @@ DEVICE void lambda_backward_sm90(const LambdaBackwardSm90Params& p) {
         const int g = i % 8, half = i / 8 % 2, quad = i / 16 % quads, t = i / 16 / quads * 16 + half * 8 + g;
         if (t >= len) continue;
         const float* from = p.d_reads + index * C * slots + i * 4;
-        float4 sum = make_float4(0, 0, 0, 0);
+        float4 sum = make_float4(0, 0, 0, 0), squares = make_float4(0, 0, 0, 0);
 #pragma unroll 4
         for (int slice = 0; slice < p.slices; slice++, from += step) {
             const float4 x = *reinterpret_cast<const float4*>(from);
             sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+            squares.x += x.x * x.x, squares.y += x.y * x.y, squares.z += x.z * x.z, squares.w += x.w * x.w;
         }
         const float* const decay = entry_factor + quad * 4;
         float* const to = by_place + t * pitch + quad * 4;
-        to[0] = sum.x * factor[t] * decay[0], to[1] = sum.y * factor[t] * decay[1];
-        to[2] = sum.z * factor[t] * decay[2], to[3] = sum.w * factor[t] * decay[3];
+        float* const to_squares = squares_of + t * pitch + quad * 4;
+        const float sums[4] = {sum.x, sum.y, sum.z, sum.w}, of_slices[4] = {squares.x, squares.y, squares.z, squares.w};
+#pragma unroll
+        for (int n = 0; n < 4; n++) {
+            const float x = factor[t] * decay[n];
+            to[n] = sums[n] * x, to_squares[n] = of_slices[n] * (x * x);
+        }
     }
     __syncthreads();
 
     // A warp a token, a lane slots i and i + 32.
     for (int t = warp; t < len; t += WARPS) {
         const int count = held[t];
-        float read = 0;
+        float read = 0, squares = 0;
         for (int i = lane; i < p.lambda_columns || i < capacity; i += 32) {
             // Slot i, and where it stands.
-            float sum = 0;
+            float sum = 0, of_slices = 0;
             for (int place = 0; place < slots; place++)
-                if (slot_of[t * slots + place] == i) sum += by_place[t * pitch + place];
+                if (slot_of[t * slots + place] == i) sum += by_place[t * pitch + place], of_slices += squares_of[t * pitch + place];
             const bool present = i < count;
             const int column = present ? column_of(e, i, count) : i;
-            if (present) read += sum * p.lambda[row.at(first + t) * p.lambda_columns + column];
+            if (present) {
+                const float weight = p.lambda[row.at(first + t) * p.lambda_columns + column];
+                read += sum * weight, squares += of_slices * (weight * weight);
+            }
             const float all = present ? sum + p.d_weights[(index * C + t) * capacity + i] : 0.0f;
             if (p.dlambda && i < p.lambda_columns) p.dlambda[row.at(first + t) * p.lambda_columns + column] = all;
             if (p.d_slots && i < capacity) p.d_slots[(index * C + t) * capacity + i] = all;
         }
-        read = warp_sum(read);
-        if (p.read && lane == 0) p.read[index * C + t] = read;
+        read = warp_sum(read), squares = warp_sum(squares);
+        if (p.read && lane == 0) reinterpret_cast<float2*>(p.read)[index * C + t] = make_float2(read, squares);
     }
 }
 

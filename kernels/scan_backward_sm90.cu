@@ -540,8 +540,8 @@ struct Reverse {
             if (lane == 0) barrier_arrive(&barriers->empty[buffer]);
         }
 
-        if (b.from > 0) {
-            // For the window before.
+        if (b.from > 0 || p.flow) {
+            // For the window before, and for dg (g_backward_sm90.cu).
             float4* const carried = carried_at();
 #pragma unroll
             for (int i = 0; i < EIGHTS * WIDE / 4; i++) {
@@ -550,9 +550,8 @@ struct Reverse {
             }
             carried[EIGHTS * WIDE / 4 * 256] = make_float4(out[0], out[1], out[2], out[3]);
             carried[(EIGHTS * WIDE / 4 + 1) * 256] = make_float4(grown, 0, 0, 0);
-            return;
         }
-        if (!p.initial_states) return;
+        if (b.from > 0 || !p.initial_states) return;
         const int initial_held = held_at_start();
 #pragma unroll 1
         for (int i = 0; i < capacity; i++) {

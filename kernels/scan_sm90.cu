@@ -265,7 +265,7 @@ struct Scan {
             copies_arrive(&barriers->keys_full);
         }
         // For the final states the last chunk's keys and the rest of its plan.
-        if (EXCHANGED || n == 0 || to < row.len || !p.states) return;
+        if (n == 0 || to < row.len || !p.states) return;
         index -= e.value_heads;
         barrier_wait(&barriers->early_empty, phase(n + 1));
         if (thread == 0) {
@@ -593,7 +593,7 @@ struct Scan {
             return;
         }
         // The cache, oldest first, unused slots zero: states and the last chunk's tokens.
-        if (EXCHANGED || !p.states) return;
+        if (!p.states) return;
         if (to == 0) {
             const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
             for (int i = 0; i < capacity; i++) {
@@ -652,12 +652,14 @@ struct Scan {
     METHOD void put_state(const ScanSm90Params& p, const Row& row, const float (&x)[SHARE * 4], int i, int warp, int g, int column,
                           int c2) const {
         const int dk = wide(p.extents), dv = thin(p.extents);
-        float* const out = p.states + (row.index() * p.extents.capacity + i) * (static_cast<int64_t>(dk) * dv) + column + c2;
+        float* const state = p.states + (row.index() * p.extents.capacity + i) * (static_cast<int64_t>(dk) * dv);
 #pragma unroll
         for (int n = 0; n < SHARE * 2; n++) {
             const int k = (warp * SHARE + n / 2) * 16 + n % 2 * 8 + g;
-            if (k < dk && column < dv)
-                *reinterpret_cast<float2*>(out + static_cast<int64_t>(k) * dv) = make_float2(x[n * 2], x[n * 2 + 1]);
+            if (k >= dk || column >= dv) continue;
+            float* const out = state + in_state(p.extents, k, column + c2);
+            if (EXCHANGED) out[0] = x[n * 2], out[dk] = x[n * 2 + 1];
+            else *reinterpret_cast<float2*>(out) = make_float2(x[n * 2], x[n * 2 + 1]);
         }
     }
 };

@@ -337,6 +337,7 @@ pub struct AnchorsSm90Params {
     pub extents: Extents,
     pub carried: DevicePointer,
     pub banks: DevicePointer,
+    pub initial_states: DevicePointer,
     pub entry_factor: DevicePointer,
     pub anchors: DevicePointer,
     pub from: i64,
@@ -349,16 +350,28 @@ pub struct AnchorsSm90Params {
     pub reserved: i32,
 }
 
+/// Parameters of `end_anchors_sm90`.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, Default)]
+pub struct EndAnchorsSm90Params {
+    pub extents: Extents,
+    pub gradient: DevicePointer,
+    pub states: DevicePointer,
+    pub anchors: DevicePointer,
+}
+
 /// Parameters of `g_flow_sm90` and `g_backward_sm90`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct GBackwardSm90Params {
     pub extents: Extents,
+    pub plans: DevicePointer,
     pub read: DevicePointer,
     pub flow: [DevicePointer; 2],
     pub net: DevicePointer,
     pub d_g: DevicePointer,
     pub anchors: DevicePointer,
+    pub end_anchors: DevicePointer,
     pub carried_g: DevicePointer,
     pub carried: DevicePointer,
     pub dg: DevicePointer,
@@ -366,17 +379,18 @@ pub struct GBackwardSm90Params {
     pub to: i64,
     pub slices: [i32; 2],
     pub anchor_slices: i32,
-    pub resumed: i32,
+    pub reserved: i32,
 }
 
 const _: () = {
     assert!(size_of::<LambdaBackwardSm90Params>() == 192);
     assert!(offset_of!(LambdaBackwardSm90Params, dlambda) == 120);
     assert!(offset_of!(LambdaBackwardSm90Params, slices) == 168);
-    assert!(size_of::<AnchorsSm90Params>() == 120 && offset_of!(AnchorsSm90Params, from) == 80);
-    assert!(offset_of!(AnchorsSm90Params, width) == 96);
-    assert!(size_of::<GBackwardSm90Params>() == 152 && offset_of!(GBackwardSm90Params, dg) == 112);
-    assert!(offset_of!(GBackwardSm90Params, slices) == 136);
+    assert!(size_of::<AnchorsSm90Params>() == 128 && offset_of!(AnchorsSm90Params, from) == 88);
+    assert!(offset_of!(AnchorsSm90Params, width) == 104);
+    assert!(size_of::<EndAnchorsSm90Params>() == 72);
+    assert!(size_of::<GBackwardSm90Params>() == 168 && offset_of!(GBackwardSm90Params, dg) == 128);
+    assert!(offset_of!(GBackwardSm90Params, slices) == 152);
 };
 
 /// Bytes of a `DeltaPlan`.

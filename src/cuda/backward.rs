@@ -88,6 +88,8 @@ pub enum BackwardKernel {
     LambdaBackwardSm90,
     /// Hopper: dg by way of the states where windows meet.
     AnchorsSm90,
+    /// Hopper: the same at rows' ends.
+    EndAnchorsSm90,
     /// Hopper: what tokens give to dg by way of the states.
     GFlowSm90,
     /// Hopper: dg.
@@ -298,6 +300,8 @@ pub struct Backward {
     soft: Option<Soft>,
     /// Whether R has an adjoint.
     through_open: bool,
+    /// Whether the final cache has a gradient.
+    final_gradient: bool,
     newest_first: bool,
     qk_l2norm: bool,
     scale: f32,
@@ -310,7 +314,7 @@ impl Backward {
     /// The backward of a call on a card of `processors` multiprocessors, within `budget` bytes of workspace if that is
     /// possible; `call.final_cache`: whether the final cache has a gradient. `None` where the workspace would be of more
     /// bytes than there are addresses. `hopper`: with the kernels of compute capability 9.0 where there are any: bf16, gated,
-    /// head sizes up to 128, at most 32 slots, no gradient of the final cache.
+    /// head sizes up to 128, at most 32 slots, no soft boundaries.
     pub fn new(call: &Call<'_>, processors: usize, budget: usize, hopper: bool) -> Option<Backward> {
         let Call { options, shape, dtype, final_cache } = *call;
         let delta = options.recurrence == Recurrence::GatedDelta;
@@ -325,8 +329,9 @@ impl Backward {
             capacity: shape.capacity,
             delta,
         };
-        let hopper =
-            if hopper && dtype == Dtype::Bf16 && !final_cache { Hopper::choose(&geometry(1)) } else { None };
+        // Soft boundaries sum v . dV over tokens, which cancels: the portable ones know dV better.
+        let hopper = hopper && dtype == Dtype::Bf16 && options.soft.is_none();
+        let hopper = if hopper { Hopper::choose(&geometry(1)) } else { None };
         let blocks = match &hopper {
             Some(hopper) => hopper.blocks(&geometry(1)),
             None => geometry(1).rows() * geometry(1).slices(),
@@ -346,6 +351,7 @@ impl Backward {
             routed: options.read == Read::Routed,
             soft: options.soft,
             through_open: final_cache || options.soft.is_some_and(|soft| soft.through_drift),
+            final_gradient: final_cache,
             newest_first: options.slot_order == SlotOrder::NewestFirst,
             qk_l2norm: options.qk_l2norm,
             scale: options.scale.unwrap_or_else(|| (1.0 / (shape.dk as f64).sqrt()) as f32),
@@ -496,7 +502,7 @@ impl Backward {
         let open_logs = take(open, &[8, rows, self.windows])?;
         let banks = take(always, &[self.places, self.bank_bytes()])?;
         let hopper = match &self.hopper {
-            Some(hopper) => hopper.lay_out(g, places, &mut taken)?,
+            Some(hopper) => hopper.lay_out(g, places, self.final_gradient, &mut taken)?,
             None => hopper::Layout::default(),
         };
         let bytes = taken.0;

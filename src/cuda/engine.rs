@@ -1,10 +1,10 @@
 //! The operator on an NVIDIA GPU.
 
 use super::abi::DevicePointer;
-use super::backward::BackwardCall;
+use super::backward::{BackwardCall, BackwardKernel};
 use super::driver::call;
 use super::forward::{self, Resident};
-use super::launch::{Backwards, Stages};
+use super::launch::{Backwards, Stages, TimedBackwards};
 use super::memory::Memory;
 use super::module::{self, Device};
 use super::plan::{BackwardPlan, Call, Plan};
@@ -224,6 +224,51 @@ impl Engine {
         raw::check_backward(plan, self.ordinal(), &call, workspace.1)?;
         let mut launcher = Backwards { kernels: &plan.kernels, stream: self.raw_stream() };
         plan.backward.run(&call, &mut launcher)
+    }
+
+    /// Launches a backward as [`Engine::launch_backward`] does, waits for it, and returns how long every kernel took on the
+    /// GPU: its name, launches, and milliseconds of all of them, in the order in which they were first launched.
+    ///
+    /// # Errors
+    /// As [`Engine::launch`], and where the call fails on the GPU.
+    ///
+    /// # Safety
+    /// As [`Engine::launch_backward`].
+    pub unsafe fn time_backward(
+        &self,
+        plan: &BackwardPlan,
+        inputs: &RawInputs,
+        forward: &RawForward,
+        upstream: &RawUpstream,
+        gradients: &RawGradients,
+        workspace: (DevicePointer, usize),
+    ) -> Result<Vec<(String, usize, f64)>> {
+        self.device.bind()?;
+        let call = BackwardCall {
+            inputs: *inputs,
+            forward: *forward,
+            upstream: *upstream,
+            gradients: *gradients,
+            workspace: workspace.0,
+        };
+        raw::check_backward(plan, self.ordinal(), &call, workspace.1)?;
+        let launcher = Backwards { kernels: &plan.kernels, stream: self.raw_stream() };
+        let mut launcher = TimedBackwards { launcher, device: &self.device, marks: Vec::new() };
+        plan.backward.run(&call, &mut launcher)?;
+        let mut times: Vec<(BackwardKernel, usize, f64)> = Vec::new();
+        for (kernel, [begin, end]) in &launcher.marks {
+            let ms = end.ms_since(begin)?;
+            match times.iter_mut().find(|(name, _, _)| name == kernel) {
+                Some((_, launches, sum)) => (*launches, *sum) = (*launches + 1, *sum + ms),
+                None => times.push((*kernel, 1, ms)),
+            }
+        }
+        let forms = plan.backward.kernels();
+        let name = |kernel| forms.iter().find(|form| form.kernel == kernel).map(|form| form.name.clone());
+        Ok(times
+            .into_iter()
+            .filter_map(|(kernel, launches, ms)| Some((name(kernel)?, launches, ms)))
+            .collect())
     }
 
     /// A clock for [`Engine::launch`].

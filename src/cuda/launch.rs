@@ -6,13 +6,15 @@ use super::abi::{
 };
 use super::backward::{BackwardKernel, Launcher};
 use super::driver::call;
-use super::module::{Kernel, blocks_of};
+use super::module::{Device, Kernel, blocks_of};
 use super::plan::{Plan, Scan};
 use super::raw::{RawCache, RawInputs, RawOutputs};
+use super::stream::Event;
 use crate::error::{Error, Result};
 use crate::options::Read;
 use cudarc::driver::sys::CUstream;
 use std::ops::Range;
+use std::sync::Arc;
 
 /// A plan with the addresses of one call.
 pub(super) struct Stages<'a> {
@@ -373,6 +375,28 @@ impl Launcher for Backwards<'_> {
         }
         // SAFETY: the caller answers for the array, which is as long as the schedule says.
         unsafe { call!(cuMemsetD8Async(at, 0, bytes, self.stream)) }
+    }
+}
+
+/// The same with the moments before and after every launch.
+pub(super) struct TimedBackwards<'a> {
+    pub(super) launcher: Backwards<'a>,
+    pub(super) device: &'a Arc<Device>,
+    pub(super) marks: Vec<(BackwardKernel, [Event; 2])>,
+}
+
+impl Launcher for TimedBackwards<'_> {
+    fn launch<P>(&mut self, kernel: BackwardKernel, blocks: usize, params: &P) -> Result<()> {
+        let marks = [Event::new(self.device, true)?, Event::new(self.device, true)?];
+        marks[0].record(self.launcher.stream)?;
+        self.launcher.launch(kernel, blocks, params)?;
+        marks[1].record(self.launcher.stream)?;
+        self.marks.push((kernel, marks));
+        Ok(())
+    }
+
+    fn zero(&mut self, at: DevicePointer, bytes: usize) -> Result<()> {
+        self.launcher.zero(at, bytes)
     }
 }
 

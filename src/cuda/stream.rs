@@ -48,7 +48,7 @@ impl Event {
         unsafe { call!(cuStreamWaitEvent(stream, self.event, 0)) }
     }
 
-    fn ms_since(&self, earlier: &Event) -> Result<f64> {
+    pub(super) fn ms_since(&self, earlier: &Event) -> Result<f64> {
         // SAFETY: both events are live and keep time.
         unsafe {
             call!(cuEventSynchronize(self.event))?;

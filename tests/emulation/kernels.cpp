@@ -113,7 +113,7 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
 #elif defined FILE_lambda_backward_sm90
     RUN(lambda_backward_sm90);
 #elif defined FILE_g_backward_sm90
-    RUN(anchors_sm90), RUN(g_flow_sm90), RUN(g_backward_sm90);
+    RUN(anchors_sm90), RUN(end_anchors_sm90), RUN(g_flow_sm90), RUN(g_backward_sm90);
 #else
 #error "a kernel file that has no list here"
 #endif

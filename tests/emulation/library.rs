@@ -36,7 +36,7 @@ fn compiler() -> String {
 }
 
 /// Which file holds a kernel: by the first stem that its name begins with.
-const FILES: [(&str, &str); 34] = [
+const FILES: [(&str, &str); 35] = [
     ("segment_states", "segment_backward"),
     ("segment_scalars", "segment_backward"),
     ("segment_open_backward", "segment_backward"),
@@ -64,6 +64,7 @@ const FILES: [(&str, &str); 34] = [
     ("group_sum", "group_sum"),
     ("lambda_backward_sm90", "lambda_backward_sm90"),
     ("anchors_sm90", "g_backward_sm90"),
+    ("end_anchors_sm90", "g_backward_sm90"),
     ("g_flow_sm90", "g_backward_sm90"),
     ("g_backward_sm90", "g_backward_sm90"),
     ("step", "step"),

@@ -266,7 +266,7 @@ fn every_kernel(seed: u64) {
 }
 
 /// Hopper's kernels of the gated backward in bf16: head sizes, capacities, boundary rates, decays, ragged and packed lengths,
-/// resumed caches, grouped heads, routed reads and soft boundaries; in one window and in as many as can be.
+/// resumed caches, gradients of final caches, grouped heads and routed reads; in one window and in as many as can be.
 #[test]
 fn hopper_whole_backward() {
     let Some(emulate) = emulator() else { return };
@@ -285,7 +285,6 @@ fn hopper_whole_backward() {
                 read: if at % 4 == 1 { Read::Routed } else { Read::Given },
                 slot_order: if at % 4 < 2 { SlotOrder::OldestFirst } else { SlotOrder::NewestFirst },
                 qk_l2norm: at % 5 == 2,
-                soft: (at % 4 == 3).then_some(Soft { temperature: 0.2, through_drift: at % 8 == 3 }),
                 ..Options::default()
             },
             batch: if packed { 1 } else { 1 + at % 2 },
@@ -296,7 +295,7 @@ fn hopper_whole_backward() {
             dv,
             dtype: Dtype::Bf16,
             boundary_rate: [1.0, 0.25, 1.0, 0.02][at / 2 % 4],
-            decay: [Some(0.1), None, Some(0.01), Some(50.0)][at / 3 % 4],
+            decay: [Some(0.1), None, Some(0.01), Some(3.0)][at / 3 % 4],
             extra_columns: at % 3,
             logits: at % 2 == 0,
             packed: packed.then(|| match at % 4 {
@@ -306,6 +305,34 @@ fn hopper_whole_backward() {
                 _ => vec![33, 31],
             }),
             resumed: at % 3 != 1,
+            final_gradient: at % 2 == 1,
+            ..Recipe::default()
+        };
+        let case = recipe.draw(seed + at as u64);
+        check(emulate, &case, Cut { hopper: true, ..WHOLE }, &mut worst);
+        check(emulate, &case, Cut { hopper: true, ..FINE }, &mut worst);
+    }
+    println!("{:?}", worst.0);
+}
+
+/// dg over many windows, where roundings could add up: sequences of thousands of tokens with slow and fast decays, windows as the
+/// engine takes them and of one chunk.
+#[test]
+fn hopper_backward_of_long_sequences() {
+    let Some(emulate) = emulator() else { return };
+    let seed: u64 = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    println!("seeds from {seed}");
+    let mut worst = Worst::default();
+    for (at, decay) in [Some(0.002), Some(0.02), Some(0.2)].into_iter().enumerate() {
+        let recipe = Recipe {
+            options: Options { capacity: 16, merge: Merge::Mass, ..Options::default() },
+            time: 4500,
+            value_heads: 1,
+            heads: 1,
+            dk: 16,
+            dv: 8,
+            dtype: Dtype::Bf16,
+            decay,
             ..Recipe::default()
         };
         let case = recipe.draw(seed + at as u64);

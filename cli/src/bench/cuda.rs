@@ -82,7 +82,8 @@ struct Row {
     merge: String,
     read: String,
     pass: &'static str,
-    stage: &'static str,
+    /// Or, of pass `backward_kernels`, a kernel and how often it was launched.
+    stage: String,
     /// Median.
     ms: f64,
     /// What bytes and products alone would take at the ceilings.
@@ -227,7 +228,7 @@ fn measure(
     engine.download(&results.events, 0, &mut events)?;
     let opened = events.iter().filter(|&&event| event != EXTEND).count();
     let floors = Floors::of(&plan, &shape, dtype, recipe, ceilings);
-    let row = |stage: &'static str, ms: f64, floor_ms: f64| Row {
+    let row = |stage: &str, ms: f64, floor_ms: f64| Row {
         size: size.to_owned(),
         recurrence: name(&args.recurrence),
         capacity: options.capacity,
@@ -235,7 +236,7 @@ fn measure(
         merge: name(&args.merge),
         read: name(&args.read),
         pass: "forward",
-        stage,
+        stage: stage.to_owned(),
         ms,
         floor_ms,
         peak_mb: floors.peak_mb,
@@ -292,9 +293,19 @@ fn measure(
     }
     let peak_mb = workspace.bytes().max(backward_workspace.bytes()) as f64 * 1e-6;
     let both_row =
-        |stage, ms, floor_ms| Row { pass: "forward_backward", peak_mb, ..row(stage, ms, floor_ms) };
+        |stage: &str, ms, floor_ms| Row { pass: "forward_backward", peak_mb, ..row(stage, ms, floor_ms) };
     rows.push(both_row("backward", median(alone), floors.backward_ms));
     rows.push(both_row("all", median(both), floors.all_ms + floors.backward_ms));
+    // Kernel by kernel, once.
+    launch(0, None)?;
+    let workspace = (backward_workspace.address(), backward_workspace.bytes());
+    let inputs = &sets[0].inputs;
+    // SAFETY: as `backward`.
+    let kernels =
+        unsafe { engine.time_backward(&plan, inputs, &forward, &upstream, &gradients.gradients, workspace) }?;
+    for (name, launches, ms) in kernels {
+        rows.push(Row { pass: "backward_kernels", ..row(&format!("{name} x {launches}"), ms, 0.0) });
+    }
     Ok(rows)
 }
 

@@ -8,9 +8,9 @@
 
 use super::{BackwardKernel, Launcher, Pass, TakeArray};
 use crate::cuda::abi::{
-    AnchorsSm90Params, DevicePointer, GAMMAS_SHARED_BYTES, GBackwardSm90Params, GammasSm90Params, Geometry,
-    LambdaBackwardSm90Params, PrepareBackwardSm90Params, PrepareSm90Params, ScanBackwardSm90,
-    ScanBackwardSm90Params, ScanQueriesSm90, ScanSm90Params,
+    AnchorsSm90Params, DevicePointer, EndAnchorsSm90Params, GAMMAS_SHARED_BYTES, GBackwardSm90Params,
+    GammasSm90Params, Geometry, LambdaBackwardSm90Params, PrepareBackwardSm90Params, PrepareSm90Params,
+    ScanBackwardSm90, ScanBackwardSm90Params, ScanQueriesSm90, ScanSm90Params,
 };
 use crate::error::Result;
 use std::ops::Range;
@@ -49,6 +49,9 @@ pub(super) struct Layout {
     net: usize,
     flow: [usize; 2],
     anchors: usize,
+    end_anchors: usize,
+    /// With a gradient of the final states: the states.
+    states: usize,
     /// From window to window.
     carried: [usize; 2],
     carried_g: usize,
@@ -73,7 +76,13 @@ impl Hopper {
     }
 
     /// Arrays for windows of `places` chunks.
-    pub(super) fn lay_out(&self, g: &Geometry, places: usize, take: &mut impl TakeArray) -> Option<Layout> {
+    pub(super) fn lay_out(
+        &self,
+        g: &Geometry,
+        places: usize,
+        final_gradient: bool,
+        take: &mut impl TakeArray,
+    ) -> Option<Layout> {
         let (all, rows, heads, chunk) = (g.chunks(), g.rows(), g.value_heads, g.chunk());
         let slots = self.queries.weight_slots();
         let [of_values, of_keys] = self.scans;
@@ -91,13 +100,15 @@ impl Hopper {
             d_plans: take.take(&[ScanBackwardSm90::plans_bytes(g, places)])?,
             d_weights: take.take(&[4, ScanBackwardSm90::d_weights_len(g, places)])?,
             d_g: take.take(&[4, ScanBackwardSm90::d_g_len(g, places)])?,
-            read: take.take(&[4, places, heads, chunk])?,
-            net: take.take(&[4, places, heads, chunk])?,
+            read: take.take(&[8, places, heads, chunk])?,
+            net: take.take(&[8, places, heads, chunk])?,
             flow: [take.take(&[4, of_values.flow_len(g)])?, take.take(&[4, of_keys.flow_len(g)])?],
-            anchors: take.take(&[8, rows, g.dk / 8])?,
+            anchors: take.take(&[16, rows, g.dk / 8])?,
+            end_anchors: take.take(&[16, rows, g.dk / 8])?,
+            states: take.take(&[usize::from(final_gradient), 4, rows, g.capacity, g.dk, g.dv])?,
             carried: [take.take(&[4, of_values.carried_len(g)])?, take.take(&[4, of_keys.carried_len(g)])?],
             carried_g: take.take(&[4, rows, chunk])?,
-            carried_anchor: take.take(&[8, rows])?,
+            carried_anchor: take.take(&[8, rows, 3])?,
         })
     }
 
@@ -131,17 +142,18 @@ impl Hopper {
                 (scan.name(), "scan_backward_sm90", scan.threads(), scan.shared_bytes())
             }
             LambdaBackwardSm90 => {
-                let shared_bytes = 64 * (4 * (slots + 1) + slots) + 1_088;
+                let shared_bytes = 64 * (8 * (slots + 1) + slots) + 1_088;
                 ("lambda_backward_sm90".to_owned(), "lambda_backward_sm90", 256, shared_bytes)
             }
+            EndAnchorsSm90 => ("end_anchors_sm90".to_owned(), "g_backward_sm90", 256, 2_048),
             AnchorsSm90 => ("anchors_sm90".to_owned(), "g_backward_sm90", 256, 2_048),
             GFlowSm90 => ("g_flow_sm90".to_owned(), "g_backward_sm90", 256, 0),
-            GBackwardSm90 => ("g_backward_sm90".to_owned(), "g_backward_sm90", 256, 2_048 + 80),
+            GBackwardSm90 => ("g_backward_sm90".to_owned(), "g_backward_sm90", 256, 2_048 + 48 * MOST_CHUNKS),
             _ => return None,
         })
     }
 
-    pub(super) const KERNELS: [BackwardKernel; 10] = [
+    pub(super) const KERNELS: [BackwardKernel; 11] = [
         BackwardKernel::GammasSm90,
         BackwardKernel::PrepareQueriesSm90,
         BackwardKernel::ScanQueriesSm90,
@@ -150,6 +162,7 @@ impl Hopper {
         BackwardKernel::ScanBackwardKeysSm90,
         BackwardKernel::LambdaBackwardSm90,
         BackwardKernel::AnchorsSm90,
+        BackwardKernel::EndAnchorsSm90,
         BackwardKernel::GFlowSm90,
         BackwardKernel::GBackwardSm90,
     ];
@@ -159,6 +172,12 @@ impl Pass<'_> {
     /// Where slots' places at chunks' entries go, for the kernels of Hopper.
     pub(super) fn chunk_place(&self) -> DevicePointer {
         if self.plan.hopper.is_some() { self.at(self.plan.layout.hopper.chunk_place) } else { 0 }
+    }
+
+    /// Where the final states go, where they have a gradient and dg asks for them.
+    fn final_states(&self) -> DevicePointer {
+        let wanted = self.plan.final_gradient && self.final_gradient.states != 0 && self.gradients.g != 0;
+        if wanted { self.at(self.plan.layout.hopper.states) } else { 0 }
     }
 
     /// g -> its sums before every chunk.
@@ -229,7 +248,7 @@ impl Pass<'_> {
             o: if reads { self.at(layout.d_q) } else { 0 },
             thin_q: self.inputs.q,
             d_reads: self.at(at.d_reads),
-            states: 0,
+            states: if reads { self.final_states() } else { 0 },
             from: window.start as i64,
             to: window.end as i64,
         };
@@ -394,11 +413,13 @@ impl Pass<'_> {
         let at = &self.plan.layout.hopper;
         let [of_values, of_keys] = &hopper.scans;
         let g = &self.geometry;
-        if window.start > 0 {
+        let anchored = window.start > 0 || self.initial.len != 0;
+        if anchored {
             let params = AnchorsSm90Params {
                 extents: self.extents,
                 carried: self.at(at.carried[1]),
                 banks: source,
+                initial_states: self.initial.states,
                 entry_factor: self.at(at.entry_factor),
                 anchors: self.at(at.anchors),
                 from: window.start as i64,
@@ -412,13 +433,26 @@ impl Pass<'_> {
             };
             launcher.launch(BackwardKernel::AnchorsSm90, of_keys.blocks(g), &params)?;
         }
+        let states = self.final_states();
+        // Packed sequences end in any window, and are read in that one alone.
+        if states != 0 && (self.plan.packed() || window.end >= self.plan.shape.time) {
+            let params = EndAnchorsSm90Params {
+                extents: self.extents,
+                gradient: self.final_gradient.states,
+                states,
+                anchors: self.at(at.end_anchors),
+            };
+            launcher.launch(BackwardKernel::EndAnchorsSm90, of_keys.blocks(g), &params)?;
+        }
         let params = GBackwardSm90Params {
             extents: self.extents,
+            plans: self.at(at.d_plans),
             read: self.at(at.read),
             flow: at.flow.map(|flow| self.at(flow)),
             net: self.at(at.net),
             d_g: self.at(at.d_g),
-            anchors: self.at(at.anchors),
+            anchors: if anchored { self.at(at.anchors) } else { 0 },
+            end_anchors: if states == 0 { 0 } else { self.at(at.end_anchors) },
             carried_g: self.at(at.carried_g),
             carried: self.at(at.carried_anchor),
             dg: self.gradients.g,
@@ -426,7 +460,7 @@ impl Pass<'_> {
             to: window.end as i64,
             slices: [of_values.slices(g) as i32, of_keys.slices(g) as i32],
             anchor_slices: of_keys.slices(g) as i32,
-            resumed: (self.initial.len != 0).into(),
+            reserved: 0,
         };
         launcher.launch(BackwardKernel::GFlowSm90, self.window_blocks(window), &params)?;
         launcher.launch(BackwardKernel::GBackwardSm90, g.rows(), &params)
