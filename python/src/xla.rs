@@ -344,7 +344,7 @@ unsafe fn run(frame: &Frame, cuda: bool, backward: bool) -> Outcome<()> {
         unsafe {
             if cuda {
                 let mut bytes = 0;
-                of_status(dla_backward_workspace(&options, &call, &wanted, &mut bytes))?;
+                of_status(dla_backward_workspace(&options, &call, &upstream, &wanted, &mut bytes))?;
                 call.workspace = workspace(frame, bytes)?;
             }
             of_status(dla_backward(&options, &call, &upstream, &wanted))

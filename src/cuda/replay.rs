@@ -97,6 +97,11 @@ impl ReplayPlan {
         self.bytes
     }
 
+    /// Whether a launch reads tau.
+    pub fn reads_tau(&self) -> bool {
+        self.backward.soft || self.backward.through_open || self.decisions.is_some()
+    }
+
     /// Addresses are checked here; the context is bound.
     ///
     /// # Safety
