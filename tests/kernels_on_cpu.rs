@@ -55,7 +55,7 @@ fn try_launch<P>(
 ) -> Option<String> {
     // SAFETY: `params` is the twin of the struct that this kernel takes, and its pointers lie in live buffers
     // of the sizes that abi.cuh asks for.
-    unsafe { emulate.run(name, grid, shared_bytes, std::ptr::from_ref(params).cast()) }
+    unsafe { emulate.run(name, grid, 0, shared_bytes, std::ptr::from_ref(params).cast()) }
 }
 
 // SAFETY: memory of this process, owned.

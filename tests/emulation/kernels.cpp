@@ -22,14 +22,16 @@ static void wrong_launch(NoParams) {
 }
 #endif
 
-// Runs kernel `name`, or with no parameters only looks for it; 0, or 1 and what went wrong, or 2 where there is no such kernel.
-extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_bytes, const void* params, char* error,
-                           size_t error_bytes) {
+// Runs kernel `name` in blocks of `block` threads, 0: as many as it is listed with; with no parameters only looks for it
+// and says how many bytes they take. 0, or 1 and what went wrong, or 2 where there is no such kernel.
+extern "C" int dla_emulate(const char* name, unsigned grid, unsigned block, unsigned shared_bytes, const void* params,
+                           size_t* params_bytes, char* error, size_t error_bytes) {
     bool found = false;
     std::string wrong;
     const auto run = [&]<typename P>(const char* kernel, void (*function)(P), unsigned threads = dla::THREADS) {
-        if (strcmp(name, kernel) != 0) return;
+        if (found || strcmp(name, kernel) != 0 || (block != 0 && block != threads)) return;
         found = true;
+        *params_bytes = sizeof(P);
         if (!params) return;
         P copy;
         memcpy(&copy, params, sizeof copy);
@@ -44,6 +46,7 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
     RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment_gram);
     RUN_DTYPES_OF(dla::SEGMENT_THREADS, segment);
     // Blocks of several rows.
+    for (unsigned rows = 2; rows <= dla::SEGMENT_ROWS; rows++) RUN_DTYPES_OF(rows * dla::SEGMENT_THREADS, segment);
     run("segment_rows_bf16", segment_bf16, dla::SEGMENT_ROWS * dla::SEGMENT_THREADS);
     run("segment_rows_f16", segment_f16, dla::SEGMENT_ROWS * dla::SEGMENT_THREADS);
     run("segment_rows_f32", segment_f32, dla::SEGMENT_ROWS * dla::SEGMENT_THREADS);
@@ -111,6 +114,6 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned shared_byte
 #else
 #error "a kernel file that has no list here"
 #endif
-    snprintf(error, error_bytes, "%s: %s", name, found ? wrong.c_str() : "no such kernel");
+    snprintf(error, error_bytes, "%s: %s", name, found ? wrong.c_str() : "no such kernel, or not of so many threads");
     return found ? !wrong.empty() : 2;
 }

@@ -14,7 +14,16 @@ unsafe extern "C" {
 }
 
 /// `dla_emulate` of kernels.cpp.
-type Symbol = unsafe extern "C" fn(*const c_char, c_uint, c_uint, *const c_void, *mut c_char, usize) -> c_int;
+type Symbol = unsafe extern "C" fn(
+    *const c_char,
+    c_uint,
+    c_uint,
+    c_uint,
+    *const c_void,
+    *mut usize,
+    *mut c_char,
+    usize,
+) -> c_int;
 
 /// There is a compiler: kernels can be launched.
 #[derive(Clone, Copy)]
@@ -67,7 +76,8 @@ const FILES: [(&str, &str); 28] = [
     ("", "slots"),
 ];
 
-fn file_of(kernel: &str) -> &'static str {
+/// The file, by its stem, that holds a kernel.
+pub fn file_of(kernel: &str) -> &'static str {
     FILES.iter().find(|(stem, _)| kernel.starts_with(stem)).unwrap().1
 }
 
@@ -93,8 +103,23 @@ const FLAGS: [&str; 11] = [
     "c++",
 ];
 
+/// The repository, whichever of its packages this is compiled into.
+fn root() -> PathBuf {
+    let package = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let root = package.ancestors().find(|folder| folder.join("kernels/abi.cuh").exists());
+    root.expect("the kernels' sources above this package").to_owned()
+}
+
+/// Where the libraries are kept: cargo's folder for what tests make. It names it to tests alone.
+fn folder(root: &Path) -> PathBuf {
+    if let Some(folder) = option_env!("CARGO_TARGET_TMPDIR") {
+        return folder.into();
+    }
+    std::env::var_os("CARGO_TARGET_DIR").map_or_else(|| root.join("target"), PathBuf::from).join("tmp")
+}
+
 fn open(file: &str) -> Symbol {
-    let root = PathBuf::from(env!("CARGO_MANIFEST_DIR"));
+    let root = root();
     let source = root.join("kernels").join(file).with_extension("cu");
     let emulation = root.join("tests/emulation");
     let mut made_of = vec![source.clone(), root.join("kernels/abi.cuh")];
@@ -107,7 +132,8 @@ fn open(file: &str) -> Symbol {
     (compiler(), FLAGS).hash(&mut hash);
     made_of.iter().for_each(|path| std::fs::read(path).unwrap().hash(&mut hash));
 
-    let folder = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    let folder = &folder(&root);
+    std::fs::create_dir_all(folder).unwrap();
     let path = folder.join(format!("{file}-{:016x}.so", hash.finish()));
     if !path.exists() {
         // Under its own name first: another run may compile it too.
@@ -146,7 +172,14 @@ fn open(file: &str) -> Symbol {
 }
 
 impl Emulate {
-    /// Runs a kernel over `grid` blocks; what went wrong, if anything did.
+    /// The bytes of the struct that a kernel takes; `None` where there is no such kernel.
+    #[allow(dead_code)]
+    pub fn params_bytes(self, kernel: &str) -> Option<usize> {
+        // SAFETY: without parameters nothing runs.
+        unsafe { call(kernel, 0, 0, 0, std::ptr::null()) }.ok()
+    }
+
+    /// Runs a kernel over `grid` blocks of `threads`, 0: as many as kernels.cpp lists it with; what went wrong, if anything did.
     ///
     /// # Safety
     /// `params` is the twin of the struct that this kernel takes, and its pointers lie in live buffers of the sizes that
@@ -155,23 +188,43 @@ impl Emulate {
         self,
         kernel: &str,
         grid: usize,
+        threads: usize,
         shared_bytes: usize,
         params: *const c_void,
     ) -> Option<String> {
-        let symbol = library(file_of(kernel));
-        let name = CString::new(kernel).unwrap();
-        let mut error = [0u8; 512];
         // SAFETY: the caller's.
-        let code = unsafe {
-            symbol(
-                name.as_ptr(),
-                grid as c_uint,
-                shared_bytes as c_uint,
-                params,
-                error.as_mut_ptr().cast(),
-                error.len(),
-            )
-        };
-        (code != 0).then(|| CStr::from_bytes_until_nul(&error).unwrap().to_string_lossy().into_owned())
+        unsafe { call(kernel, grid, threads, shared_bytes, params) }.err()
+    }
+}
+
+/// # Safety
+/// As [`Emulate::run`], or `params` is null.
+unsafe fn call(
+    kernel: &str,
+    grid: usize,
+    threads: usize,
+    shared_bytes: usize,
+    params: *const c_void,
+) -> Result<usize, String> {
+    let symbol = library(file_of(kernel));
+    let name = CString::new(kernel).unwrap();
+    let mut error = [0u8; 512];
+    let mut params_bytes = 0;
+    // SAFETY: the caller's.
+    let code = unsafe {
+        symbol(
+            name.as_ptr(),
+            grid as c_uint,
+            threads as c_uint,
+            shared_bytes as c_uint,
+            params,
+            &mut params_bytes,
+            error.as_mut_ptr().cast(),
+            error.len(),
+        )
+    };
+    match code {
+        0 => Ok(params_bytes),
+        _ => Err(CStr::from_bytes_until_nul(&error).unwrap().to_string_lossy().into_owned()),
     }
 }
