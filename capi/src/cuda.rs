@@ -251,7 +251,9 @@ fn check_options(parsed: &Parsed<'_>) -> Outcome<f32> {
         Err(Error::Option { name, expected: expected.to_owned(), given: given.to_string() }.into())
     };
     let tau = match parsed.options.tau {
-        Tau::PerCall(tau) if tau.is_nan() => return option("tau", "a number", tau),
+        Tau::PerCall(tau) if tau.is_nan() && !parsed.call.tau.is_present() => {
+            return option("tau", "a number", tau);
+        }
         Tau::PerCall(tau) => tau,
         Tau::PerHead(_) => unreachable!("options hold one tau"),
     };

@@ -110,8 +110,15 @@ def _check(tensors, number, **options):
 
 
 # Plans of calls of plain eager tensors. Where shapes are ever new, all are forgotten at once.
-_plans: Dict[tuple, _op.Plan] = {}
+_plans: Dict[tuple, Union[_op.Plan, _op.StepPlan]] = {}
 _MOST_PLANS = 4096
+
+
+def _remember(key, plan):
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
 
 
 def dla(
@@ -165,18 +172,17 @@ def dla(
         merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=soft
     )
     if _op.is_plain(tensors):
+        given = [x for x in tensors if x is not None]
+        differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in given])
         key = (
             number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, soft, output_final_state, return_log,
-            *(x if x is None else (x.shape, x.dtype, x.device) for x in tensors),
+            differentiated, *(x if x is None else (x.shape, x.dtype, x.device) for x in tensors),
         )
         plan = _plans.get(key)
         if plan is None:
             codes, numbers = _check(tensors, number, **options)
-            if len(_plans) >= _MOST_PLANS:
-                _plans.clear()
-            plan = _plans[key] = _op.Plan(tensors, codes, numbers, output_final_state, return_log)
-        given = [x for x in tensors if x is not None]
-        if torch.is_grad_enabled() and any([x.requires_grad for x in given]):
+            plan = _remember(key, _op.Plan(tensors, codes, numbers, output_final_state, return_log, differentiated))
+        if differentiated:
             o, drift, log, weights, *last = _op.Direct.apply(plan, *given)
         else:
             o, drift, log, weights, *last = plan.run(given)
@@ -214,9 +220,19 @@ def step(
     if q.ndim == 4 and q.shape[1] != 1:
         raise ValueError(f"q: expected shape [B,T,H,dk] with T = 1 for a step, got {tuple(q.shape)}")
     tensors, number = _convert(q, k, v, g, beta, lam, route, tau, events, None, state)
-    codes, numbers = _check(
-        tensors, number, merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel,
-        scale=scale, soft=None,
+    options = dict(
+        merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=None
     )
-    o, _, _ = torch.ops.dla.step(*tensors[:11], *tensors[12:], codes, numbers)
+    if _op.is_plain(tensors):
+        key = (
+            "step", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale,
+            *(x if x is None else (x.shape, x.dtype, x.device) for x in tensors),
+        )
+        plan = _plans.get(key)
+        if plan is None:
+            plan = _remember(key, _op.StepPlan(tensors, *_check(tensors, number, **options)))
+        o, _, _ = plan.run([x for x in tensors if x is not None])
+    else:
+        codes, numbers = _check(tensors, number, **options)
+        o, _, _ = torch.ops.dla.step(*tensors[:11], *tensors[12:], codes, numbers)
     return o, state

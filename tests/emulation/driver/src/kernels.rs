@@ -27,7 +27,9 @@ pub fn find(kernel: &str) -> Option<(&'static str, usize)> {
 
 /// The kernel that runs on this thread.
 pub fn running() -> String {
-    RUNNING.try_with(|running| running.try_borrow().map(|name| name.clone()).unwrap_or_default()).unwrap_or_default()
+    RUNNING
+        .try_with(|running| running.try_borrow().map(|name| name.clone()).unwrap_or_default())
+        .unwrap_or_default()
 }
 
 pub fn run(launch: &Launch) -> Result<(), CUresult> {

@@ -26,10 +26,22 @@ pub enum Work {
     Mark,
     Launch(Launch),
     /// `count` times `value`, of so many bytes.
-    Fill { at: u64, value: u32, width: usize, count: usize },
-    Copy { from: u64, to: u64, bytes: usize },
+    Fill {
+        at: u64,
+        value: u32,
+        width: usize,
+        count: usize,
+    },
+    Copy {
+        from: u64,
+        to: u64,
+        bytes: usize,
+    },
     /// From memory of the host, as it was when it was asked for.
-    Upload { from: Arc<[u8]>, to: u64 },
+    Upload {
+        from: Arc<[u8]>,
+        to: u64,
+    },
     Graph(Arc<[Template]>),
 }
 
@@ -190,7 +202,9 @@ impl State {
         let blocking = |stream: &Stream| stream.blocking.then(|| stream.last.clone()).flatten();
         let mut after: Vec<Arc<Node>> = self.streams[&stream].last.iter().cloned().collect();
         if stream == 0 {
-            after.extend(self.streams.iter().filter(|(handle, _)| **handle != 0).filter_map(|(_, s)| blocking(s)));
+            after.extend(
+                self.streams.iter().filter(|(handle, _)| **handle != 0).filter_map(|(_, s)| blocking(s)),
+            );
         } else if self.streams[&stream].blocking {
             after.extend(blocking(&self.streams[&0]));
         }
