@@ -112,7 +112,7 @@ def test_opcheck(device):
         o, _, log, *_ = torch.ops.dla.forward(*detached, codes, numbers, False)
         detached[10] = log
         wanted = [x is not None for x in detached[:10]] + [False] * 3
-        torch.library.opcheck(torch.ops.dla.backward, (o, None, None, None, *detached, codes, numbers, wanted))
+        torch.library.opcheck(torch.ops.dla.backward, (o, None, None, None, None, None, *detached, codes, numbers, wanted))
         state = D.empty_state(2, *case.shape)
         token = [x if x is None else x[:, :1].contiguous() for x in detached[:6]] + [None] * 5
         torch.library.opcheck(torch.ops.dla.step, (*token, *state, codes, numbers))
