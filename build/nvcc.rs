@@ -20,7 +20,7 @@ pub const WHEELS: [&str; 4] = [
 /// What decides where nvcc is looked for.
 #[derive(Debug, Clone, Default)]
 pub struct Environment {
-    /// DLA_NVCC: a path, or `pip`.
+    /// DLA_NVCC: a path, or `pip`. (`stub`: build.rs asks for no nvcc.)
     pub dla_nvcc: Option<String>,
     /// CUDA_HOME and CUDA_PATH.
     pub cuda_homes: Vec<PathBuf>,

@@ -4,7 +4,7 @@
 // What it catches: threads of a block (or lanes of a warp) that wait at different places or never come,
 // writes past the block's shared memory, and, since that memory is filled with NaN patterns before every
 // block, reads of what nobody wrote. What it cannot: races between warps (fibers run in one fixed order; or
-// in the reverse of it, DLA_EMULATION_REVERSED=1), timing, memory spaces.
+// in the reverse of it, DLA_EMULATION_REVERSED=1), timing, memory spaces. Blocks run on as many threads as there are cores.
 //
 // C++20, no dependencies. Fragment layouts are those of the PTX ISA, mma.m16n8k16 and ldmatrix.
 #pragma once
@@ -20,9 +20,14 @@
 #include <ucontext.h>
 #endif
 
+#include <algorithm>
+#include <atomic>
 #include <bit>
+#include <condition_variable>
 #include <functional>
+#include <mutex>
 #include <string>
+#include <thread>
 #include <vector>
 
 #define __device__
@@ -303,27 +308,91 @@ inline void run_block() {
     }
 }
 
-// Runs a grid; returns what went wrong, empty if nothing did.
-inline std::string launch(unsigned grid, unsigned block, uint32_t shared, const std::function<void()>& kernel) {
+// A grid's blocks, which any thread may take one by one.
+struct Grid {
+    const std::function<void()>* kernel;
+    unsigned blocks, threads;
+    uint32_t shared;
+    std::atomic<unsigned> next{0};
+    std::mutex guard;
+    std::string error;
+};
+
+inline void run_blocks(Grid& grid) {
     Machine& m = machine;
     m.error.clear();
-    if (block == 0 || block % WARP != 0 || block > MOST_THREADS) return "a block of " + std::to_string(block);
-    if (shared > 232448) return "more shared memory than any GPU has: " + std::to_string(shared);
-    if (m.shared_capacity < shared + GUARD) {
+    if (m.shared_capacity < grid.shared + GUARD) {
         free(m.shared);
-        m.shared_capacity = shared + GUARD;
+        m.shared_capacity = grid.shared + GUARD;
         m.shared = static_cast<unsigned char*>(aligned_alloc(1024, (m.shared_capacity + 1023) / 1024 * 1024));
     }
-    m.shared_bytes = shared;
-    m.block_threads = block;
-    m.kernel = &kernel;
-    block_extent = {block, 1, 1};
-    grid_extent = {grid, 1, 1};
-    for (unsigned b = 0; b < grid && m.error.empty(); b++) {
-        block_index = {b, 0, 0};
+    m.shared_bytes = grid.shared;
+    m.block_threads = grid.threads;
+    m.kernel = grid.kernel;
+    block_extent = {grid.threads, 1, 1};
+    grid_extent = {grid.blocks, 1, 1};
+    for (unsigned block; m.error.empty() && (block = grid.next++) < grid.blocks;) {
+        block_index = {block, 0, 0};
         run_block();
     }
-    return m.error;
+    if (m.error.empty()) return;
+    grid.next = grid.blocks;
+    const std::lock_guard lock(grid.guard);
+    if (grid.error.empty()) grid.error = m.error;
+}
+
+// Threads that help with one grid at a time, one for every other core; DLA_EMULATION_THREADS=1: none.
+struct Crew {
+    std::mutex guard;
+    std::condition_variable called, left;
+    Grid* grid = nullptr;
+    unsigned calls = 0, inside = 0;
+
+    static Crew* of_process() {
+        // Never destroyed: its threads wait on it to the end.
+        static Crew* const crew = new Crew;
+        return crew;
+    }
+    Crew() {
+        const char* asked = getenv("DLA_EMULATION_THREADS");
+        const unsigned threads = asked ? unsigned(atoi(asked)) : std::thread::hardware_concurrency();
+        for (unsigned i = 1; i < std::min(threads, 16u); i++) std::thread([this] { help(); }).detach();
+    }
+    void help() {
+        std::unique_lock lock(guard);
+        for (unsigned seen = 0;; inside--, left.notify_all()) {
+            called.wait(lock, [&] { return grid && calls != seen; });
+            seen = calls;
+            inside++;
+            Grid& taken = *grid;
+            lock.unlock();
+            run_blocks(taken);
+            lock.lock();
+        }
+    }
+    // False: it is at another grid.
+    bool run(Grid& all) {
+        std::unique_lock lock(guard);
+        if (grid || inside) return false;
+        grid = &all;
+        calls++;
+        called.notify_all();
+        lock.unlock();
+        run_blocks(all);
+        lock.lock();
+        grid = nullptr;
+        left.wait(lock, [&] { return inside == 0; });
+        return true;
+    }
+};
+
+// Runs a grid; returns what went wrong, empty if nothing did.
+inline std::string launch(unsigned grid, unsigned block, uint32_t shared, const std::function<void()>& kernel) {
+    if (block == 0 || block % WARP != 0 || block > MOST_THREADS) return "a block of " + std::to_string(block);
+    if (shared > 232448) return "more shared memory than any GPU has: " + std::to_string(shared);
+    Grid all{.kernel = &kernel, .blocks = grid, .threads = block, .shared = shared};
+    if (grid < 2 || !Crew::of_process()->run(all)) run_blocks(all);
+    return all.error;
 }
 
 inline unsigned char* dynamic_shared() { return machine.shared; }
@@ -357,7 +426,7 @@ inline uint4 load_once(const void* from) {
     return x;
 }
 inline void prefetch(const void*) {}
-inline uint32_t arrive(uint32_t* count) { return (*count)++; }
+inline uint32_t arrive(uint32_t* count) { return std::atomic_ref(*count)++; }
 inline float quotient(float a, float b, float) { return a / b; }
 
 inline float bf16_bits_to_f32(uint32_t bits) { return std::bit_cast<float>(bits << 16); }

@@ -89,12 +89,13 @@ fn library(file: &'static str) -> Symbol {
     *library.get_or_init(|| open(file))
 }
 
-const FLAGS: [&str; 11] = [
+const FLAGS: [&str; 12] = [
     "-std=c++20",
     "-O3",
     "-march=native",
     "-ffp-contract=off",
     "-fPIC",
+    "-pthread",
     "-shared",
     "-Wall",
     "-Wno-unknown-pragmas",

@@ -27,5 +27,5 @@ extern "C" fn on_fault(signal: c_int, info: *mut libc::siginfo_t, _: *mut c_void
         (*info).si_addr() as u64
     };
     let place = work::try_lock().map_or_else(String::new, |state| state.memory.describe(address));
-    eprintln!("emulated card: fault at {address:#x}, {place}, in {:?}", kernels::running());
+    eprintln!("emulated card: fault at {address:#x}, {place}, while these ran: {:?}", kernels::running());
 }

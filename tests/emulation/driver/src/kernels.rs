@@ -3,13 +3,10 @@
 use crate::library::{self, Emulate};
 use crate::work::Launch;
 use cudarc::driver::sys::CUresult;
-use std::cell::RefCell;
-use std::sync::OnceLock;
+use std::sync::{Mutex, OnceLock};
 
-thread_local! {
-    /// What runs here, for the signal handler.
-    static RUNNING: RefCell<String> = const { RefCell::new(String::new()) };
-}
+/// What runs, for the signal handler.
+static RUNNING: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn emulator() -> Emulate {
     static EMULATOR: OnceLock<Emulate> = OnceLock::new();
@@ -25,19 +22,25 @@ pub fn find(kernel: &str) -> Option<(&'static str, usize)> {
     Some((library::file_of(kernel), bytes))
 }
 
-/// The kernel that runs on this thread.
-pub fn running() -> String {
-    RUNNING
-        .try_with(|running| running.try_borrow().map(|name| name.clone()).unwrap_or_default())
-        .unwrap_or_default()
+/// The kernels that run now; for a signal handler.
+pub fn running() -> Vec<String> {
+    RUNNING.try_lock().map(|running| running.clone()).unwrap_or_default()
+}
+
+fn with_running(change: impl FnOnce(&mut Vec<String>)) {
+    change(&mut RUNNING.lock().unwrap_or_else(|poisoned| poisoned.into_inner()));
 }
 
 pub fn run(launch: &Launch) -> Result<(), CUresult> {
     let Launch { kernel, grid, threads, shared_bytes, params } = launch;
-    RUNNING.with(|running| kernel.clone_into(&mut running.borrow_mut()));
+    with_running(|running| running.push(kernel.clone()));
     // SAFETY: the parameters are as long as this kernel's; what they point to is the caller's to answer for, as on a card.
     let wrong = unsafe { emulator().run(kernel, *grid, *threads, *shared_bytes, params.as_ptr().cast()) };
-    RUNNING.with(|running| running.borrow_mut().clear());
+    with_running(|running| {
+        if let Some(at) = running.iter().position(|name| name == kernel) {
+            running.swap_remove(at);
+        }
+    });
     match wrong {
         None => Ok(()),
         Some(wrong) => {
