@@ -337,11 +337,11 @@ def test_the_calls_own_time():
     e = _op._extents(q, given["v"], lam, None, None, 30)
     outputs = _op._forward_outputs(q, e, options, False)
     pairs, results = [_op._pair(x) for x in arguments[:12]], [_op._pair(x) for x in outputs[:4]]
-    extents, run = (1, list(e)), _op._Run(q)
+    extents, site = (1, list(e)), _op._Site(q.device)
     workspace = torch.empty(
-        _call.forward_workspace(options, run.place(), extents, pairs, results, None), dtype=torch.uint8, device="cuda"
+        _call.forward_workspace(options, site._place(), extents, pairs, results, None), dtype=torch.uint8, device="cuda"
     )
-    place = run.place(workspace)
+    place = site._place(_op._pair(workspace))
 
     def microseconds(function):
         """Least mean of a batch of calls, with the GPU never behind: it is waited for before each batch."""

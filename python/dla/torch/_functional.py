@@ -1,6 +1,6 @@
 """`dla` and `step`: arguments checked by name, autocast, then the operator."""
 
-from typing import Dict, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
 
@@ -109,18 +109,6 @@ def _check(tensors, number, **options):
     return list(settings.codes), list(settings.numbers)
 
 
-# Plans of calls of plain eager tensors. Where shapes are ever new, all are forgotten at once.
-_plans: Dict[tuple, Union[_op.Plan, _op.StepPlan]] = {}
-_MOST_PLANS = 4096
-
-
-def _remember(key, plan):
-    if len(_plans) >= _MOST_PLANS:
-        _plans.clear()
-    _plans[key] = plan
-    return plan
-
-
 def dla(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -175,13 +163,13 @@ def dla(
         given = [x for x in tensors if x is not None]
         differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in given])
         key = (
-            number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, soft, output_final_state, return_log,
-            differentiated, *(x if x is None else (x.shape, x.dtype, x.device) for x in tensors),
+            "eager forward", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, soft, output_final_state,
+            return_log, differentiated, *_op.described(tensors),
         )
-        plan = _plans.get(key)
-        if plan is None:
-            codes, numbers = _check(tensors, number, **options)
-            plan = _remember(key, _op.Plan(tensors, codes, numbers, output_final_state, return_log, differentiated))
+        plan = _op.remembered(
+            key,
+            lambda: _op.Plan(tensors, *_check(tensors, number, **options), output_final_state, return_log, differentiated),
+        )
         if differentiated:
             o, drift, log, weights, *last = _op.Direct.apply(plan, *given)
         else:
@@ -194,7 +182,6 @@ def dla(
     return (o, state, Log(log, drift, weights if routed else None)) if return_log else (o, state)
 
 
-@torch.no_grad()
 def step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -225,14 +212,12 @@ def step(
     )
     if _op.is_plain(tensors):
         key = (
-            "step", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale,
-            *(x if x is None else (x.shape, x.dtype, x.device) for x in tensors),
+            "eager step", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, *_op.described(tensors)
         )
-        plan = _plans.get(key)
-        if plan is None:
-            plan = _remember(key, _op.StepPlan(tensors, *_check(tensors, number, **options)))
+        plan = _op.remembered(key, lambda: _op.StepPlan(tensors, *_check(tensors, number, **options)))
         o, _, _ = plan.run([x for x in tensors if x is not None])
     else:
         codes, numbers = _check(tensors, number, **options)
-        o, _, _ = torch.ops.dla.step(*tensors[:11], *tensors[12:], codes, numbers)
+        with torch.no_grad():
+            o, _, _ = torch.ops.dla.step(*tensors[:11], *tensors[12:], codes, numbers)
     return o, state

@@ -133,10 +133,34 @@ def _whole(q, outputs):
     )
 
 
+# Plans of calls. Where shapes are ever new, all are forgotten at once.
+_plans = {}
+_MOST_PLANS = 4096
+
+
+def remembered(key, make):
+    """The plan of a call that is known by `key`."""
+    plan = _plans.get(key)
+    if plan is None:
+        plan = make()
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def described(tensors):
+    """What of the tensors a plan depends on."""
+    return [x if x is None else (x.shape, x.dtype, x.device) for x in tensors]
+
+
 def _forward(*args):
     *tensors, codes, numbers, final_state = args
-    outputs = Plan(tensors, codes, numbers, final_state, True, True).run([x for x in tensors if x is not None])
-    return _whole(tensors[0], outputs)
+    plan = remembered(
+        ("forward", *codes, *numbers, final_state, *described(tensors)),
+        lambda: Plan(tensors, codes, numbers, final_state, True, True),
+    )
+    return _whole(tensors[0], plan.run([x for x in tensors if x is not None]))
 
 
 def _forward_fake(*args):
@@ -157,8 +181,12 @@ def _backward_outputs(tensors, wanted):
 
 def _backward(d_o, d_states, d_open, d_keys, kept_drift, kept_lam, *args):
     *tensors, codes, numbers, wanted = args
-    plan = BackwardPlan(tensors, codes, numbers, wanted, (d_states, d_open, d_keys, kept_drift, kept_lam))
-    found = plan.run([x for x in tensors if x is not None], d_o, d_states, d_open, d_keys, kept_drift, kept_lam)
+    given = (d_states, d_open, d_keys, kept_drift, kept_lam)
+    plan = remembered(
+        ("backward", *codes, *numbers, *wanted, *[x is None for x in given], *described(tensors)),
+        lambda: BackwardPlan(tensors, codes, numbers, wanted, given),
+    )
+    found = plan.run([x for x in tensors if x is not None], d_o, *given)
     none = tensors[0].new_empty
     return tuple(none(0, dtype=torch.float32) if x is None else x for x in found)
 
@@ -180,7 +208,10 @@ def _step_outputs(q, v):
 def _step(*args):
     *tensors, codes, numbers = args
     tensors = [*tensors[:11], None, *tensors[11:]]
-    return StepPlan(tensors, codes, numbers).run([x for x in tensors if x is not None])
+    plan = remembered(
+        ("step", *codes, *numbers, *described(tensors)), lambda: StepPlan(tensors, codes, numbers)
+    )
+    return plan.run([x for x in tensors if x is not None])
 
 
 def _step_fake(*args):
