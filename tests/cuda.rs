@@ -479,6 +479,69 @@ fn every_kernel() {
     check_all(engine, &every_kernel_recipes(), &Record::of("every_kernel"));
 }
 
+/// Every scan that Hopper has of its own, and with rows enough for the wide form of the one that has two; other cards compute
+/// the same cases by the portable one.
+#[test]
+fn every_scan_of_hopper() {
+    let Some(engine) = engine() else { return };
+    let record = Record::of("every_scan_of_hopper");
+    let gated =
+        [(64, 16), (64, 30), (64, 32), (64, 64), (128, 16), (128, 30), (128, 32), (128, 64), (256, 16)];
+    let delta = [(64, 16), (64, 32), (128, 16), (128, 32)];
+    let sizes = gated.map(|size| (Recurrence::Gated, size)).into_iter();
+    let sizes = sizes.chain(delta.map(|size| (Recurrence::GatedDelta, size)));
+    let mut recipes: Vec<Recipe> = sizes
+        .enumerate()
+        .map(|(at, (recurrence, (dk, capacity)))| Recipe {
+            options: Options {
+                recurrence,
+                capacity,
+                read: if at % 3 == 0 { Read::Routed } else { Read::Given },
+                ..Options::default()
+            },
+            time: 134,
+            value_heads: 2,
+            dk,
+            dv: 24,
+            dtype: Dtype::Bf16,
+            packed: (at % 4 == 1).then(|| vec![0, 1, 66, 0, 67]),
+            resumed: at % 2 == 1,
+            ..Recipe::default()
+        })
+        .collect();
+    let rows = engine.multiprocessors() / 16 + 1;
+    recipes.push(Recipe {
+        time: 66,
+        dk: 128,
+        dv: 128,
+        value_heads: rows,
+        dtype: Dtype::Bf16,
+        ..Recipe::default()
+    });
+    check_all(engine, &recipes, &record);
+}
+
+/// A sequence that is cut into windows: the chain runs ahead of the scan on a stream of its own.
+#[test]
+fn windows() {
+    let Some(engine) = engine() else { return };
+    let record = Record::of("windows");
+    let mut recipes = Vec::new();
+    for recurrence in RECURRENCES {
+        for read in [Read::Given, Read::Routed] {
+            recipes.push(Recipe {
+                options: Options { recurrence, read, capacity: 5, ..Options::default() },
+                time: 4100,
+                dk: 16,
+                dv: 8,
+                dtype: Dtype::Bf16,
+                ..Recipe::default()
+            });
+        }
+    }
+    check_all(engine, &recipes, &record);
+}
+
 #[test]
 fn boundary_rates_at_the_sizes_of_models() {
     let Some(engine) = engine() else { return };

@@ -5,15 +5,18 @@ use crate::work::Launch;
 use cudarc::driver::sys::CUresult;
 use std::sync::{Mutex, OnceLock};
 
+/// DLA_EMULATED_TRACE=1: every launch is told on stderr.
+fn trace() -> bool {
+    static TRACE: OnceLock<bool> = OnceLock::new();
+    *TRACE.get_or_init(|| std::env::var_os("DLA_EMULATED_TRACE").is_some_and(|value| value == "1"))
+}
+
 /// What runs, for the signal handler.
 static RUNNING: Mutex<Vec<String>> = Mutex::new(Vec::new());
 
 fn emulator() -> Emulate {
     static EMULATOR: OnceLock<Emulate> = OnceLock::new();
-    *EMULATOR.get_or_init(|| {
-        crate::faults::explain();
-        library::emulator().unwrap_or_else(|| crate::stop("no C++ compiler"))
-    })
+    *EMULATOR.get_or_init(|| library::emulator().unwrap_or_else(|| crate::stop("no C++ compiler")))
 }
 
 /// The file that holds a kernel and the bytes of its parameters; `None` where there is no such kernel.
@@ -33,6 +36,9 @@ fn with_running(change: impl FnOnce(&mut Vec<String>)) {
 
 pub fn run(launch: &Launch) -> Result<(), CUresult> {
     let Launch { kernel, grid, threads, shared_bytes, params } = launch;
+    if trace() {
+        eprintln!("emulated card: {kernel}, {grid} x {threads}, {shared_bytes} bytes of shared memory");
+    }
     with_running(|running| running.push(kernel.clone()));
     // SAFETY: the parameters are as long as this kernel's; what they point to is the caller's to answer for, as on a card.
     let wrong = unsafe { emulator().run(kernel, *grid, *threads, *shared_bytes, params.as_ptr().cast()) };

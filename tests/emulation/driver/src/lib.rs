@@ -107,6 +107,7 @@ driver! {
         if flags != 0 {
             return Err(CUDA_ERROR_INVALID_VALUE);
         }
+        faults::explain();
         lock().initialised = true;
         Ok(())
     }
