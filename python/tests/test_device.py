@@ -310,3 +310,78 @@ def test_handlers_of_xla(kind, device):
     # One that is wrong is told with its name.
     operands[1] = (c.pairs[1], (1, *of[1][0][1:3], 8), np.float32)
     assert "k: " in xla.run("forward_cuda", c.options, c.extents, operands[:10] + [None] + operands[11:], with_shape(results, shapes))
+
+
+@pytest.fixture
+def emulated_torch(device, monkeypatch):
+    """PyTorch's plans take tensors of the emulated card for tensors of a GPU: its memory is the host's."""
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    if "emulated" not in os.environ.get("LD_LIBRARY_PATH", ""):
+        pytest.skip("not the emulated driver")
+    import dla.torch
+    from dla.torch import _op
+
+    def memory(shape, dtype):
+        count = int(np.prod(shape))
+        address, _ = device.room(count * dtype.itemsize)
+        raw = (ctypes.c_ubyte * max(count * dtype.itemsize, 1)).from_address(address)
+        return torch.frombuffer(raw, dtype=dtype, count=count).view(shape) if count else torch.zeros(shape, dtype=dtype)
+
+    def moved(x):
+        x = torch.as_tensor(x)
+        y = memory(tuple(x.shape), x.dtype)
+        # Nothing of the card's is read or written by the host while work is pending.
+        device.call("cuCtxSynchronize")
+        y.copy_(x)
+        return y
+
+    def site(self, where):
+        self.device, self.index, self.cuda, self.bytes = where, 0, True, None
+
+    def empty(shape, *, dtype, device):
+        return memory((shape,) if isinstance(shape, int) else tuple(shape), dtype)
+
+    monkeypatch.setattr(_op._Site, "__init__", site)
+    monkeypatch.setattr(_op, "_raw_stream", lambda index: 0)
+    monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0)
+    monkeypatch.setattr(_op, "_plans", {})
+    monkeypatch.setattr(torch, "empty", empty)
+    yield torch, dla.torch, moved
+    _op._plans.clear()
+
+
+@pytest.mark.parametrize("kind", cases())
+def test_plans_of_pytorch(kind, device, emulated_torch):
+    torch, D, moved = emulated_torch
+    case = Case(55, **kind, time=70)
+    given = {n: moved(case.arguments[n]).requires_grad_() for n in GRADIENTS if case.arguments[n] is not None}
+    a = dict.fromkeys(GRADIENTS) | given
+    route = None if a["slope"] is None else (a["slope"], a["bias"], a["logits"])
+    offsets = case.arguments["cu_seqlens"]
+    named = dict(case.options, route=route, cu_seqlens=None if offsets is None else moved(offsets))
+    positional = [a[name] for name in GRADIENTS[:6]]
+    for final in (False, True):
+        o, state, *log = D.dla(*positional, **named, output_final_state=final, return_log=final)
+        assert (state is None) == (not final)
+        d = moved(case.do)
+        found = torch.autograd.grad(o, list(given.values()), d)
+        device.call("cuCtxSynchronize")
+        if final:
+            judge(case, log[0].events.numpy(), o.detach().numpy(), {n: x.numpy() for n, x in zip(given, found)})
+        else:
+            # Of one argument alone it is the same.
+            o, _ = D.dla(*positional, **named)
+            alone = torch.autograd.grad(o, given["k"], d)[0]
+            device.call("cuCtxSynchronize")
+            assert (alone == found[1]).all()
+    with torch.no_grad():
+        o, _, log = D.dla(*positional, **named, return_log=True)
+        first = D.empty_state(case.sequences, *case.shape, routed=route is not None)
+        first = D.State(*(x if x is None else moved(x) for x in first))
+        if offsets is None:
+            token = [x if x is None else moved(x[:, :1].detach()) for x in positional]
+            at = None if route is None else (*(moved(x.detach()) for x in route[:2]), moved(route[2][:, :1].detach()))
+            y, same = D.step(*token, state=first, route=at, **case.options)
+            device.call("cuCtxSynchronize")
+            assert same is first and (first.len.numpy() == 1).all()
+            assert_close("o", y.numpy(), o[:, :1].numpy(), 1e-3)
