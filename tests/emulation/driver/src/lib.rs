@@ -21,7 +21,9 @@ use std::collections::HashMap;
 use std::ffi::{CStr, CString, c_char, c_int, c_uint, c_ulonglong, c_void};
 use std::sync::{Arc, Mutex};
 use sys::CUresult::*;
-use work::{Capture, Event, Function, Launch, Locked, Recorded, Stream, Work, finish, finish_all, lock};
+use work::{
+    Capture, Event, Executable, Function, Launch, Locked, Recorded, Stream, Work, finish, finish_all, lock,
+};
 
 /// Ends the process: the stand-in cannot go on, or has caught what no error code would show.
 fn stop(what: &str) -> ! {
@@ -574,7 +576,7 @@ driver! {
         let mut state = current()?;
         let templates = state.graphs.get(&(graph as usize)).cloned().ok_or(CUDA_ERROR_INVALID_HANDLE)?;
         let handle = state.handle();
-        state.executables.insert(handle, (templates, None));
+        state.executables.insert(handle, Executable { templates, last: None });
         unsafe { put(executable, handle as sys::CUgraphExec) }
     }
 
@@ -583,14 +585,14 @@ driver! {
         let stream = stream_of(stream);
         state.stream(stream)?;
         let held = state.executables.get(&(executable as usize)).ok_or(CUDA_ERROR_INVALID_HANDLE)?;
-        let (templates, last) = (held.0.clone(), held.1.clone());
+        let (templates, last) = (held.templates.clone(), held.last.clone());
         if state.stream(stream)?.capture.is_some() {
             return Err(CUDA_ERROR_STREAM_CAPTURE_UNSUPPORTED);
         }
         // One launch of an executable graph comes after the other, in whatever streams.
         let node = state.append(stream, Work::Graph(templates), last);
         if let Some(held) = state.executables.get_mut(&(executable as usize)) {
-            held.1 = Some(node);
+            held.last = Some(node);
         }
         Ok(())
     }
@@ -661,7 +663,7 @@ fn fill(at: sys::CUdeviceptr, value: u32, width: usize, count: usize, stream: sy
     let mut state = current()?;
     let bytes = count.checked_mul(width).ok_or(CUDA_ERROR_INVALID_VALUE)?;
     state.memory.check(at, bytes)?;
-    if at % width as u64 != 0 {
+    if !at.is_multiple_of(width as u64) {
         return Err(CUDA_ERROR_INVALID_VALUE);
     }
     state.push(stream_of(stream), Work::Fill { at, value, width, count })

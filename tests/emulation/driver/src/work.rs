@@ -101,6 +101,12 @@ pub struct Capture {
     pub templates: Vec<Template>,
 }
 
+/// A graph that can be launched, and its last launch.
+pub struct Executable {
+    pub templates: Arc<[Template]>,
+    pub last: Option<Arc<Node>>,
+}
+
 /// A function of a module.
 #[derive(Clone)]
 pub struct Function {
@@ -123,7 +129,7 @@ pub struct State {
     pub events: BTreeMap<usize, Event>,
     pub captures: BTreeMap<usize, Capture>,
     pub graphs: BTreeMap<usize, Arc<[Template]>>,
-    pub executables: BTreeMap<usize, (Arc<[Template]>, Option<Arc<Node>>)>,
+    pub executables: BTreeMap<usize, Executable>,
     /// The file that a module turned out to be.
     pub modules: BTreeMap<usize, Option<&'static str>>,
     pub functions: BTreeMap<usize, Function>,
@@ -235,7 +241,7 @@ impl State {
 
     /// All work that any stream holds.
     pub fn all_work(&self) -> Vec<Arc<Node>> {
-        let graphs = self.executables.values().filter_map(|(_, last)| last.clone());
+        let graphs = self.executables.values().filter_map(|graph| graph.last.clone());
         self.streams.values().filter_map(|stream| stream.last.clone()).chain(graphs).collect()
     }
 
@@ -263,7 +269,7 @@ impl State {
                     taken.insert(key, work);
                     if after.len() > 1 {
                         self.choices += 1;
-                        if self.choices % 2 == 0 {
+                        if self.choices.is_multiple_of(2) {
                             after.reverse();
                         }
                     }
@@ -326,7 +332,7 @@ fn order_of(templates: &[Template]) -> Vec<usize> {
             } else if !std::mem::replace(&mut seen[at], true) {
                 stack.push((at, true));
                 let mut after = templates[at].after.clone();
-                if end % 2 == 0 {
+                if end.is_multiple_of(2) {
                     after.reverse();
                 }
                 stack.extend(after.into_iter().map(|at| (at, false)));
