@@ -228,6 +228,21 @@ typedef struct {
   const dla_cache_arrays *cache;
 } dla_results;
 
+// Gradients of the results, given to a backward; and results that it need not compute again.
+typedef struct {
+  // `sizeof(dla_upstream)`.
+  size_t size;
+  // Gradient of o, `[B,T,HV,dv]`.
+  dla_buffer o;
+  // Gradient of the final cache, of which states, open and keys are read; what is absent is 0.
+  const dla_cache_arrays *cache;
+  // The forward's drift, `[B,T,HV]` f32. Read on a GPU alone, with soft boundaries or a gradient of the final cache;
+  // absent, it is computed again.
+  dla_buffer drift;
+  // Routed reads: the forward's read weights, `[B,T,HV,M]` f32. Read on a GPU alone; absent, they are computed again.
+  dla_buffer lambda;
+} dla_upstream;
+
 // Where the gradients of a backward go: extents as the arguments'. What is absent is not wanted.
 typedef struct {
   // `sizeof(dla_gradients)`.
@@ -257,16 +272,6 @@ typedef struct {
   // Of the initial cache: states, open and keys; NULL: not wanted.
   const dla_cache_arrays *cache;
 } dla_gradients;
-
-// Gradients of the results, given to a backward.
-typedef struct {
-  // `sizeof(dla_upstream)`.
-  size_t size;
-  // Gradient of o, `[B,T,HV,dv]`.
-  dla_buffer o;
-  // Gradient of the final cache, of which states, open and keys are read; what is absent is 0.
-  const dla_cache_arrays *cache;
-} dla_upstream;
 
 #ifdef __cplusplus
 extern "C" {
@@ -310,12 +315,13 @@ dla_status dla_forward(const dla_options *options,
                        const dla_call *call,
                        const dla_results *results);
 
-// Bytes of workspace that `dla_backward` needs. On the CPU: 0.
+// Bytes of workspace that `dla_backward` needs, as `dla_forward_workspace` says. On the CPU: 0.
 //
 // Safety:
 // Every pointer is null or what its type says.
 dla_status dla_backward_workspace(const dla_options *options,
                                   const dla_call *call,
+                                  const dla_upstream *upstream,
                                   const dla_gradients *gradients,
                                   size_t *bytes);
 
@@ -337,7 +343,8 @@ dla_status dla_step_workspace(const dla_options *options,
                               const dla_results *results,
                               size_t *bytes);
 
-// One token per batch entry (T = 1), in place: batch entry b continues sequence b of `cache`.
+// One token per batch entry (T = 1), in place: batch entry b continues sequence b of `cache`. On a GPU all states are
+// moved three times.
 //
 // Safety:
 // As `dla_forward`; the cache's arrays are used by nobody else meanwhile.

@@ -782,7 +782,7 @@ struct StepBank {
 // A step of `tokens` tokens from `from` on of every batch row. Grid B x HV x slices.
 struct StepParams {
     StepBank bank;
-    const int32_t* entries;  // [B]: the row's entry; the row rests where that is negative or not below bank.entries
+    const int32_t* entries;  // [B]: the row's entry; the row rests where that is negative or not below bank.entries; null: b
     const void* q;           // [B,T,H,dk]
     const void* k;           // [B,T,H,dk]
     const void* v;           // [B,T,HV,dv]
@@ -812,7 +812,7 @@ struct StepParams {
 // Between entries and a chronological cache (OPERATOR.md, section 5). Grid N x HV x (M + 1).
 struct StepCacheParams {
     StepBank bank;
-    const int32_t* entries;  // [N]: the entry of every sequence
+    const int32_t* entries;  // [N]: the entry of every sequence; null: n
     float* states;           // [N,HV,M,dk,dv]
     uint32_t* len;           // [N,HV]
     uint32_t* tokens;        // [N,HV,M]

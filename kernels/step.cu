@@ -669,6 +669,9 @@ DEVICE void stage(const Bank<S, true>& bank, S* held, int first, int last, int c
     }
 }
 
+// The entry of a batch row or sequence.
+DEVICE int entry_of(const int32_t* entries, int64_t row) { return entries ? entries[row] : static_cast<int>(row); }
+
 template <bool DELTA, typename S, int TOKENS, int UNROLL, bool STAGE>
 DEVICE void run(const StepParams& p) {
     constexpr int RING = Shared<DELTA, TOKENS>::RING;
@@ -677,7 +680,7 @@ DEVICE void run(const StepParams& p) {
     const int slice = blockIdx.x - batch_row * p.slices;
     const int64_t b = batch_row / static_cast<uint32_t>(p.value_heads);
     const int head = batch_row - static_cast<uint32_t>(b) * p.value_heads;
-    const int entry = p.entries[b];
+    const int entry = entry_of(p.entries, b);
     if (entry < 0 || entry >= p.bank.entries) return;
     const int dk = p.dk, dv = p.dv, count = p.tokens;
     const int64_t row = static_cast<int64_t>(entry) * p.value_heads + head;
@@ -971,7 +974,7 @@ template <bool DELTA, typename S>
 DEVICE void gather(const StepCacheParams& p) {
     const int dk = p.dk, dv = p.dv, slot = blockIdx.x % (p.capacity + 1), thread = threadIdx.x;
     const int64_t out_row = blockIdx.x / (p.capacity + 1);
-    const int64_t row = static_cast<int64_t>(p.entries[out_row / p.value_heads]) * p.value_heads + out_row % p.value_heads;
+    const int64_t row = static_cast<int64_t>(entry_of(p.entries, out_row / p.value_heads)) * p.value_heads + out_row % p.value_heads;
     const auto bank = bank_of<S, false>(p.bank, row, p.capacity, dk, dv);
     const StepRecord& record = p.bank.records[row];
     const int len = record.len;
@@ -1024,7 +1027,7 @@ template <typename S>
 DEVICE void scatter(const StepCacheParams& p) {
     const int dk = p.dk, dv = p.dv, slot = blockIdx.x % (p.capacity + 1), thread = threadIdx.x;
     const int64_t in_row = blockIdx.x / (p.capacity + 1);
-    const int64_t row = static_cast<int64_t>(p.entries[in_row / p.value_heads]) * p.value_heads + in_row % p.value_heads;
+    const int64_t row = static_cast<int64_t>(entry_of(p.entries, in_row / p.value_heads)) * p.value_heads + in_row % p.value_heads;
     const auto bank = bank_of<S, false>(p.bank, row, p.capacity, dk, dv);
     const int len = p.len[in_row];
     if (slot == p.capacity) {

@@ -137,6 +137,12 @@ pub(crate) struct Roster {
 impl Roster {
     /// All free.
     pub(crate) fn new(spec: EntrySpec) -> Result<Self> {
+        Self::check_spec(&spec)?;
+        Ok(Roster { spec, taken: vec![false; spec.entries] })
+    }
+
+    /// Extents that there are, of a size that can be counted.
+    pub(crate) fn check_spec(spec: &EntrySpec) -> Result<()> {
         for (name, extent) in [("dk", spec.dk), ("dv", spec.dv), ("HV", spec.value_heads)] {
             if extent == 0 {
                 let given = "0".to_owned();
@@ -156,7 +162,7 @@ impl Roster {
                 given: format!("{:?}", [spec.entries, spec.value_heads, spec.capacity, spec.dk, spec.dv]),
             });
         }
-        Ok(Roster { spec, taken: vec![false; spec.entries] })
+        Ok(())
     }
 
     pub(crate) fn take(&mut self) -> Result<usize> {

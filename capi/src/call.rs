@@ -299,7 +299,15 @@ impl<'a> Parsed<'a> {
     }
 
     pub fn upstream(&self, upstream: &Upstream) -> Outcome<UpstreamOf> {
+        let tokens = self.per_token();
+        let slots = tokens * self.shape.capacity * 4;
+        let lambda = array("upstream.lambda", upstream.lambda, slots, false)?;
+        if lambda.is_some() && !self.routed() {
+            return Err(Error::Unexpected { name: "upstream.lambda", why: "reads are given" }.into());
+        }
         Ok(UpstreamOf {
+            drift: array("upstream.drift", upstream.drift, tokens * 4, false)?,
+            lambda,
             o: array("do", upstream.o, self.value_rows() * self.dtype.bytes(), true)?
                 .expect("a needed array is there"),
             // SAFETY: the caller's, null or a struct of this kind.
@@ -390,6 +398,13 @@ pub(crate) struct CacheOf {
     pub keys: Option<Array>,
 }
 
+impl CacheOf {
+    /// Of gradients: whether there is one.
+    pub fn has_gradient(&self) -> bool {
+        self.states.is_some() || self.open.is_some() || self.keys.is_some()
+    }
+}
+
 #[derive(Debug)]
 pub(crate) struct ResultsOf {
     pub o: Array,
@@ -403,6 +418,8 @@ pub(crate) struct ResultsOf {
 pub(crate) struct UpstreamOf {
     pub o: Array,
     pub cache: Option<CacheOf>,
+    pub drift: Option<Array>,
+    pub lambda: Option<Array>,
 }
 
 #[derive(Debug)]

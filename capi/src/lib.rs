@@ -154,7 +154,7 @@ pub unsafe extern "C" fn dla_forward(
     })
 }
 
-/// Bytes of workspace that `dla_backward` needs. On the CPU: 0.
+/// Bytes of workspace that `dla_backward` needs, as `dla_forward_workspace` says. On the CPU: 0.
 ///
 /// # Safety
 /// Every pointer is null or what its type says.
@@ -162,16 +162,19 @@ pub unsafe extern "C" fn dla_forward(
 pub unsafe extern "C" fn dla_backward_workspace(
     options: *const CallOptions,
     call: *const Call,
+    upstream: *const Upstream,
     gradients: *const Gradients,
     bytes: *mut usize,
 ) -> Status {
     guarded(|| {
         // SAFETY: as the caller says.
-        let (parsed, gradients) = unsafe { (parse(options, call)?, call::read(gradients)?) };
-        let gradients = parsed.gradients(gradients)?;
+        let parsed = unsafe { parse(options, call)? };
+        // SAFETY: as the caller says.
+        let (upstream, gradients) = unsafe { (call::read(upstream)?, call::read(gradients)?) };
+        let (upstream, gradients) = (parsed.upstream(upstream)?, parsed.gradients(gradients)?);
         let needed = match parsed.place {
             Place::Cpu => 0,
-            Place::Cuda { .. } => cuda::backward_workspace(&parsed, &gradients)?,
+            Place::Cuda { .. } => cuda::backward_workspace(&parsed, &upstream, &gradients)?,
         };
         // SAFETY: as the caller says.
         unsafe { answer(bytes, needed) }
@@ -219,7 +222,8 @@ pub unsafe extern "C" fn dla_step_workspace(
     unsafe { workspace(options, call, results, bytes, cuda::step_workspace) }
 }
 
-/// One token per batch entry (T = 1), in place: batch entry b continues sequence b of `cache`.
+/// One token per batch entry (T = 1), in place: batch entry b continues sequence b of `cache`. On a GPU all states are
+/// moved three times.
 ///
 /// # Safety
 /// As `dla_forward`; the cache's arrays are used by nobody else meanwhile.

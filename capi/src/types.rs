@@ -238,7 +238,7 @@ pub struct Results {
     pub cache: *const CacheArrays,
 }
 
-/// Gradients of the results, given to a backward.
+/// Gradients of the results, given to a backward; and results that it need not compute again.
 #[repr(C)]
 #[derive(Debug, Clone, Copy)]
 pub struct Upstream {
@@ -248,6 +248,11 @@ pub struct Upstream {
     pub o: Buffer,
     /// Gradient of the final cache, of which states, open and keys are read; what is absent is 0.
     pub cache: *const CacheArrays,
+    /// The forward's drift, `[B,T,HV]` f32. Read on a GPU alone, with soft boundaries or a gradient of the final cache;
+    /// absent, it is computed again.
+    pub drift: Buffer,
+    /// Routed reads: the forward's read weights, `[B,T,HV,M]` f32. Read on a GPU alone; absent, they are computed again.
+    pub lambda: Buffer,
 }
 
 /// Where the gradients of a backward go: extents as the arguments'. What is absent is not wanted.
@@ -393,7 +398,13 @@ impl Default for Results {
 
 impl Default for Upstream {
     fn default() -> Self {
-        Upstream { size: size_of::<Upstream>(), o: Buffer::ABSENT, cache: std::ptr::null() }
+        Upstream {
+            size: size_of::<Upstream>(),
+            o: Buffer::ABSENT,
+            cache: std::ptr::null(),
+            drift: Buffer::ABSENT,
+            lambda: Buffer::ABSENT,
+        }
     }
 }
 

@@ -101,7 +101,7 @@ fn random_cases_are_the_engines_bits() {
         // SAFETY: as above.
         unsafe {
             assert_eq!(
-                dla_backward_workspace(&owned.options, &owned.call, &wanted, &mut workspace),
+                dla_backward_workspace(&owned.options, &owned.call, &upstream, &wanted, &mut workspace),
                 Status::Ok
             );
             let status = dla_backward(&owned.options, &owned.call, &upstream, &wanted);

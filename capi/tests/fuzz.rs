@@ -360,6 +360,8 @@ fn one(seed: u64, counts: &mut BTreeMap<(&'static str, i32), u64>) -> u64 {
         if !spoilt {
             outputs[0].get_mut().fill(0);
         }
+        let asked = dla_backward_workspace(options, &replay, &upstream, &wanted, &mut bytes);
+        told("backward_workspace", asked, !spoilt);
         told("backward", dla_backward(options, &replay, &upstream, &wanted), !spoilt);
         let mut handle = std::ptr::null_mut();
         // Not of extents that name more than a test should take.

@@ -214,7 +214,7 @@ def backward(
         first = [np.empty(shape, np.float32) for shape in (shapes if p.options.routed else shapes[:2])]
         first += [None] * (3 - len(first))
     _call.backward(
-        *p.call(), p.first(), _pair(do), None if upstream is None else [_pair(x) for x in upstream],
+        *p.call(), p.first(), _pair(do), None if upstream is None else [_pair(x) for x in upstream], [_call.ABSENT] * 2,
         [_pair(x) for x in wanted], None if first is None else [_pair(x) for x in first],
     )
     return Gradients(*wanted, *(first or (None, None, None)))

@@ -92,7 +92,8 @@ def _call_forward(options, operands):
 
 
 def _call_backward(options, operands, upstream, wanted):
-    """Thirteen gradients, None where not wanted; upstream is do and the gradients of states, open and keys."""
+    """Thirteen gradients, None where not wanted; upstream is do and the gradients of states, open and keys, then what of the
+    forward was kept: drift and routed read weights."""
     e = _extents(options, operands)
     of = (*operands[:10], operands[12], operands[16], operands[17])
     shapes = [(x.shape, x.dtype) if want and x is not None else None for x, want in zip(of, wanted)]
@@ -165,29 +166,42 @@ def _dla(options, operands):
 
 
 def _dla_forward(options, operands):
+    # What is not differentiated has no gradient to be computed. Said by structure, which stays static: () or None.
+    wanted = tuple(() if x is not None and x.perturbed else None for x in operands)
+    operands = tuple(None if x is None else x.value for x in operands)
     results = tuple(_run(False, options, operands))
-    # The backward replays the log; that it was given or computed is all one.
-    return results, (*operands[:10], results[2], *operands[11:])
+    # The backward replays the log; that it was given or computed is all one. Of the rest a GPU keeps what is costly to
+    # compute again.
+    kept = (results[1] if options.soft else None, results[3])
+    return results, ((*operands[:10], results[2], *operands[11:]), kept, wanted)
 
 
 def _zero_of_integers(x):
     return None if x is None else np.zeros(x.shape, jax.dtypes.float0)
 
 
-def _dla_backward(options, operands, d):
-    soft = options.soft
-    wanted = tuple(x is not None and (i != 9 or soft) for i, x in enumerate(operands[:10]))
-    wanted += tuple(operands[i] is not None for i in (12, 16, 17))
-    upstream = (d[0], d[4], d[8], d[9])
-    gradients = _run(True, options, (*operands, *upstream), wanted)
-    if operands[9] is not None and gradients[9] is None:
-        gradients[9] = jnp.zeros_like(operands[9])
+def _dla_backward(options, residuals, d):
+    operands, kept, differentiated = residuals
+    wanted = tuple(differentiated[i] is not None for i in (*range(9), 9, 12, 16, 17))
+    wanted = (*wanted[:9], wanted[9] and options.soft, *wanted[10:])
+    # The final state's gradient costs, even one of zeros.
+    d = [None if x is None or type(x) is jax.custom_derivatives.SymbolicZero else x for x in d]
+    d_o = d[0]
+    if d_o is None:
+        q, v = operands[0], operands[2]
+        d_o = jnp.zeros((*q.shape[:2], *v.shape[2:]), q.dtype)
+    upstream = (d_o, d[4], d[8], d[9])
+    gradients = _run(True, options, (*operands, *upstream, *kept), wanted) if any(wanted) else [None] * 13
+    of = (*operands[:10], operands[12], operands[16], operands[17])
+    gradients = [
+        jnp.zeros_like(x) if x is not None and found is None else found for x, found in zip(of, gradients)
+    ]
     states, opened, keys = gradients[10:]
     integers = [_zero_of_integers(x) for x in (*operands[10:12], *operands[13:16])]
     return ((*gradients[:10], *integers[:2], states, *integers[2:], opened, keys),)
 
 
-_dla.defvjp(_dla_forward, _dla_backward)
+_dla.defvjp(_dla_forward, _dla_backward, symbolic_zeros=True)
 
 
 def _words(offsets):

@@ -200,7 +200,13 @@ fn cache_gradients([states, open, keys]: [Pair; 3]) -> CacheArrays {
     CacheArrays { states: buffer(states), open: buffer(open), keys: buffer(keys), ..CacheArrays::ABSENT }
 }
 
-/// Bytes of workspace of a backward that gives these gradients.
+/// What a backward takes beside the arguments.
+fn upstream(d_o: Pair, kept: [Pair; 2], cache: *const CacheArrays) -> Upstream {
+    let [drift, lambda] = kept.map(buffer);
+    Upstream { o: buffer(d_o), cache, drift, lambda, ..Upstream::default() }
+}
+
+/// Bytes of workspace of a backward that gives these gradients; `kept`: the forward's drift and routed read weights.
 #[pyfunction]
 #[allow(clippy::too_many_arguments)]
 fn backward_workspace(
@@ -210,16 +216,20 @@ fn backward_workspace(
     extents: ExtentsTuple,
     arguments: [Pair; 12],
     first: Option<[Pair; 6]>,
+    d_o: Pair,
+    d_last: Option<[Pair; 3]>,
+    kept: [Pair; 2],
     wanted: [Pair; 10],
     d_first: Option<[Pair; 3]>,
 ) -> PyResult<usize> {
-    let (first, d_first) = (first.map(cache), d_first.map(cache_gradients));
+    let first = first.map(cache);
+    let (d_last, d_first) = (d_last.map(cache_gradients), d_first.map(cache_gradients));
     let options = options(settings);
     let call = Call { cache: at(&first), ..call(place, extents, arguments) };
-    let wanted = gradients(wanted, at(&d_first));
+    let (upstream, wanted) = (upstream(d_o, kept, at(&d_last)), gradients(wanted, at(&d_first)));
     let mut bytes = 0;
     // SAFETY: structs are as they say; buffers are not read.
-    unlocked(py, || unsafe { dla_backward_workspace(&options, &call, &wanted, &mut bytes) })?;
+    unlocked(py, || unsafe { dla_backward_workspace(&options, &call, &upstream, &wanted, &mut bytes) })?;
     Ok(bytes)
 }
 
@@ -235,6 +245,7 @@ fn backward(
     first: Option<[Pair; 6]>,
     d_o: Pair,
     d_last: Option<[Pair; 3]>,
+    kept: [Pair; 2],
     wanted: [Pair; 10],
     d_first: Option<[Pair; 3]>,
 ) -> PyResult<()> {
@@ -242,8 +253,7 @@ fn backward(
     let (d_last, d_first) = (d_last.map(cache_gradients), d_first.map(cache_gradients));
     let options = options(settings);
     let call = Call { cache: at(&first), ..call(place, extents, arguments) };
-    let upstream = Upstream { o: buffer(d_o), cache: at(&d_last), ..Upstream::default() };
-    let wanted = gradients(wanted, at(&d_first));
+    let (upstream, wanted) = (upstream(d_o, kept, at(&d_last)), gradients(wanted, at(&d_first)));
     // SAFETY: structs are as they say; that the buffers are, dla/_call.py answers for.
     unlocked(py, || unsafe { dla_backward(&options, &call, &upstream, &wanted) })
 }

@@ -41,9 +41,6 @@ struct Version {
     minor: i32,
 }
 
-/// The handler may be captured into a CUDA graph.
-const COMMAND_BUFFER_COMPATIBLE: u32 = 1;
-
 #[repr(C)]
 struct ErrorCreate {
     struct_size: usize,
@@ -264,7 +261,7 @@ unsafe fn run(frame: &Frame, cuda: bool, backward: bool) -> Outcome<()> {
     let extents: [usize; 9] = std::array::from_fn(|i| codes[8 + i] as usize);
     let [batch, time, heads, value_heads, dk, dv, sequences, lambda_columns, logit_columns] = extents;
     // SAFETY: as the caller says.
-    let operands: [Buffer; 22] = unsafe { buffers(&frame.arguments, codes[17]) }?;
+    let operands: [Buffer; 24] = unsafe { buffers(&frame.arguments, codes[17]) }?;
     // SAFETY: as the caller says.
     let results: [Buffer; 13] = unsafe { buffers(&frame.results, codes[18]) }?;
     let [q, k, v, g, beta, lambda, route_slope, route_bias, route_logits, tau, events, cu_seqlens, ..] =
@@ -323,6 +320,8 @@ unsafe fn run(frame: &Frame, cuda: bool, backward: bool) -> Outcome<()> {
         let upstream = Upstream {
             o: operands[18],
             cache: if some(&d_last) { &d_last } else { null() },
+            drift: operands[22],
+            lambda: operands[23],
             ..Upstream::default()
         };
         let [q, k, v, g, beta, lambda, route_slope, route_bias, route_logits, tau, ..] = results;
@@ -344,7 +343,7 @@ unsafe fn run(frame: &Frame, cuda: bool, backward: bool) -> Outcome<()> {
         unsafe {
             if cuda {
                 let mut bytes = 0;
-                of_status(dla_backward_workspace(&options, &call, &wanted, &mut bytes))?;
+                of_status(dla_backward_workspace(&options, &call, &upstream, &wanted, &mut bytes))?;
                 call.workspace = workspace(frame, bytes)?;
             }
             of_status(dla_backward(&options, &call, &upstream, &wanted))
@@ -448,7 +447,8 @@ unsafe fn handle(frame: *mut Frame, cuda: bool, backward: bool) -> *mut c_void {
                 let metadata = &mut *(*frame.extension.cast::<MetadataExtension>()).metadata;
                 metadata.version.major = 0;
                 metadata.version.minor = (*frame.api).version.minor.min(3);
-                metadata.traits = if cuda { COMMAND_BUFFER_COMPATIBLE } else { 0 };
+                // Not to be captured into a CUDA graph: XLA's scratch memory is another's when a graph is replayed.
+                metadata.traits = 0;
                 return null_mut();
             }
         }

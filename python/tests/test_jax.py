@@ -1,6 +1,6 @@
 """JAX against the f64 reference; jit, grad, vmap."""
 
-import contextlib
+import os
 
 import numpy as np
 import pytest
@@ -14,16 +14,10 @@ import jax.numpy as jnp  # noqa: E402
 import dla  # noqa: E402
 import dla.jax  # noqa: E402
 
-
-@contextlib.contextmanager
-def unless_not_built():
-    """Skips a test of what the device does not have yet, and says so."""
-    try:
-        yield
-    except Exception as reason:
-        if "UNIMPLEMENTED" in str(reason):
-            pytest.skip(str(reason).splitlines()[0])
-        raise
+if os.environ.get("DLA_CUDA") == "require":
+    # A GPU that cannot be used is no reason to test the CPU in its place.
+    assert jax.default_backend() == "gpu", jax.default_backend()
+    dla.check_cuda()
 
 
 def of(case, convert=jnp.asarray):
@@ -57,9 +51,8 @@ def test_jit_and_grad(kind, reference):
     assert_close("o", result.o, expected["o"], bound)
     assert_close("states", result.state.states, expected["cache_states"], bound)
     every = tuple(range(len(names)))
-    with unless_not_built():
-        (_, same), gradients = jax.jit(jax.value_and_grad(loss, argnums=every, has_aux=True))(*given)
-        jax.block_until_ready(gradients)
+    (_, same), gradients = jax.jit(jax.value_and_grad(loss, argnums=every, has_aux=True))(*given)
+    jax.block_until_ready(gradients)
     assert (same.o == result.o).all()
     for name, x in zip(names, gradients):
         assert_close(f"d{name}", x, expected[SPELLED.get(name, f"d{name}")], 2 * bound)
@@ -69,14 +62,30 @@ def test_gradient_of_the_state():
     case = Case(12, delta=True, routed=True, time=30)
     names, forward, given = of(case)
     upstream = np.random.default_rng(3).standard_normal((2, *case.shape[:1], 6, 16, 24)).astype(np.float32)
-    with unless_not_built():
-        gradients = jax.grad(lambda *given: (forward(*given).state.states * upstream).sum(), argnums=(1, 2))(*given)
-        jax.block_until_ready(gradients)
+    gradients = jax.grad(lambda *given: (forward(*given).state.states * upstream).sum(), argnums=(1, 2))(*given)
+    jax.block_until_ready(gradients)
     positional, keywords = case.call()
-    log = dla.forward(*positional, **keywords).events
+    log = np.asarray(forward(*given).events)
     expected = dla.backward(np.zeros_like(case.do), log, *positional, d_state=(upstream,), **keywords)
-    assert_close("dk", gradients[0], expected.k, 1e-6)
-    assert_close("dv", gradients[1], expected.v, 1e-6)
+    bound = 1e-6 if jax.default_backend() == "cpu" else 2e-4
+    assert_close("dk", gradients[0], expected.k, bound)
+    assert_close("dv", gradients[1], expected.v, bound)
+
+
+def test_what_is_not_differentiated_is_left_alone():
+    """Gradients of some arguments are those of all; tau without soft boundaries has one of zeros."""
+    case = Case(16, delta=True, routed=True, time=30)
+    names, forward, given = of(case)
+    loss = lambda *given: (forward(*given).o * case.do).sum()  # noqa: E731
+    every = jax.grad(loss, tuple(range(len(names))))(*given)
+    for i, name in enumerate(names):
+        assert (jax.jit(jax.grad(loss, i))(*given) == every[i]).all(), name
+    a = dict(zip(names, given))
+    route = (a["slope"], a["bias"], a["logits"])
+    at = lambda tau: dla.jax.dla(  # noqa: E731
+        *(a[name] for name in GRADIENTS[:5]), route=route, **{**case.options, "tau": tau}
+    )[0].sum()
+    assert (jax.grad(at)(jnp.full(4, 0.6)) == 0).all()
 
 
 @pytest.mark.parametrize("routed", [False, True])
@@ -92,12 +101,12 @@ def test_vmap_is_a_loop(routed):
     o = jax.jit(jax.vmap(lambda *given: forward(*given).o, axes))(*many)
     for i in range(3):
         assert (o[i] == forward(*row(i)).o).all()
-    with unless_not_built():
-        gradients = jax.vmap(jax.grad(loss, every), axes)(*many)
-        jax.block_until_ready(gradients)
+    gradients = jax.vmap(jax.grad(loss, every), axes)(*many)
+    jax.block_until_ready(gradients)
     for i in range(3):
         for name, x, expected in zip(names, gradients, jax.grad(loss, every)(*row(i))):
-            assert_close(f"d{name}", x[i], expected, 1e-6)
+            # On a GPU the sums over tokens are grouped by how many sequences there are.
+            assert_close(f"d{name}", x[i], expected, 1e-6 if jax.default_backend() == "cpu" else 1e-5)
 
 
 def test_pieces_are_one_call():

@@ -43,8 +43,11 @@ pub(super) fn init() -> Result<()> {
 }
 
 fn first_init() -> Result<()> {
+    // Asked here, by names that cudarc tries too: its own question is not there where another crate of the program has it
+    // link libcuda (candle-core does).
+    let names = ["libcuda.so.1", "libcuda.so", "nvcuda.dll"];
     // SAFETY: opens and closes the library; what it runs on loading is the driver's own.
-    if !unsafe { sys::is_culib_present() } {
+    if !names.iter().any(|name| unsafe { libloading::Library::new(*name) }.is_ok()) {
         return Err(Error::NoDriver);
     }
     let mut version = 0;

@@ -3,12 +3,14 @@
 use super::abi::DevicePointer;
 use super::backward::{BackwardCall, BackwardKernel};
 use super::driver::call;
+use super::entries::CacheStepPlan;
 use super::forward::{self, Resident};
 use super::launch::{Backwards, Stages, TimedBackwards};
 use super::memory::Memory;
 use super::module::{self, Device};
 use super::plan::{BackwardPlan, Call, Plan};
-use super::raw::{self, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream};
+use super::raw::{self, RawCache, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream};
+use super::replay::ReplayPlan;
 use super::stream::{self, Clock, OwnStream, SideStream, Timeline};
 use crate::cache::Cache;
 use crate::engine::{Forward, Gradients, Step};
@@ -226,6 +228,75 @@ impl Engine {
         plan.backward.run(&call, &mut launcher)
     }
 
+    /// Chooses a backward that computes again what of the forward was not kept. Of the addresses only whether they are 0 is
+    /// read: of `forward.drift` and `forward.lambda`, what was not kept; of `gradients`, what is not wanted.
+    /// `call.final_cache` says whether the final cache has a gradient.
+    ///
+    /// # Errors
+    /// As [`Engine::plan`].
+    pub fn plan_replay(
+        &self,
+        call: &Call<'_>,
+        inputs: &RawInputs,
+        forward: &RawForward,
+        gradients: &RawGradients,
+    ) -> Result<ReplayPlan> {
+        self.device.bind()?;
+        ReplayPlan::new(self, call, inputs, forward, gradients)
+    }
+
+    /// Launches a backward as [`Engine::launch_backward`] does, before it, where the plan says so, segment and route.
+    /// What is 0 is what was so for the plan. The workspace is of [`ReplayPlan::workspace_bytes`] or more.
+    ///
+    /// # Errors
+    /// As [`Engine::launch`].
+    ///
+    /// # Safety
+    /// As [`Engine::launch_backward`].
+    pub unsafe fn launch_replay(
+        &self,
+        plan: &ReplayPlan,
+        inputs: &RawInputs,
+        forward: &RawForward,
+        upstream: &RawUpstream,
+        gradients: &RawGradients,
+        workspace: (DevicePointer, usize),
+    ) -> Result<()> {
+        self.device.bind()?;
+        // SAFETY: as the caller says.
+        unsafe { plan.launch(self, inputs, forward, upstream, gradients, workspace) }
+    }
+
+    /// Chooses the kernels of a step of chronological caches, T = 1.
+    ///
+    /// # Errors
+    /// As [`Engine::plan`]; [`Error::Shape`].
+    pub fn plan_step(&self, call: &Call<'_>) -> Result<CacheStepPlan> {
+        self.device.bind()?;
+        CacheStepPlan::new(self, call)
+    }
+
+    /// Launches a step on this engine's stream, batch entry b going on from sequence b of `cache`, which is changed in
+    /// place: allocates nothing, waits for nothing, and may be captured into a graph. It moves all states three times;
+    /// [`Entries`](super::Entries) move none. Of `inputs` cu_seqlens and cache, of `outputs` cache are absent.
+    ///
+    /// # Errors
+    /// As [`Engine::launch`].
+    ///
+    /// # Safety
+    /// As [`Engine::launch`].
+    pub unsafe fn launch_step(
+        &self,
+        plan: &CacheStepPlan,
+        inputs: &RawInputs,
+        outputs: &RawOutputs,
+        cache: &RawCache,
+        workspace: (DevicePointer, usize),
+    ) -> Result<()> {
+        self.device.bind()?;
+        plan.launch(self, inputs, outputs, cache, workspace)
+    }
+
     /// Launches a backward as [`Engine::launch_backward`] does, waits for it, and returns how long every kernel took on the
     /// GPU: its name, launches, and milliseconds of all of them, in the order in which they were first launched.
     ///
@@ -357,7 +428,7 @@ impl crate::engine::Engine for Engine {
     }
 
     /// Copies the arguments to the GPU, computes there, and copies the gradients back. Where the backward takes more of
-    /// the forward than its log (routed reads, soft boundaries, a gradient of the final cache), the forward runs first.
+    /// the forward than its log (routed reads, soft boundaries, a gradient of the final cache), segment and route run first.
     fn backward(
         &self,
         problem: &Problem<'_>,

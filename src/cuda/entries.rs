@@ -3,12 +3,13 @@
 use super::abi::{
     DevicePointer, STEP_RECORD_BYTES, STEP_RING, STEP_SPARE_PLACES, StepBank, StepCacheParams, StepForm,
 };
+use super::driver::call;
 use super::engine::Engine;
 use super::forward::{Arena, CacheOffsets};
 use super::launch::launch;
 use super::memory::{Memory, bytes_of, bytes_of_mut};
 use super::module::{Choice, Kernel};
-use super::plan::{Call, Plan, check_head_sizes};
+use super::plan::{Call, Plan, check_head_sizes, check_shape};
 use super::raw::{self, RawCache, RawInputs, RawOutputs};
 use super::step::{Results, StepPlan};
 use crate::cache::{Cache, CacheDims};
@@ -88,7 +89,7 @@ impl Entries {
 
     /// Bytes of an entry on the GPU.
     pub fn entry_bytes(&self) -> usize {
-        self.pool.bytes / self.pool.roster.spec.entries.max(1)
+        self.pool.places.bytes / self.pool.roster.spec.entries.max(1)
     }
 
     /// Room for the entries of `count` batch rows, all at rest.
@@ -128,7 +129,7 @@ impl Entries {
     pub fn plan(&self, options: &Options, shape: &Shape, dtype: Dtype) -> Result<StepPlan> {
         self.pool.roster.check_call(options, shape)?;
         self.engine.bind()?;
-        StepPlan::new(&self.engine, &self.pool, options, shape, dtype)
+        StepPlan::new(&self.engine, &self.pool.places, options, shape, dtype)
     }
 
     /// Launches a step on the engine's stream: allocates nothing, waits for nothing, and may be captured into a graph.
@@ -150,8 +151,8 @@ impl Entries {
         outputs: &RawOutputs,
     ) -> Result<()> {
         self.engine.bind()?;
-        raw::check_step(plan, self.engine.ordinal(), entries, inputs, outputs)?;
-        plan.launch(&self.pool, entries, inputs, outputs, self.engine.raw_stream())
+        raw::check_step(plan, self.engine.ordinal(), Some(entries), inputs, outputs)?;
+        plan.launch(&self.pool.bank, entries, inputs, outputs, self.engine.raw_stream())
     }
 
     /// Chooses the kernels of a prefill and lays out its workspace.
@@ -184,23 +185,21 @@ impl Entries {
     }
 }
 
-/// The arrays, without an engine.
-#[derive(Debug)]
-pub(super) struct Pool {
-    pub(super) roster: Roster,
-    pub(super) bank: StepBank,
+/// Where the arrays of entries stand in one piece of memory, and the kernels that move caches in and out.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Places {
+    spec: EntrySpec,
     gather: Kernel,
     scatter: Kernel,
-    memory: Memory,
     /// Begin and bytes of every array, of as many bytes an entry.
     arrays: [(usize, usize); 5],
     records: usize,
+    arrived: usize,
     bytes: usize,
 }
 
-impl Pool {
-    pub(super) fn new(engine: &Engine, spec: EntrySpec) -> Result<Pool> {
-        let roster = Roster::new(spec)?;
+impl Places {
+    pub(super) fn new(engine: &Engine, spec: EntrySpec) -> Result<Places> {
         check_head_sizes(spec.dk, spec.dv)?;
         let limit = i32::MAX as u64;
         if spec.entries as u64 > limit {
@@ -232,22 +231,7 @@ impl Pool {
         };
         let arrays = sizes.map(&mut room);
         let (arrived, _) = room(4 * rows);
-        let records = arrays[4].0;
-        let memory = engine.allocate(bytes)?;
-        // Records, and what has arrived, begin as zeros.
-        memory.fill_range(records, bytes - records, 0, engine.raw_stream())?;
-        let base = memory.address();
-        let at = |(offset, size): (usize, usize)| if size > 0 { base + offset as u64 } else { 0 };
-        let bank = StepBank {
-            states: at(arrays[0]),
-            rest: at(arrays[1]),
-            keys: at(arrays[2]),
-            ring: at(arrays[3]),
-            records: at(arrays[4]),
-            arrived: base + arrived as u64,
-            entries: spec.entries as i64,
-        };
-        Ok(Pool { roster, bank, gather, scatter, memory, arrays, records, bytes })
+        Ok(Places { spec, gather, scatter, arrays, records: arrays[4].0, arrived, bytes })
     }
 
     fn form_of(spec: &EntrySpec, tokens: usize) -> StepForm {
@@ -256,7 +240,70 @@ impl Pool {
     }
 
     pub(super) fn form(&self, tokens: usize) -> StepForm {
-        Self::form_of(&self.roster.spec, tokens)
+        Self::form_of(&self.spec, tokens)
+    }
+
+    /// The arrays in memory at `base`.
+    fn bank(&self, base: DevicePointer) -> StepBank {
+        let at = |(offset, size): (usize, usize)| if size > 0 { base + offset as u64 } else { 0 };
+        let [states, rest, keys, ring, records] = self.arrays.map(at);
+        let arrived = base + self.arrived as u64;
+        StepBank { states, rest, keys, ring, records, arrived, entries: self.spec.entries as i64 }
+    }
+
+    /// Gathers entries to a chronological cache, or scatters them from it; without a list sequence n is entry n.
+    fn move_cache(
+        &self,
+        engine: &Engine,
+        kernel: &Kernel,
+        bank: &StepBank,
+        entries: DevicePointer,
+        cache: &RawCache,
+        sequences: usize,
+    ) -> Result<()> {
+        let spec = &self.spec;
+        let blocks = sequences.saturating_mul(spec.value_heads * (spec.capacity + 1));
+        let limit = i32::MAX as u64;
+        let blocks = u32::try_from(blocks)
+            .ok()
+            .filter(|&blocks| u64::from(blocks) <= limit)
+            .ok_or(Error::Limit { name: "sequences x value heads x slots", limit, given: blocks as u64 })?;
+        let params = StepCacheParams {
+            bank: *bank,
+            entries,
+            states: cache.states,
+            len: cache.len,
+            tokens: cache.tokens,
+            drift: cache.drift,
+            open: cache.open,
+            keys: if spec.read == Read::Routed { cache.keys } else { 0 },
+            sequences: sequences as i64,
+            value_heads: spec.value_heads as i32,
+            dk: spec.dk as i32,
+            dv: spec.dv as i32,
+            capacity: spec.capacity as i32,
+        };
+        launch(&Kernel { blocks, ..*kernel }, &params, engine.raw_stream())
+    }
+}
+
+/// The arrays, without an engine.
+#[derive(Debug)]
+pub(super) struct Pool {
+    roster: Roster,
+    places: Places,
+    bank: StepBank,
+    memory: Memory,
+}
+
+impl Pool {
+    fn new(engine: &Engine, spec: EntrySpec) -> Result<Pool> {
+        let roster = Roster::new(spec)?;
+        let places = Places::new(engine, spec)?;
+        let memory = engine.allocate(places.bytes)?;
+        // Records, and what has arrived, begin as zeros.
+        memory.fill_range(places.records, places.bytes - places.records, 0, engine.raw_stream())?;
+        Ok(Pool { roster, places, bank: places.bank(memory.address()), memory })
     }
 
     fn spec(&self) -> &EntrySpec {
@@ -272,55 +319,30 @@ impl Pool {
     fn clear(&self, engine: &Engine, entry: usize) -> Result<()> {
         engine.bind()?;
         let bytes = self.spec().value_heads * STEP_RECORD_BYTES;
-        self.memory.fill_range(self.records + entry * bytes, bytes, 0, engine.raw_stream())
+        self.memory.fill_range(self.places.records + entry * bytes, bytes, 0, engine.raw_stream())
     }
 
     fn copy(&self, engine: &Engine, from: usize, to: usize) -> Result<()> {
         engine.bind()?;
-        for (at, size) in self.arrays {
+        for (at, size) in self.places.arrays {
             let each = size / self.spec().entries;
             self.memory.copy_range(at + from * each, at + to * each, each, engine.raw_stream())?;
         }
         Ok(())
     }
 
-    fn cache_params(&self, entries: DevicePointer, cache: &RawCache, sequences: usize) -> StepCacheParams {
-        let spec = self.spec();
-        StepCacheParams {
-            bank: self.bank,
-            entries,
-            states: cache.states,
-            len: cache.len,
-            tokens: cache.tokens,
-            drift: cache.drift,
-            open: cache.open,
-            keys: if spec.read == Read::Routed { cache.keys } else { 0 },
-            sequences: sequences as i64,
-            value_heads: spec.value_heads as i32,
-            dk: spec.dk as i32,
-            dv: spec.dv as i32,
-            capacity: spec.capacity as i32,
-        }
+    fn gather(&self, engine: &Engine, entries: DevicePointer, to: &RawCache, sequences: usize) -> Result<()> {
+        self.places.move_cache(engine, &self.places.gather, &self.bank, entries, to, sequences)
     }
 
-    /// Gathers entries to a chronological cache, or scatters them from it.
-    fn move_cache(
+    fn scatter(
         &self,
         engine: &Engine,
-        kernel: &Kernel,
         entries: DevicePointer,
-        cache: &RawCache,
+        from: &RawCache,
         sequences: usize,
     ) -> Result<()> {
-        let spec = self.spec();
-        let blocks = sequences.saturating_mul(spec.value_heads * (spec.capacity + 1));
-        let limit = i32::MAX as u64;
-        let blocks = u32::try_from(blocks)
-            .ok()
-            .filter(|&blocks| u64::from(blocks) <= limit)
-            .ok_or(Error::Limit { name: "sequences x value heads x slots", limit, given: blocks as u64 })?;
-        let params = self.cache_params(entries, cache, sequences);
-        launch(&Kernel { blocks, ..*kernel }, &params, engine.raw_stream())
+        self.places.move_cache(engine, &self.places.scatter, &self.bank, entries, from, sequences)
     }
 
     fn export(&self, engine: &Engine, entries: &[usize]) -> Result<Cache> {
@@ -331,7 +353,7 @@ impl Pool {
         let room = CacheOffsets::room(&mut arena, dims, self.spec().read);
         let memory = arena.upload(engine)?;
         let (base, list) = (memory.address(), memory.address() + list as u64);
-        self.move_cache(engine, &self.gather, list, &room.raw(base), entries.len())?;
+        self.gather(engine, list, &room.raw(base), entries.len())?;
         room.download(engine, &memory, dims, self.spec().read)
     }
 
@@ -342,7 +364,7 @@ impl Pool {
         let given = CacheOffsets::of(&mut arena, cache);
         let memory = arena.upload(engine)?;
         let (base, list) = (memory.address(), memory.address() + list as u64);
-        self.move_cache(engine, &self.scatter, list, &given.raw(base), entries.len())?;
+        self.scatter(engine, list, &given.raw(base), entries.len())?;
         // The arena is freed on return.
         engine.synchronize()
     }
@@ -370,13 +392,13 @@ impl Pool {
             let mut records = vec![0u8; entries.len() * each];
             for (row, &entry) in entries.iter().enumerate() {
                 let to = &mut records[row * each..][..each];
-                engine.download(&self.memory, self.records + entry * each, to)?;
+                engine.download(&self.memory, self.places.records + entry * each, to)?;
             }
             let ledger = |row: usize| Self::ledger(&records[row * STEP_RECORD_BYTES..][..STEP_RECORD_BYTES]);
             problem.check_events_from(events, ledger)?;
         }
         engine.bind()?;
-        let plan = StepPlan::new(engine, self, problem.options(), problem.shape(), problem.dtype())?;
+        let plan = StepPlan::new(engine, &self.places, problem.options(), problem.shape(), problem.dtype())?;
         let indices: Vec<i32> = entries.iter().map(|&entry| entry as i32).collect();
         let taus: Vec<f32> = (0..heads).map(|head| problem.options().tau.of(head)).collect();
         let mut arena = Arena::default();
@@ -385,7 +407,13 @@ impl Pool {
         let results = Results::room(&mut arena, problem);
         let memory = arena.upload(engine)?;
         let base = memory.address();
-        plan.launch(self, base + list as u64, &inputs.raw(base), &results.raw(base), engine.raw_stream())?;
+        plan.launch(
+            &self.bank,
+            base + list as u64,
+            &inputs.raw(base),
+            &results.raw(base),
+            engine.raw_stream(),
+        )?;
         results.download(engine, &memory, problem)
     }
 
@@ -421,10 +449,10 @@ impl Pool {
         let forward = (base + plan.forward as u64, plan.plan.workspace_bytes());
         raw::check(&plan.plan, engine.ordinal(), &inputs, &outputs, forward)?;
         let sequences = plan.plan.shape.sequences;
-        self.move_cache(engine, &self.gather, from, &initial, sequences)?;
+        self.gather(engine, from, &initial, sequences)?;
         // SAFETY: the caches are of the workspace, laid out for this plan; the rest as the caller says.
         unsafe { engine.launch(&plan.plan, &inputs, &outputs, forward, None) }?;
-        self.move_cache(engine, &self.scatter, to, &last, sequences)
+        self.scatter(engine, to, &last, sequences)
     }
 
     fn prefill(&self, engine: &Engine, problem: &Problem<'_>, from: &[usize], to: &[usize]) -> Result<Step> {
@@ -459,16 +487,82 @@ impl Pool {
     }
 }
 
-/// [`crate::Engine::step`]: a cache of the host by way of entries that live as long as the call.
+/// A step of chronological caches, chosen once: entries in the workspace, for the time of a launch.
+#[derive(Debug, Clone)]
+pub struct CacheStepPlan {
+    places: Places,
+    step: StepPlan,
+}
+
+impl CacheStepPlan {
+    pub(super) fn new(engine: &Engine, call: &Call<'_>) -> Result<CacheStepPlan> {
+        let Call { options, shape, dtype, .. } = call;
+        if shape.time != 1 {
+            return Err(Error::Shape {
+                name: "q",
+                expected: "[B,T,H,dk] with T = 1 for a step".to_owned(),
+                given: format!("{:?}", [shape.batch, shape.time, shape.heads, shape.dk]),
+            });
+        }
+        let spec = EntrySpec::of(options, shape, shape.sequences, StateDtype::F32);
+        check_shape(shape)?;
+        // Counts what Places::new multiplies.
+        Roster::check_spec(&spec)?;
+        let places = Places::new(engine, spec)?;
+        Ok(CacheStepPlan { places, step: StepPlan::new(engine, &places, options, shape, *dtype)? })
+    }
+
+    /// Bytes of workspace that a launch needs.
+    pub fn workspace_bytes(&self) -> usize {
+        self.places.bytes
+    }
+
+    /// Addresses are checked here; the context is bound.
+    pub(super) fn launch(
+        &self,
+        engine: &Engine,
+        inputs: &RawInputs,
+        outputs: &RawOutputs,
+        cache: &RawCache,
+        workspace: (DevicePointer, usize),
+    ) -> Result<()> {
+        let sequences = self.step.shape.sequences;
+        let ordinal = engine.ordinal();
+        raw::check_step(&self.step, ordinal, None, inputs, outputs)?;
+        raw::check_step_cache(&self.step, ordinal, cache, workspace, self.places.bytes)?;
+        if sequences == 0 {
+            return Ok(());
+        }
+        let (places, bank) = (&self.places, self.places.bank(workspace.0));
+        let (zeros, stream) = (places.bytes - places.records, engine.raw_stream());
+        // SAFETY: in the workspace, which is as long as was checked; the stream is one of the bound context.
+        unsafe { call!(cuMemsetD8Async(workspace.0 + places.records as u64, 0, zeros, stream)) }?;
+        places.move_cache(engine, &places.scatter, &bank, 0, cache, sequences)?;
+        self.step.launch(&bank, 0, inputs, outputs, stream)?;
+        places.move_cache(engine, &places.gather, &bank, 0, cache, sequences)
+    }
+}
+
+/// [`crate::Engine::step`]: a cache of the host, copied to the GPU and back.
 pub(super) fn step_cache(engine: &Engine, problem: &Problem<'_>, cache: &mut Cache) -> Result<Step> {
     problem.check_step(cache)?;
-    let sequences = problem.shape().sequences;
-    let spec = EntrySpec::of(problem.options(), problem.shape(), sequences, StateDtype::F32);
-    let mut pool = Pool::new(engine, spec)?;
-    let entries = (0..sequences).map(|_| pool.take(engine)).collect::<Result<Vec<_>>>()?;
-    pool.import(engine, &entries, cache)?;
-    let step = pool.step(engine, problem, &entries)?;
-    *cache = pool.export(engine, &entries)?;
+    engine.bind()?;
+    let plan = CacheStepPlan::new(engine, &Call::of(problem))?;
+    let (dims, read) = (cache.dims, problem.options().read);
+    let taus: Vec<f32> = (0..dims.value_heads).map(|head| problem.options().tau.of(head)).collect();
+    let (step, moved) = {
+        let mut arena = Arena::default();
+        let inputs = arena.inputs(problem, &taus);
+        let moved = CacheOffsets::of(&mut arena, cache);
+        let results = Results::room(&mut arena, problem);
+        let workspace = arena.room(plan.workspace_bytes());
+        let memory = arena.upload(engine)?;
+        let base = memory.address();
+        let workspace = (base + workspace as u64, plan.workspace_bytes());
+        plan.launch(engine, &inputs.raw(base), &results.raw(base), &moved.raw(base), workspace)?;
+        (results.download(engine, &memory, problem)?, moved.download(engine, &memory, dims, read)?)
+    };
+    *cache = moved;
     Ok(step)
 }
 

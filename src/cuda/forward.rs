@@ -10,7 +10,7 @@ use crate::cache::{Cache, CacheGradients};
 use crate::engine::{Forward, Gradients, RouteGradients, SoftGradients, Stage};
 use crate::error::Result;
 use crate::options::{Read, Recurrence};
-use crate::problem::{Inputs, OutputGradients, Problem};
+use crate::problem::{OutputGradients, Problem};
 use crate::tensor::{Buffer, Data, Tensor};
 use cudarc::driver::sys::CUstream;
 
@@ -56,6 +56,15 @@ pub(super) fn timed(stages: &Stages<'_>, main: CUstream, timeline: &Timeline) ->
         timeline.time(Stage::Scan, index, main, || stages.scan(window, main))?;
     }
     Ok(())
+}
+
+/// The stages that make drift and lambda of a log that is given.
+pub(super) fn decide(stages: &Stages<'_>, main: CUstream) -> Result<()> {
+    let all = 0..i64::MAX as usize;
+    stages.segment_gram(main)?;
+    stages.segment(all.clone(), main)?;
+    stages.route_sums(main)?;
+    stages.route(all, main)
 }
 
 /// Arrays of a call in one piece of memory.
@@ -285,16 +294,17 @@ pub(super) fn backward(
     upstream: &OutputGradients<'_>,
 ) -> Result<Gradients> {
     let (options, shape, dtype) = (problem.options(), *problem.shape(), problem.dtype());
-    let along = Problem::new(options, Inputs { events: Some(events), ..*problem.inputs() })?;
-    let resident = Resident::new(engine, &along)?;
     let call = Call { final_cache: upstream.cache.is_some(), ..Call::of(problem) };
-    let plan = engine.plan_backward(&call)?;
     let routed = options.read == Read::Routed;
-    let (soft, resumed) = (options.soft.is_some(), resident.inputs.cache.is_some());
+    let (soft, resumed) = (options.soft.is_some(), problem.inputs().cache.is_some());
     let (dims, per_token) = (shape.cache_dims(), shape.tokens() * shape.value_heads);
     let (keys, values) = (shape.tokens() * shape.heads * shape.dk, per_token * shape.dv);
+    let taus: Vec<f32> = (0..shape.value_heads).map(|head| options.tau.of(head)).collect();
 
     let mut arena = Arena::default();
+    let inputs = arena.inputs(problem, &taus);
+    let initial = problem.inputs().cache.map(|cache| CacheOffsets::of(&mut arena, cache));
+    let log = arena.array(events);
     let d_o = arena.tensor(&upstream.o);
     let final_cache = upstream.cache.map(|cache| GradientOffsets {
         states: arena.array(bytes_of(&cache.states)),
@@ -304,11 +314,13 @@ pub(super) fn backward(
     let [dq, dk] = [0; 2].map(|_| arena.room(keys * dtype.bytes()));
     let dv = arena.room(values * dtype.bytes());
     let mut room = |wanted: bool, count: usize| wanted.then(|| arena.room(count * 4));
-    let dg = room(resident.inputs.g != 0, per_token);
+    let given = *problem.inputs();
+    let dg = room(given.g.is_some(), per_token);
     let dbeta = room(options.recurrence == Recurrence::GatedDelta, per_token);
     let dlambda = room(!routed, per_token * problem.lambda_columns());
     let [dslope, dbias] = [0; 2].map(|_| room(routed, shape.value_heads));
-    let dlogits = room(routed && resident.inputs.logits != 0, per_token * problem.logit_columns());
+    let has_logits = given.route.is_some_and(|route| route.logits.is_some());
+    let dlogits = room(routed && has_logits, per_token * problem.logit_columns());
     let dtau = room(soft, shape.value_heads);
     let ddrift = room(soft, per_token);
     let initial_cache = resumed.then(|| GradientOffsets {
@@ -316,41 +328,37 @@ pub(super) fn backward(
         open: arena.room(dims.rows() * dims.state() * 4),
         keys: routed.then(|| arena.room(dims.rows() * dims.key_bank() * 4)),
     });
-    let workspace = arena.room(plan.workspace_bytes());
-    let memory = engine.allocate(arena.bytes)?;
-    for &(at, bytes) in &arena.uploads {
-        memory.upload(at, bytes, engine.raw_stream())?;
-    }
-    let base = memory.address();
-    let address = |offset: Option<Offset>| offset.map_or(0, |offset| base + offset as u64);
-    let gradients = RawGradients {
+    let address = |base: u64, offset: Option<Offset>| offset.map_or(0, |offset| base + offset as u64);
+    let gradients = |base: u64| RawGradients {
         q: base + dq as u64,
         k: base + dk as u64,
         v: base + dv as u64,
-        g: address(dg),
-        beta: address(dbeta),
-        lambda: address(dlambda),
-        slope: address(dslope),
-        bias: address(dbias),
-        logits: address(dlogits),
-        tau: address(dtau),
-        drift: address(ddrift),
+        g: address(base, dg),
+        beta: address(base, dbeta),
+        lambda: address(base, dlambda),
+        slope: address(base, dslope),
+        bias: address(base, dbias),
+        logits: address(base, dlogits),
+        tau: address(base, dtau),
+        drift: address(base, ddrift),
         cache: initial_cache.map(|cache| cache.raw(base)),
     };
+    let raw_inputs =
+        |base: u64| RawInputs { cache: initial.map(|initial| initial.raw(base)), ..inputs.raw(base) };
+    let kept = |base: u64| RawForward { events: base + log as u64, ..RawForward::default() };
+    // Any address will do where only presence is asked for.
+    const ANYWHERE: u64 = 256;
+    let plan = engine.plan_replay(&call, &raw_inputs(ANYWHERE), &kept(ANYWHERE), &gradients(ANYWHERE))?;
+    let workspace = arena.room(plan.workspace_bytes());
+    let memory = arena.upload(engine)?;
+    let base = memory.address();
     let upstream = RawUpstream { o: base + d_o as u64, cache: final_cache.map(|cache| cache.raw(base)) };
-    if routed || plan.soft || plan.through_open {
-        resident.launch(engine)?;
-    }
-    let forward = RawForward {
-        // The caller's log, which the forward, where it ran, has copied.
-        events: resident.inputs.events,
-        drift: resident.outputs.drift,
-        lambda: resident.outputs.lambda,
-    };
     let workspace = (base + workspace as u64, plan.workspace_bytes());
-    // SAFETY: every address is of the two arenas, of the sizes that a validated problem has; log, offsets and caches have
-    // been validated on the host.
-    unsafe { engine.launch_backward(&plan, &resident.inputs, &forward, &upstream, &gradients, workspace) }?;
+    // SAFETY: every address is of the arena, of the sizes that a validated problem has; log, offsets and caches have been
+    // validated on the host.
+    unsafe {
+        engine.launch_replay(&plan, &raw_inputs(base), &kept(base), &upstream, &gradients(base), workspace)
+    }?;
 
     let floats = |offset: Option<Offset>, count: usize| -> Result<Option<Vec<f32>>> {
         let Some(offset) = offset else { return Ok(None) };

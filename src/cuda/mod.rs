@@ -3,7 +3,8 @@
 //!
 //! [`Engine`] is one GPU and one stream. [`Engine::launch`] takes addresses on the GPU ([`RawInputs`],
 //! [`RawOutputs`]) and a [`Plan`], which chose the kernels and says how much workspace they need;
-//! [`Engine::launch_backward`] the same of the backward, with a [`BackwardPlan`]. [`Entries`] are the caches of
+//! [`Engine::launch_backward`] the same of the backward, with a [`BackwardPlan`]; [`Engine::launch_replay`] is a backward
+//! that has kept no more than the log, [`Engine::launch_step`] a step of chronological caches. [`Entries`] are the caches of
 //! sequences that are being decoded.
 
 #[doc(hidden)]
@@ -21,6 +22,7 @@ mod memory;
 mod module;
 mod plan;
 mod raw;
+mod replay;
 mod step;
 mod stream;
 mod workspace;
@@ -28,12 +30,13 @@ mod workspace;
 pub use abi::DevicePointer;
 pub use cudarc;
 pub use engine::Engine;
-pub use entries::{Entries, PrefillPlan, Rows};
+pub use entries::{CacheStepPlan, Entries, PrefillPlan, Rows};
 pub use graph::Graph;
 pub use memory::Memory;
 pub use module::{FATBINS, Fatbin, SOURCE_HASH};
 pub use plan::{BackwardPlan, Call, Plan};
 pub use raw::{RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs, RawOutputs, RawUpstream};
+pub use replay::ReplayPlan;
 pub use step::StepPlan;
 pub use stream::{Clock, Timeline};
 

@@ -303,7 +303,7 @@ pub(super) fn check_head_sizes(dk: usize, dv: usize) -> Result<()> {
 }
 
 /// Extents that the kernels can count.
-fn check_shape(shape: &Shape) -> Result<()> {
+pub(super) fn check_shape(shape: &Shape) -> Result<()> {
     check_head_sizes(shape.dk, shape.dv)?;
     if !(1..=MAX_CAPACITY).contains(&shape.capacity) {
         return Err(Error::Option {

@@ -88,7 +88,8 @@ pub struct RawForward {
     pub lambda: DevicePointer,
 }
 
-/// Addresses of the gradients of a cache's arrays, chronological as [`CacheGradients`](crate::CacheGradients).
+/// Addresses of the gradients of a cache's arrays, chronological as [`CacheGradients`](crate::CacheGradients). One that is 0
+/// is, given, a gradient of zeros, and else not wanted.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
 pub struct RawCacheGradients {
     /// Gradient of the states, `[N,HV,M,dk,dv]` f32.
@@ -245,11 +246,11 @@ pub(super) fn check(
     Ok(())
 }
 
-/// Checks every address of a step.
+/// Checks every address of a step; without a list of entries row b is entry b.
 pub(super) fn check_step(
     plan: &StepPlan,
     ordinal: usize,
-    entries: DevicePointer,
+    entries: Option<DevicePointer>,
     inputs: &RawInputs,
     outputs: &RawOutputs,
 ) -> Result<()> {
@@ -270,7 +271,7 @@ pub(super) fn check_step(
         |name, address, alignment, required| Address { name, address, alignment, elements, required };
     let when = |wanted: bool, address: DevicePointer| if wanted { address } else { 0 };
     for address in [
-        argument("entries", entries, 4, true),
+        argument("entries", entries.unwrap_or(0), 4, entries.is_some()),
         argument("q", inputs.q, WIDE, true),
         argument("k", inputs.k, WIDE, true),
         argument("v", inputs.v, WIDE, true),
@@ -287,6 +288,39 @@ pub(super) fn check_step(
         argument("events", outputs.events, 1, true),
         argument("lambda", when(routed, outputs.lambda), 4, routed),
     ] {
+        check_address(&address, ordinal)?;
+    }
+    Ok(())
+}
+
+/// Checks the cache and the workspace of a step of chronological caches.
+pub(super) fn check_step_cache(
+    plan: &StepPlan,
+    ordinal: usize,
+    cache: &RawCache,
+    workspace: (DevicePointer, usize),
+    needed: usize,
+) -> Result<()> {
+    if workspace.1 < needed {
+        return Err(Error::Workspace { expected: needed, given: workspace.1 });
+    }
+    let routed = plan.read == Read::Routed;
+    let argument = |name, address, alignment| Address {
+        name,
+        address,
+        alignment,
+        elements: plan.shape.sequences > 0,
+        required: true,
+    };
+    let arrays = [
+        argument("workspace", workspace.0, WIDE),
+        argument("cache_states", cache.states, WIDE),
+        argument("cache_len", cache.len, 4),
+        argument("cache_tokens", cache.tokens, 4),
+        argument("cache_drift", cache.drift, 4),
+        argument("cache_open", cache.open, WIDE),
+    ];
+    for address in arrays.into_iter().chain(routed.then(|| argument("cache_keys", cache.keys, 4))) {
         check_address(&address, ordinal)?;
     }
     Ok(())
@@ -390,12 +424,62 @@ pub(super) fn check_backward(
     });
     let cache_gradients = [upstream.cache, gradients.cache].into_iter().flatten().flat_map(|cache| {
         [
-            row("dcache_states", cache.states, WIDE, true),
-            row("dcache_open", cache.open, WIDE, true),
-            row("dcache_keys", when(routed, cache.keys), 4, routed),
+            row("dcache_states", cache.states, WIDE, false),
+            row("dcache_open", cache.open, WIDE, false),
+            row("dcache_keys", when(routed, cache.keys), 4, false),
         ]
     });
     for address in arguments.into_iter().chain(caches).chain(cache_gradients) {
+        check_address(&address, ordinal)?;
+    }
+    Ok(())
+}
+
+/// Checks the addresses that segment and route take and a backward may not: those that it takes are checked there.
+pub(super) fn check_decisions(
+    plan: &Plan,
+    ordinal: usize,
+    inputs: &RawInputs,
+    outputs: &RawOutputs,
+    workspace: DevicePointer,
+) -> Result<()> {
+    let routed = plan.read == Read::Routed;
+    check_columns(inputs, routed, plan.shape.capacity)?;
+    let (tokens, rows) = (plan.shape.tokens() > 0, plan.shape.sequences > 0);
+    let argument = |name, address, alignment, elements, required| Address {
+        name,
+        address,
+        alignment,
+        elements,
+        required,
+    };
+    let arguments = [
+        argument("workspace", workspace, WIDE, true, true),
+        argument("q", inputs.q, WIDE, tokens, true),
+        argument("k", inputs.k, WIDE, tokens, true),
+        argument("v", inputs.v, WIDE, tokens, true),
+        argument("g", inputs.g, 4, tokens, false),
+        argument("tau", inputs.tau, 4, rows, true),
+        argument("cu_seqlens", inputs.cu_seqlens, 8, rows, plan.shape.sequences != plan.shape.batch),
+        argument("events", outputs.events, 1, tokens, true),
+        argument("drift", outputs.drift, 4, tokens, true),
+    ];
+    let routes = [
+        argument("route_slope", inputs.slope, 4, rows, true),
+        argument("route_bias", inputs.bias, 4, rows, true),
+        argument("route_logits", inputs.logits, 4, tokens, false),
+        argument("lambda", outputs.lambda, 4, tokens, true),
+    ];
+    let caches = inputs.cache.into_iter().flat_map(|cache| {
+        [
+            argument("cache_len", cache.len, 4, rows, true),
+            argument("cache_tokens", cache.tokens, 4, rows, true),
+            argument("cache_drift", cache.drift, 4, rows, true),
+            argument("cache_open", cache.open, WIDE, rows, true),
+            argument("cache_keys", if routed { cache.keys } else { 0 }, 4, rows, routed),
+        ]
+    });
+    for address in arguments.into_iter().chain(routes.into_iter().filter(|_| routed)).chain(caches) {
         check_address(&address, ordinal)?;
     }
     Ok(())

@@ -1,8 +1,8 @@
 //! **step** on the GPU: kernels, slices and the launch.
 
-use super::abi::{DevicePointer, STEP_SPARE_PLACES, StepForm, StepParams};
+use super::abi::{DevicePointer, STEP_SPARE_PLACES, StepBank, StepForm, StepParams};
 use super::engine::Engine;
-use super::entries::Pool;
+use super::entries::Places;
 use super::forward::{Arena, Offset};
 use super::launch::launch;
 use super::memory::{Memory, bytes_of_mut};
@@ -35,10 +35,10 @@ pub struct StepPlan {
 }
 
 impl StepPlan {
-    /// Options and extents are the pool's; the context is bound.
+    /// Options and extents are the entries'; the context is bound.
     pub(super) fn new(
         engine: &Engine,
-        pool: &Pool,
+        places: &Places,
         options: &Options,
         shape: &Shape,
         dtype: Dtype,
@@ -62,13 +62,13 @@ impl StepPlan {
         } else {
             wanted
         };
-        Self::of_slices(engine, pool, options, shape, dtype, slices)
+        Self::of_slices(engine, places, options, shape, dtype, slices)
     }
 
     /// With `slices` blocks a row and value head, or more where shared memory asks for it.
     fn of_slices(
         engine: &Engine,
-        pool: &Pool,
+        places: &Places,
         options: &Options,
         shape: &Shape,
         dtype: Dtype,
@@ -84,7 +84,7 @@ impl StepPlan {
         };
         let groups = shape.dv / 8;
         let fitting = tokens.iter().find_map(|&tokens| {
-            let form = pool.form(tokens);
+            let form = places.form(tokens);
             (slices.clamp(1, groups)..=groups).find_map(|slices| {
                 let width = groups.div_ceil(slices) * 8;
                 (form.shared_bytes(shape.dk, shape.dv, width) <= limit).then_some((form, width))
@@ -93,7 +93,7 @@ impl StepPlan {
         let (form, width) = fitting.ok_or(Error::Limit {
             name: "shared memory of a block of step",
             limit: limit as u64,
-            given: pool.form(4).shared_bytes(shape.dk, shape.dv, 8) as u64,
+            given: places.form(4).shared_bytes(shape.dk, shape.dv, 8) as u64,
         })?;
         let slices = shape.dv.div_ceil(width);
         let blocks = rows.saturating_mul(slices);
@@ -136,7 +136,7 @@ impl StepPlan {
     /// Addresses have been checked, the context is bound.
     pub(super) fn launch(
         &self,
-        pool: &Pool,
+        bank: &StepBank,
         entries: DevicePointer,
         inputs: &RawInputs,
         outputs: &RawOutputs,
@@ -146,7 +146,7 @@ impl StepPlan {
         let routed = self.read == Read::Routed;
         let when = |wanted: bool, address: DevicePointer| if wanted { address } else { 0 };
         let params = StepParams {
-            bank: pool.bank,
+            bank: *bank,
             entries,
             q: inputs.q,
             k: inputs.k,

@@ -1,5 +1,5 @@
-//! candle: [`attention`], a differentiable operator on candle's tensors. Feature `candle`; with `candle-cuda` the forward
-//! runs on a GPU too, on candle's own stream, without a copy.
+//! candle: [`attention`], a differentiable operator on candle's tensors. Feature `candle`; with `candle-cuda` it runs on a
+//! GPU too, on candle's own stream, without a copy.
 //!
 //! candle's custom operators take three tensors, this one up to nine. So there are four in the graph: three that stand for
 //! three arguments each, with a result of one element, and one that takes those and computes. In the backward that one,
@@ -98,7 +98,7 @@ pub struct Output {
 ///
 /// # Errors
 /// As [`Problem::new`] and the forward, with the argument's name. On a GPU: without the feature `candle-cuda`, or with a
-/// cache; its backward is [`NotBuilt`](crate::Error::NotBuilt).
+/// cache.
 ///
 /// ```
 /// use candle_core::{Device, Tensor, Var};
@@ -138,8 +138,9 @@ pub fn attention(arguments: &Arguments, options: &Options, cache: Option<&Cache>
     let [first, second, third] = tokens;
     let o = first?.apply_op3(&second?, &third?, Compute { call: call.clone() })?;
     let results = call.results.lock().unwrap_or_else(PoisonError::into_inner).take();
-    let Results { events, cache } = results.ok_or_else(|| Error::msg("internal: the forward left no log"))?;
-    *call.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some(Kept::Log(events.clone()));
+    let Results { log, cache } = results.ok_or_else(|| Error::msg("internal: the forward left no log"))?;
+    let events = log.events.clone();
+    *call.gradients.lock().unwrap_or_else(PoisonError::into_inner) = Some(Kept::Log(log));
     Ok(Output { o, events, cache })
 }
 
@@ -154,19 +155,31 @@ struct Call {
 
 /// What a forward gives beside o.
 struct Results {
-    events: Tensor,
+    log: Log,
     cache: Option<Cache>,
+}
+
+/// What the backward takes of a forward: the event log and, of a GPU, what would be computed again.
+#[derive(Clone)]
+struct Log {
+    events: Tensor,
+    /// Drift, with soft boundaries.
+    #[cfg_attr(not(feature = "candle-cuda"), allow(dead_code))]
+    drift: Option<Tensor>,
+    /// Routed read weights.
+    #[cfg_attr(not(feature = "candle-cuda"), allow(dead_code))]
+    weights: Option<Tensor>,
 }
 
 /// What is kept for the backward, and in it.
 enum Kept {
-    Log(Tensor),
+    Log(Log),
     /// Gradients of the nine arguments, each handed on once.
-    Gradients(Tensor, Box<[Option<Tensor>; 9]>),
+    Gradients(Log, Box<[Option<Tensor>; 9]>),
 }
 
 impl Kept {
-    fn log(&self) -> &Tensor {
+    fn log(&self) -> &Log {
         match self {
             Kept::Log(log) | Kept::Gradients(log, _) => log,
         }
@@ -223,7 +236,8 @@ impl Call {
         let forward = self.with_problem(|problem| cpu::Engine.forward(problem))?;
         let v = self.arguments.v.dims();
         let events = Tensor::from_vec(forward.events, &v[..3], &Device::Cpu)?;
-        let results = Results { events, cache: Some(forward.cache) };
+        let log = Log { events, drift: None, weights: None };
+        let results = Results { log, cache: Some(forward.cache) };
         *self.results.lock().unwrap_or_else(PoisonError::into_inner) = Some(results);
         let o = match forward.o {
             Buffer::F32(x) => CpuStorage::F32(x),
@@ -234,11 +248,12 @@ impl Call {
     }
 
     /// Gradients of the nine arguments from that of o.
-    fn differentiate(&self, log: &Tensor, d_o: &Tensor) -> Result<[Option<Tensor>; 9]> {
-        if !d_o.device().is_cpu() {
-            return Err(Error::wrap(crate::Error::NotBuilt { engine: "cuda", what: "backward" }));
+    fn differentiate(&self, log: &Log, d_o: &Tensor) -> Result<[Option<Tensor>; 9]> {
+        #[cfg(feature = "candle-cuda")]
+        if d_o.device().is_cuda() {
+            return cuda::differentiate(self, log, d_o);
         }
-        let (d_o, events) = (d_o.contiguous()?, log.flatten_all()?.to_vec1::<u8>()?);
+        let (d_o, events) = (d_o.contiguous()?, log.events.flatten_all()?.to_vec1::<u8>()?);
         let (storage, layout) = d_o.storage_and_layout();
         let upstream =
             OutputGradients { o: View::new(elements(&storage, layout, "do")?, d_o.dims()), cache: None };
@@ -389,8 +404,8 @@ impl CustomOp3 for Compute {
         _: &CudaStorage,
         _: &Layout,
     ) -> Result<(CudaStorage, Shape)> {
-        let (o, shape, events) = cuda::compute(&self.call, storage)?;
-        let results = Results { events, cache: None };
+        let (o, shape, log) = cuda::compute(&self.call, storage)?;
+        let results = Results { log, cache: None };
         *self.call.results.lock().unwrap_or_else(PoisonError::into_inner) = Some(results);
         Ok((o, shape))
     }

@@ -1,6 +1,6 @@
 """`dla` and `step`: arguments checked by name, autocast, then the operator."""
 
-from typing import Dict, NamedTuple, Optional, Tuple, Union
+from typing import NamedTuple, Optional, Tuple, Union
 
 import torch
 
@@ -109,11 +109,6 @@ def _check(tensors, number, **options):
     return list(settings.codes), list(settings.numbers)
 
 
-# Plans of calls of plain eager tensors. Where shapes are ever new, all are forgotten at once.
-_plans: Dict[tuple, _op.Plan] = {}
-_MOST_PLANS = 4096
-
-
 def dla(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -165,18 +160,17 @@ def dla(
         merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=soft
     )
     if _op.is_plain(tensors):
-        key = (
-            number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, soft, output_final_state, return_log,
-            *(x if x is None else (x.shape, x.dtype, x.device) for x in tensors),
-        )
-        plan = _plans.get(key)
-        if plan is None:
-            codes, numbers = _check(tensors, number, **options)
-            if len(_plans) >= _MOST_PLANS:
-                _plans.clear()
-            plan = _plans[key] = _op.Plan(tensors, codes, numbers, output_final_state, return_log)
         given = [x for x in tensors if x is not None]
-        if torch.is_grad_enabled() and any([x.requires_grad for x in given]):
+        differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in given])
+        key = (
+            "eager forward", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, soft, output_final_state,
+            return_log, differentiated, *_op.described(tensors),
+        )
+        plan = _op.remembered(
+            key,
+            lambda: _op.Plan(tensors, *_check(tensors, number, **options), output_final_state, return_log, differentiated),
+        )
+        if differentiated:
             o, drift, log, weights, *last = _op.Direct.apply(plan, *given)
         else:
             o, drift, log, weights, *last = plan.run(given)
@@ -188,7 +182,6 @@ def dla(
     return (o, state, Log(log, drift, weights if routed else None)) if return_log else (o, state)
 
 
-@torch.no_grad()
 def step(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -214,9 +207,17 @@ def step(
     if q.ndim == 4 and q.shape[1] != 1:
         raise ValueError(f"q: expected shape [B,T,H,dk] with T = 1 for a step, got {tuple(q.shape)}")
     tensors, number = _convert(q, k, v, g, beta, lam, route, tau, events, None, state)
-    codes, numbers = _check(
-        tensors, number, merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel,
-        scale=scale, soft=None,
+    options = dict(
+        merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=None
     )
-    o, _, _ = torch.ops.dla.step(*tensors[:11], *tensors[12:], codes, numbers)
+    if _op.is_plain(tensors):
+        key = (
+            "eager step", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, *_op.described(tensors)
+        )
+        plan = _op.remembered(key, lambda: _op.StepPlan(tensors, *_check(tensors, number, **options)))
+        o, _, _ = plan.run([x for x in tensors if x is not None])
+    else:
+        codes, numbers = _check(tensors, number, **options)
+        with torch.no_grad():
+            o, _, _ = torch.ops.dla.step(*tensors[:11], *tensors[12:], codes, numbers)
     return o, state

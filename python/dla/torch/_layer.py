@@ -205,7 +205,7 @@ class DynamicLinearAttention(nn.Module):
         unit = self.style == "delta" or self.read != "given"
         state = None if past is None else past.state
         decoding = time == 1 and state is not None and cu_seqlens is None
-        if decoding and use_cache and not torch.is_grad_enabled() and not x.is_cuda:
+        if decoding and use_cache and not torch.is_grad_enabled():
             state = State(*(None if a is None else a.clone() for a in state))
             o, state = step(
                 q, k, v, g, beta, lam, route=route, state=state, use_qk_l2norm_in_kernel=unit, **self.options

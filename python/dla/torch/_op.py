@@ -16,9 +16,10 @@ _tags = (torch.Tag.pt2_compliant_tag, torch.Tag.needs_fixed_stride_order)
 _library.define(
     f"forward({_ARGUMENTS}, {_STATE}, {_SETTINGS}, bool final_state) -> ({', '.join(['Tensor'] * 10)})", tags=_tags
 )
-# Of q, k, v, g, beta, lam, slope, bias, logits, tau, states, open, keys; without elements where not wanted.
+# Of q, k, v, g, beta, lam, slope, bias, logits, tau, states, open, keys; without elements where not wanted. The forward's
+# drift and routed read weights, where they were kept, need not be computed again.
 _library.define(
-    "backward(Tensor d_o, Tensor? d_states, Tensor? d_open, Tensor? d_keys, "
+    "backward(Tensor d_o, Tensor? d_states, Tensor? d_open, Tensor? d_keys, Tensor? kept_drift, Tensor? kept_lam, "
     f"{_ARGUMENTS}, {_STATE}, {_SETTINGS}, bool[] wanted) -> ({', '.join(['Tensor'] * 13)})",
     tags=_tags,
 )
@@ -67,38 +68,39 @@ def _extents(q, v, lam, logits, cu_seqlens, capacity):
     )
 
 
-class _Run:
-    """A call on the device of q: its place, and the workspace where it is a GPU."""
+_HOST = (0, 0, 0, _call.ABSENT)
 
-    def __init__(self, q):
-        self.device = q.device
-        self.cuda = q.is_cuda
-        self.workspace = None
 
-    def place(self, workspace=None):
+class _Site:
+    """Where calls of the same shapes run: the host, or a GPU, with the workspace that each takes there."""
+
+    def __init__(self, device):
+        self.device, self.index, self.cuda = device, device.index, device.type == "cuda"
+        self.bytes = None
+
+    def _place(self, workspace=_call.ABSENT):
+        index = self.index
+        stream = _raw_stream(index) if _raw_stream else torch.cuda.current_stream(self.device).cuda_stream
+        return (1, index, stream, workspace)
+
+    def launch(self, options, extents, pairs, query, call, asked, given):
+        """`query` with `asked` says the workspace, once; `call` takes `given`."""
         if not self.cuda:
-            return (0, 0, 0, _call.ABSENT)
-        index = self.device.index
-        if _raw_stream is not None:
-            stream = _raw_stream(index)
-        else:
-            stream = torch.cuda.current_stream(self.device).cuda_stream
-        return (1, index, stream, _call.ABSENT if workspace is None else _pair(workspace))
-
-    def with_workspace(self, query, call):
-        """Asks for the workspace, takes it from torch's allocator, and calls."""
-        if not self.cuda:
-            return call(self.place())
+            call(options, _HOST, extents, pairs, *given)
+            return
         # The library makes the GPU's context current; what was current is so again afterwards.
-        if torch._C._cuda_getDevice() != self.device.index:
+        if torch._C._cuda_getDevice() != self.index:
             with torch.cuda.device(self.device):
-                return self._on_gpu(query, call)
-        return self._on_gpu(query, call)
+                self._launch(options, extents, pairs, query, call, asked, given)
+        else:
+            self._launch(options, extents, pairs, query, call, asked, given)
 
-    def _on_gpu(self, query, call):
-        workspace = torch.empty(query(self.place()), dtype=torch.uint8, device=self.device)
+    def _launch(self, options, extents, pairs, query, call, asked, given):
+        if self.bytes is None:
+            self.bytes = query(options, self._place(), extents, pairs, *asked)
         # Free for what comes later on this stream: the allocator keeps to the stream's order.
-        call(self.place(workspace))
+        workspace = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
+        call(options, self._place((workspace.data_ptr(), self.bytes)), extents, pairs, *given)
 
 
 # Of o (None: that of q), drift, events, lam, states, len, tokens, drift sums, open, keys.
@@ -131,27 +133,34 @@ def _whole(q, outputs):
     )
 
 
-def _forward_op(*args):
-    return _whole(args[0], _forward(*args))
+# Plans of calls. Where shapes are ever new, all are forgotten at once.
+_plans = {}
+_MOST_PLANS = 4096
+
+
+def remembered(key, make):
+    """The plan of a call that is known by `key`."""
+    plan = _plans.get(key)
+    if plan is None:
+        plan = make()
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[key] = plan
+    return plan
+
+
+def described(tensors):
+    """What of the tensors a plan depends on."""
+    return [x if x is None else (x.shape, x.dtype, x.device) for x in tensors]
 
 
 def _forward(*args):
     *tensors, codes, numbers, final_state = args
-    arguments, state = [_ready(x) for x in tensors[:12]], [_ready(x) for x in tensors[12:]]
-    options = _options(codes, numbers)
-    q, v = arguments[0], arguments[2]
-    e = _extents(q, v, arguments[5], arguments[8], arguments[11], options.capacity)
-    outputs = _forward_outputs(q, e, options, final_state)
-    results = [_pair(x) for x in outputs[:4]]
-    last = [_pair(x) for x in outputs[4:]] if final_state else None
-    first = None if state[0] is None else [_pair(x) for x in state]
-    extents = (_DTYPES[q.dtype], list(e))
-    pairs = [_pair(x) for x in arguments]
-    _Run(q).with_workspace(
-        lambda place: _call.forward_workspace(options, place, extents, pairs, results, last),
-        lambda place: _call.forward(options, place, extents, pairs, first, results, last),
+    plan = remembered(
+        ("forward", *codes, *numbers, final_state, *described(tensors)),
+        lambda: Plan(tensors, codes, numbers, final_state, True, True),
     )
-    return outputs
+    return _whole(tensors[0], plan.run([x for x in tensors if x is not None]))
 
 
 def _forward_fake(*args):
@@ -170,34 +179,19 @@ def _backward_outputs(tensors, wanted):
     )
 
 
-def _backward(d_o, d_states, d_open, d_keys, *args):
+def _backward(d_o, d_states, d_open, d_keys, kept_drift, kept_lam, *args):
     *tensors, codes, numbers, wanted = args
-    arguments, state = [_ready(x) for x in tensors[:12]], [_ready(x) for x in tensors[12:]]
-    # Held by name until the call returns: what is addressed must live.
-    d_o, upstream = _ready(d_o), [_ready(x) for x in (d_states, d_open, d_keys)]
-    options = _options(codes, numbers)
-    q = arguments[0]
-    e = _extents(q, arguments[2], arguments[5], arguments[8], arguments[11], options.capacity)
-    outputs = _backward_outputs(tensors, wanted)
-    of = (*tensors[:10], tensors[12], tensors[16], tensors[17])
-    pairs = [
-        _pair(x) if want and source is not None else _call.ABSENT for x, source, want in zip(outputs, of, wanted)
-    ]
-    first = None if state[0] is None else [_pair(x) for x in state]
-    d_first = None if first is None or not any(wanted[10:]) else pairs[10:]
-    d_last = None if all(x is None for x in upstream) else [_pair(x) for x in upstream]
-    extents = (_DTYPES[q.dtype], list(e))
-    inputs = [_pair(x) for x in arguments]
-    _Run(q).with_workspace(
-        lambda place: _call.backward_workspace(options, place, extents, inputs, first, pairs[:10], d_first),
-        lambda place: _call.backward(
-            options, place, extents, inputs, first, _pair(d_o), d_last, pairs[:10], d_first
-        ),
+    given = (d_states, d_open, d_keys, kept_drift, kept_lam)
+    plan = remembered(
+        ("backward", *codes, *numbers, *wanted, *[x is None for x in given], *described(tensors)),
+        lambda: BackwardPlan(tensors, codes, numbers, wanted, given),
     )
-    return outputs
+    found = plan.run([x for x in tensors if x is not None], d_o, *given)
+    none = tensors[0].new_empty
+    return tuple(none(0, dtype=torch.float32) if x is None else x for x in found)
 
 
-def _backward_fake(d_o, d_states, d_open, d_keys, *args):
+def _backward_fake(d_o, d_states, d_open, d_keys, kept_drift, kept_lam, *args):
     *tensors, _codes, _numbers, wanted = args
     return _backward_outputs(tensors, wanted)
 
@@ -213,33 +207,28 @@ def _step_outputs(q, v):
 
 def _step(*args):
     *tensors, codes, numbers = args
-    arguments, state = [_ready(x) for x in tensors[:11]] + [None], tensors[11:]
-    options = _options(codes, numbers)
-    q = arguments[0]
-    for name, x in zip(_call.STATE, state):
-        if x is not None and (not x.is_contiguous() or x.data_ptr() % _ALIGNMENT):
-            raise ValueError(f"state.{name}: expected a contiguous tensor at a multiple of {_ALIGNMENT} bytes")
-    e = _extents(q, arguments[2], arguments[5], arguments[8], None, options.capacity)
-    outputs = _step_outputs(q, arguments[2])
-    results = [*(_pair(x) for x in outputs), _call.ABSENT]
-    extents = (_DTYPES[q.dtype], list(e))
-    pairs, states = [_pair(x) for x in arguments], [_pair(x) for x in state]
-    _Run(q).with_workspace(
-        lambda place: _call.step_workspace(options, place, extents, pairs, results),
-        lambda place: _call.step(options, place, extents, pairs, states, results),
+    tensors = [*tensors[:11], None, *tensors[11:]]
+    plan = remembered(
+        ("step", *codes, *numbers, *described(tensors)), lambda: StepPlan(tensors, codes, numbers)
     )
-    return outputs
+    return plan.run([x for x in tensors if x is not None])
 
 
 def _step_fake(*args):
     return _step_outputs(args[0], args[2])
 
 
+def _kept(outputs, numbers, final_state, routed):
+    """Of a forward's results on a GPU what its backward would else compute again: drift, routed read weights."""
+    return (outputs[1] if numbers[2] != 0.0 or final_state else None, outputs[3] if routed else None)
+
+
 def _setup(ctx, inputs, output):
-    *tensors, codes, numbers, _final_state = inputs
+    *tensors, codes, numbers, final_state = inputs
     # The backward replays the log; that it was given or computed is all one.
     tensors[10] = output[2]
-    ctx.save_for_backward(*tensors)
+    kept = _kept(output, numbers, final_state, codes[2] == 1) if tensors[0].is_cuda else (None, None)
+    ctx.save_for_backward(*tensors, *kept)
     ctx.settings = (codes, numbers)
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(*(output[i] for i in (1, 2, 3, 5, 6, 7) if output[i] is not None))
@@ -248,61 +237,78 @@ def _setup(ctx, inputs, output):
 def _autograd(ctx, *d):
     codes, numbers = ctx.settings
     needs = ctx.needs_input_grad[:18]
-    found = _gradients(torch.ops.dla.backward, list(ctx.saved_tensors), codes, numbers, needs, *d)
-    return (*found, None, None, None)
+    *tensors, drift, lam = ctx.saved_tensors
+    wanted, upstream = _asked(tensors, codes, numbers, needs, *d)
+    found = torch.ops.dla.backward(*upstream, drift, lam, *tensors, codes, numbers, wanted)
+    found = [x if want else None for x, want in zip(found, wanted)]
+    return (*_of_tensors(found), None, None, None)
 
 
-def _gradients(
-    backward, tensors, codes, numbers, needs, d_o, _drift, _events, _lam, d_states, _len, _tokens, _sums, d_open, d_keys
-):
-    """Gradients of the eighteen tensors, None where there is none or it is not needed."""
+def _asked(tensors, codes, numbers, needs, d_o, _drift, _events, _lam, d_states, _len, _tokens, _sums, d_open, d_keys):
+    """Which of the thirteen gradients are needed; the gradients of o and the state."""
     wanted = [*needs[:10], needs[12], needs[16], needs[17]]
     wanted[9] = wanted[9] and numbers[2] != 0.0
     if d_o is None:
         q, v = tensors[0], tensors[2]
         d_o = q.new_zeros((q.shape[0], q.shape[1], v.shape[2], v.shape[3]))
-    if codes[2] == 0:
-        d_keys = None
-    d = backward(d_o, d_states, d_open, d_keys, *tensors, codes, numbers, wanted)
-    d = [x if want else None for x, want in zip(d, wanted)]
-    return (*d[:10], None, None, d[10], None, None, None, d[11], d[12])
+    return wanted, (d_o, d_states, d_open, d_keys if codes[2] == 1 else None)
 
 
-class Plan:
-    """What a call of plain eager tensors needs beside their addresses, kept for calls of the same shapes and options."""
+def _of_tensors(found):
+    """Thirteen gradients as those of the eighteen tensors."""
+    return (*found[:10], None, None, found[10], None, None, None, found[11], found[12])
 
-    def __init__(self, tensors, codes, numbers, final_state, want_log):
+
+class _Prepared:
+    """What calls of the same tensors' shapes and options share."""
+
+    def __init__(self, tensors, codes, numbers):
         q, v = tensors[0], tensors[2]
         self.codes, self.numbers = codes, numbers
         self.options = options = _options(codes, numbers)
-        e = _extents(q, v, tensors[5], tensors[8], tensors[11], options.capacity)
+        self.shape = e = _extents(q, v, tensors[5], tensors[8], tensors[11], options.capacity)
         self.extents = (_DTYPES[q.dtype], list(e))
         self.present = tuple(i for i, x in enumerate(tensors) if x is not None)
-        self.arguments = tuple(i for i in self.present if i < 12)
         self.resumed = tensors[12] is not None
-        self.cuda, self.device = q.is_cuda, q.device
-        per_token = e.per_token()
-        shapes = [(*per_token, e.dv), per_token if want_log else None, per_token]
-        shapes.append((*per_token, options.capacity) if options.routed and want_log else None)
-        shapes += e.state(options.capacity) if final_state else [None] * 6
-        if not options.routed:
-            shapes[9] = None
-        self.shapes = [
-            (i, shape, _OUTPUT_DTYPES[i] or q.dtype) for i, shape in enumerate(shapes) if shape is not None
-        ]
-        self.final_state = final_state
-        self.silent = tuple(i for i in (1, 2, 3, 5, 6, 7) if shapes[i] is not None)
-        self.workspace = None
+        self.device = q.device
+        self.site = _Site(q.device)
 
-    def run(self, tensors):
-        """`tensors`: those that are present, in order. Ten outputs, None where there is none, and the tensors read."""
-        ready = [_ready(x) for x in tensors]
+    def addresses(self, ready):
+        """Addresses of the twelve arguments, and of the state's six arrays if there is one."""
         pairs, first = [_call.ABSENT] * 12, [_call.ABSENT] * 6 if self.resumed else None
         for i, x in zip(self.present, ready):
             if i < 12:
                 pairs[i] = (x.data_ptr() or 256, x.nbytes)
             else:
                 first[i - 12] = (x.data_ptr() or 256, x.nbytes)
+        return pairs, first
+
+
+class Plan(_Prepared):
+    """A forward. `want_log`: drift and routed read weights are results too; `keep`: its backward may take them."""
+
+    def __init__(self, tensors, codes, numbers, final_state, want_log, differentiated):
+        super().__init__(tensors, codes, numbers)
+        e, options = self.shape, self.options
+        # What the backward takes of the forward is there as well.
+        keeps = differentiated and self.site.cuda
+        self.keeps = (keeps and (options.soft or final_state), keeps and options.routed)
+        per_token = e.per_token()
+        shapes = [(*per_token, e.dv), per_token if want_log or self.keeps[0] else None, per_token]
+        shapes.append((*per_token, options.capacity) if options.routed and (want_log or self.keeps[1]) else None)
+        shapes += e.state(options.capacity) if final_state else [None] * 6
+        if not options.routed:
+            shapes[9] = None
+        dtype = tensors[0].dtype
+        self.shapes = [(i, shape, _OUTPUT_DTYPES[i] or dtype) for i, shape in enumerate(shapes) if shape is not None]
+        self.final_state = final_state
+        self.silent = tuple(i for i in (1, 2, 3, 5, 6, 7) if shapes[i] is not None)
+        self.backwards = {}
+
+    def run(self, tensors):
+        """`tensors`: those that are present, in order. Ten outputs, None where there is none."""
+        ready = [_ready(x) for x in tensors]
+        pairs, first = self.addresses(ready)
         outputs, results = [None] * 10, [_call.ABSENT] * 10
         empty, device = torch.empty, self.device
         for i, shape, dtype in self.shapes:
@@ -310,29 +316,69 @@ class Plan:
             results[i] = (x.data_ptr() or 256, x.nbytes)
         last = results[4:] if self.final_state else None
         results = results[:4]
-        if not self.cuda:
-            _call.forward(self.options, _HOST, self.extents, pairs, first, results, last)
-        elif torch._C._cuda_getDevice() == device.index:
-            self._launch(pairs, first, results, last)
-        else:
-            # The library makes the GPU's context current; what was current is so again afterwards.
-            with torch.cuda.device(device):
-                self._launch(pairs, first, results, last)
+        self.site.launch(
+            self.options, self.extents, pairs, _call.forward_workspace, _call.forward, (results, last),
+            (first, results, last),
+        )
         return outputs
 
-    def _launch(self, pairs, first, results, last):
-        index = self.device.index
-        stream = _raw_stream(index) if _raw_stream else torch.cuda.current_stream(self.device).cuda_stream
-        if self.workspace is None:
-            place = (1, index, stream, _call.ABSENT)
-            self.workspace = _call.forward_workspace(self.options, place, self.extents, pairs, results, last)
-        # Free for what comes later on this stream: the allocator keeps to the stream's order.
-        workspace = torch.empty(self.workspace, dtype=torch.uint8, device=self.device)
-        place = (1, index, stream, (workspace.data_ptr(), self.workspace))
-        _call.forward(self.options, place, self.extents, pairs, first, results, last)
+
+class BackwardPlan(_Prepared):
+    """A backward that gives the gradients `wanted`; of what is given beside d_o (the state's gradients, what was kept of the
+    forward) only whether it is there matters here."""
+
+    def __init__(self, tensors, codes, numbers, wanted, given):
+        super().__init__(tensors, codes, numbers)
+        of = (*tensors[:10], tensors[12], tensors[16], tensors[17])
+        self.shapes = [
+            (i, x.shape, x.dtype) for i, (x, want) in enumerate(zip(of, wanted)) if want and x is not None
+        ]
+        self.to_state = self.resumed and any(wanted[10:])
+        self.from_state = any(x is not None for x in given[:3])
+
+    def run(self, tensors, d_o, d_states, d_open, d_keys, kept_drift, kept_lam):
+        """`tensors`: those that are present, in order. Thirteen gradients, None where not wanted."""
+        # Held by name until the call returns: what is addressed must live.
+        ready = [_ready(x) for x in tensors]
+        d_o, d_states, d_open, d_keys = _ready(d_o), _ready(d_states), _ready(d_open), _ready(d_keys)
+        pairs, first = self.addresses(ready)
+        outputs, gradients = [None] * 13, [_call.ABSENT] * 13
+        empty, device = torch.empty, self.device
+        for i, shape, dtype in self.shapes:
+            x = outputs[i] = empty(shape, dtype=dtype, device=device)
+            gradients[i] = (x.data_ptr() or 256, x.nbytes)
+        given = (
+            first, _pair(d_o), [_pair(d_states), _pair(d_open), _pair(d_keys)] if self.from_state else None,
+            [_pair(kept_drift), _pair(kept_lam)], gradients[:10], gradients[10:] if self.to_state else None,
+        )
+        self.site.launch(self.options, self.extents, pairs, _call.backward_workspace, _call.backward, given, given)
+        return outputs
 
 
-_HOST = (0, 0, 0, _call.ABSENT)
+class StepPlan(_Prepared):
+    """A step, which changes its state in place."""
+
+    def __init__(self, tensors, codes, numbers):
+        super().__init__(tensors, codes, numbers)
+        e = self.shape
+        per_token = (e.batch, e.time, e.value_heads)
+        q = tensors[0]
+        self.shapes = [((*per_token, e.dv), q.dtype), (per_token, torch.float32), (per_token, torch.uint8)]
+
+    def run(self, tensors):
+        """o, drift and events."""
+        for i, x in zip(self.present, tensors):
+            if i >= 12 and (not x.is_contiguous() or x.data_ptr() % _ALIGNMENT):
+                name = _call.STATE[i - 12]
+                raise ValueError(f"state.{name}: expected a contiguous tensor at a multiple of {_ALIGNMENT} bytes")
+        ready = [_ready(x) for x in tensors]
+        pairs, state = self.addresses(ready)
+        outputs = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.shapes)
+        results = [*(_pair(x) for x in outputs), _call.ABSENT]
+        self.site.launch(
+            self.options, self.extents, pairs, _call.step_workspace, _call.step, (results,), (state, results)
+        )
+        return outputs
 
 
 class Direct(torch.autograd.Function):
@@ -343,7 +389,8 @@ class Direct(torch.autograd.Function):
         outputs = plan.run(tensors)
         ctx.plan = plan
         # The backward replays the log; that it was given or computed is all one.
-        ctx.save_for_backward(outputs[2], *tensors)
+        kept = (x if keep else None for x, keep in zip((outputs[1], outputs[3]), plan.keeps))
+        ctx.save_for_backward(outputs[2], *kept, *tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*(outputs[i] for i in plan.silent))
         return tuple(outputs)
@@ -351,13 +398,23 @@ class Direct(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, *d):
-        plan, (log, *saved) = ctx.plan, ctx.saved_tensors
+        plan, (log, drift, lam, *saved) = ctx.plan, ctx.saved_tensors
         tensors, needs = [None] * 18, [False] * 18
         for i, x, need in zip(plan.present, saved, ctx.needs_input_grad[1:]):
             tensors[i], needs[i] = x, need
         tensors[10] = log
-        backward = torch.ops.dla.backward if torch.compiler.is_compiling() else _backward
-        found = _gradients(backward, tensors, plan.codes, plan.numbers, needs, *d)
+        wanted, upstream = _asked(tensors, plan.codes, plan.numbers, needs, *d)
+        if torch.compiler.is_compiling():
+            found = torch.ops.dla.backward(*upstream, drift, lam, *tensors, plan.codes, plan.numbers, wanted)
+            found = [x if want else None for x, want in zip(found, wanted)]
+        else:
+            key = (*wanted, *(x is None for x in upstream))
+            own = plan.backwards.get(key)
+            if own is None:
+                own = BackwardPlan(tensors, plan.codes, plan.numbers, wanted, (*upstream[1:], drift, lam))
+                plan.backwards[key] = own
+            found = own.run([x for x in tensors if x is not None], *upstream, drift, lam)
+        found = _of_tensors(found)
         return (None, *(found[i] for i in plan.present))
 
 
@@ -379,7 +436,7 @@ def is_plain(tensors):
 
 
 for _name, _kernel, _fake in (
-    ("forward", _forward_op, _forward_fake),
+    ("forward", _forward, _forward_fake),
     ("backward", _backward, _backward_fake),
     ("step", _step, _step_fake),
 ):
