@@ -200,7 +200,7 @@ DEVICE void scan(const ScanParams& p) {
             for (int t = warp; t < C; t += WARPS)
                 load_row(rows, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
                          expf(minus(total, gamma[t])) * k_factor[t]);
-        write_exits<PARTS, C, DELTA>(bank, exits, exit_count, order, next, logs,
+        write_exits<C, DELTA>(bank, exits, exit_count, order, next, logs,
                                      static_cast<double>(total.high) + total.low, values, rows);
         m = exit_count;
     }

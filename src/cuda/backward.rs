@@ -357,7 +357,7 @@ impl Backward {
             layout.bytes = at.checked_add(bytes)?.checked_next_multiple_of(ALIGNMENT)?;
             Some(at)
         };
-        let (all, rows, heads, chunk, parts) = (g.chunks(), g.rows(), g.value_heads, g.chunk(), g.parts);
+        let (all, rows, heads, chunk, parts) = (g.chunks(), g.rows(), g.value_heads, g.chunk(), 2);
         let (width, slices, capacity) = (g.padded_dk(), g.slices(), g.capacity);
         let places = self.group.checked_mul(self.chunks)?;
         let (soft, open, routed) = (self.soft.is_some(), self.through_open, self.routed);
