@@ -12,8 +12,8 @@
 //
 // One block of 256 threads per sequence, value head and slice of 16 value columns, as scan. What sums over value columns
 // is left slice by slice, for prepare_backward to add in order: no atomics. In a chunk, first a warp takes exit slots
-// (rows of dV and dKh; H and W S^), then 16 columns of keys, for which it goes through all slots (dQt, dlambda, dS, dW,
-// dKd): there every sum over slots stays in registers. Where dk has fewer than 8 tiles of 16, several warps share a tile and
+// (rows of dV and dKh; H, then W S^), then 16 columns of keys, for which it goes through all slots (dW and dKd; then dQt,
+// dlambda and dS): there every sum over slots stays in registers. Where dk has fewer than 8 tiles of 16, several warps share a tile and
 // split the slots.
 //
 // Banks of dS: f32 masters as scan's, tiles of 16 keys x 16 columns as products leave them: lane l holds keys l / 4 (and
@@ -26,8 +26,8 @@
 // terms of either sign, by 6e-3. Sums over slots and columns in f32, dGamma_C in f64.
 //
 // Shared memory: as scan's and dO; at most (bf16 delta, dk = 256, M = 64) 99,936 bytes. Registers: at the end of the
-// file. Floor: 2.1 times the forward's products, 1.5 ms at S3. Predicted, not measured, at S3, M = 30: dS in and out of L2
-// and the entry banks from memory, 78 MB a chunk of all rows, 7 ms; the sweeps of scan_states each about 4.
+// file. Floor: 2.1 times the forward's products, 1.5 ms at S3; bf16 makes twice as many. Predicted, not measured, at S3, M = 30:
+// dS in and out of L2 and the entry banks from memory, 94 MB a chunk of all rows, 8 ms; the sweeps of scan_states each about 4.
 
 #include "common/bank.cuh"
 
@@ -659,13 +659,48 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
             }
             const int key = tile * 16 - from_column;
             const bool mine = tile < tiles && group < groups;
-            float d_qt[BLOCKS][2][4], d_w[DELTA ? BLOCKS : 1][2][4], d_kd[DELTA ? BLOCKS : 1][2][4];
+            // dW and dKd by themselves: beside dQt no registers were left for operands in two planes.
+            if constexpr (DELTA) {
+                float d_w[BLOCKS][2][4], d_kd[BLOCKS][2][4];
+#pragma unroll
+                for (int n = 0; n < BLOCKS; n++) clear(d_w[n]), clear(d_kd[n]);
+#pragma unroll 1
+                for (int i = group; i < exit_count; i += groups) {
+                    const int from = exits.entries[i].from, to = exits.entries[i].to;
+                    if (!mine || from == to) continue;
+                    float x[8], sum[8] = {};
+                    d_bank.load(order[i], tile, x);
+                    uint32_t right[2][4];
+                    right_operand<2>(x, right);
+#pragma unroll
+                    for (int n = 0; n < BLOCKS; n++) {
+                        uint32_t a[2][4];
+                        load_planes(scratch.left_ws(i, n), a);
+                        multiply<2, 2>(d_kd[n], a, right);
+                    }
+                    for (int j = from; j < to; j++) {
+                        load_planes(entries + (static_cast<int64_t>(j) * tiles + tile) * 2 * 32, right);
+                        add_planes(right, sum);
+                    }
+                    sum_of_total += product_of(x, sum);
+                    right_operand<2>(sum, right);
+#pragma unroll
+                    for (int n = 0; n < BLOCKS; n++) {
+                        uint32_t a[2][4];
+                        load_planes(scratch.left_h(i, n), a);
+                        multiply<2, 2>(d_w[n], a, right);
+                    }
+                }
+                const int64_t at = partial * C * width;
+                store_sums<C>(d_w, p.d_w + at, len, width, tile, mine, group, groups);
+                store_sums<C>(d_kd, p.d_kd + at, len, width, tile, mine, group, groups);
+            }
+            float d_qt[BLOCKS][2][4];
             // Qt as left operand and as products leave R; the delta rule has no registers to hold them.
             uint32_t queries[BLOCKS][QUERY][4], own[BLOCKS][QUERY][4];
 #pragma unroll
             for (int n = 0; n < BLOCKS; n++) {
                 clear(d_qt[n]);
-                if constexpr (DELTA) clear(d_w[n]), clear(d_kd[n]);
                 if (DELTA || !mine) continue;
                 load_a_trans(query, key, n * 16, queries[n]);
                 load_a(query, n * 16, key, own[n]);
@@ -679,24 +714,13 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
 #pragma unroll
                 for (int n = 0; n < 8; n++) base[n / 4][n % 4] = decay * x[n];
                 if constexpr (DELTA) {
-                    uint32_t d_s[2][4], s[2][4];
-                    right_operand<2>(x, d_s);
-                    for (int j = from; j < to; j++) {
-                        load_planes(entries + (static_cast<int64_t>(j) * tiles + tile) * 2 * 32, s);
-                        add_planes(s, sum);
-                    }
-                    sum_of_total += product_of(x, sum);
-                    right_operand<2>(sum, s);
+                    uint32_t right[2][4];
 #pragma unroll
                     for (int n = 0; n < BLOCKS; n++) {
-                        uint32_t a[2][4], b[2][4];
-                        load_planes(scratch.left_ws(i, n), a);
-                        multiply<2, 2>(d_kd[n], a, d_s);
-                        load_planes(scratch.left_h(i, n), a);
-                        multiply<2, 2>(d_w[n], a, s);
+                        uint32_t a[2][4];
                         load_a_trans(both, columns + key, n * 16, a);
-                        load_planes(scratch.right_h(i, n), b);
-                        multiply<2, 2>(base, a, b);
+                        load_planes(scratch.right_h(i, n), right);
+                        multiply<2, 2>(base, a, right);
                     }
                 }
 #pragma unroll 1
@@ -788,10 +812,6 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
             }
             const int64_t at = partial * C * width;
             store_sums<C>(d_qt, p.d_qt + at, len, width, tile, mine, group, groups);
-            if constexpr (DELTA) {
-                store_sums<C>(d_w, p.d_w + at, len, width, tile, mine, group, groups);
-                store_sums<C>(d_kd, p.d_kd + at, len, width, tile, mine, group, groups);
-            }
         }
 #pragma unroll
         for (int by = 16; by > 0; by /= 2) sum_of_total += __shfl_xor_sync(ALL, sum_of_total, by);
@@ -842,6 +862,10 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
 }  // namespace
 }  // namespace dla
 
+// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: scan_backward gated bf16 204 / 233 / 254 /
+// 253, f16 and f32 163 / 193 / 242 / 244, delta bf16 218 / 216 / 244 / 250, f16 and f32 141 / 145 / 226 / 232; scan_states gated
+// 126 to 128 / 111 to 124 / 108 to 112 / 112 to 121, delta bf16 180 / 180 / 207 / 190, f16 and f32 125 to 133 / 114 to 119 /
+// 149 / 137.
 #define SCAN_BACKWARD(recurrence, dtype, T, DELTA)                                                                     \
     KERNEL BLOCK_OF(dla::THREADS) scan_states_##recurrence##_##dtype(const __grid_constant__ dla::ScanStatesParams p) { \
         dla::scan_states<dla::T, DELTA>(p);                                                                            \

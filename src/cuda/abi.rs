@@ -1022,7 +1022,7 @@ impl Geometry {
         4 * self.bank_len() + self.rows() * self.slices() * BANK_PLACES_BYTES
     }
 
-    /// Bytes of the entry banks of `places` chunks.
+    /// Bytes of the entry banks of `places` chunks, two planes of every state.
     pub fn entries_bytes(&self, places: usize) -> usize {
         places * self.value_heads * self.slices() * self.capacity * (self.padded_dk() / 16) * 2 * 32 * 16
     }
