@@ -227,7 +227,7 @@ DEVICE void prepare(const PrepareParams& p) {
 }  // namespace dla
 
 // Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: gated 57 to 61 / 58 to 62 / 55 to
-// 65 / 55 to 66, delta 73 to 78 / 79 to 85 / 78 to 86 / 76 to 84.
+// 67 / 54 to 66, delta 72 to 79 / 81 to 84 / 78 to 87 / 72 to 84.
 #define PREPARE(name, T, DELTA) \
     KERNEL BLOCK_OF(dla::THREADS) name(const __grid_constant__ dla::PrepareParams p) { dla::prepare<dla::T, DELTA>(p); }
 PREPARE(prepare_gated_bf16, Bf16, false)

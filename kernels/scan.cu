@@ -228,9 +228,9 @@ DEVICE void scan(const ScanParams& p) {
 }  // namespace
 }  // namespace dla
 
-// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: gated bf16 187 / 186 / 221 / 214,
-// f16 and f32 137 to 143 / 130 to 136 / 157 / 148; delta bf16 199 / 200 / 229 / 216, f16 and f32 147 to 153 / 144 to
-// 150 / 172 / 164.
+// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: gated bf16 187 / 186 / 219 / 216,
+// f16 and f32 137 to 143 / 130 to 136 / 153 / 150; delta bf16 199 / 200 / 227 / 216, f16 and f32 147 to 153 / 144 to
+// 150 / 169 / 164.
 #define SCAN(name, T, DELTA) \
     KERNEL BLOCK_OF(dla::THREADS) name(const __grid_constant__ dla::ScanParams p) { dla::scan<dla::T, DELTA>(p); }
 SCAN(scan_gated_bf16, Bf16, false)
