@@ -69,7 +69,7 @@ struct SegmentParams {
 
 // q, k, g, beta -> P and, for the delta rule, Qt, W, Kh. Grid (B T / C + N) x HV: chunk c of sequence n
 // stands at start / C + n + c, so that no one has to count the chunks of packed sequences. Of the backward, grid W x HV:
-// chunks from..to of every sequence, each at its place among W.
+// chunks from..to of every sequence, each at its place among W, and two planes of what is left whatever the dtype.
 struct PrepareParams {
     Extents extents;
     const void* q;      // [B,T,H,dk]
@@ -336,13 +336,13 @@ struct ScanStatesParams {
     const float* g;              // [B,T,HV], or null: 0
     const uint8_t* events;       // [B,T,HV]
     const uint32_t* chunk_len;   // as slots leaves them
-    const uint16_t* w;           // [W, HV, parts, C, dk to 16] bf16, delta rule
+    const uint16_t* w;           // [W, HV, 2, C, dk to 16] bf16, delta rule
     const uint16_t* kh;          // as w
     const uint32_t* initial_len; // [N,HV], or null: no initial cache
     const float* initial_states; // [N,HV,M,dk,dv]
     const float* source;         // bank at `from`, may be `bank`; or null: the initial cache, from = 0
     float* bank;                 // bank at `to`; of no use where `entries` is wanted
-    void* entries;               // [W, HV, slices, M, (dk to 16) / 16, parts, 32] 16 bytes out: the bank at every chunk's entry, by
+    void* entries;               // [W, HV, slices, M, (dk to 16) / 16, 2, 32] 16 bytes out: the bank at every chunk's entry, by
                                  //   slot, as right operands S^T; or null
     int64_t from, to;
     int32_t qk_l2norm;
@@ -360,8 +360,8 @@ struct ScanBackwardParams {
     const uint8_t* events;       // [B,T,HV]
     const float* lambda;         // [B,T,HV,lambda_columns]
     const uint32_t* chunk_len;   // as slots leaves them
-    const uint16_t* p;           // [W, HV, parts, C, C] bf16
-    const uint16_t* qt;          // [W, HV, parts, C, dk to 16] bf16, delta rule
+    const uint16_t* p;           // [W, HV, 2, C, C] bf16
+    const uint16_t* qt;          // [W, HV, 2, C, dk to 16] bf16, delta rule
     const uint16_t* w;           // as qt
     const uint16_t* kh;          // as qt
     const uint32_t* initial_len; // [N,HV], or null: no initial cache

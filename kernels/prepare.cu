@@ -11,7 +11,7 @@
 // a column; the others by T_ij = -T_ii sum over k of L_ik T_kj, one thread an element.
 //
 // Numerics: whatever is computed here enters a product in two planes, and is rounded once, on leaving, to
-// bf16 (bf16 inputs) or two planes of it (f16, f32).
+// bf16 (bf16 inputs) or two planes of it (f16, f32; for the backward whatever the inputs).
 //
 // Shared memory, delta rule: 93,440 bytes (bf16, C = 64) and 38,528 (C = 32), gated 19,712 and 19,072; whatever the head
 // size. Registers: at the end of the file. Floor: bytes. Predicted, not measured, at S3: gated reads 0.27 GB and
@@ -23,14 +23,12 @@
 namespace dla {
 namespace {
 
-// Writes a pair of a matrix [rows][width] of planes in global memory.
-template <int PARTS>
-DEVICE void store2(uint16_t* to, int rows, int width, int row, int column, float x0, float x1) {
-    uint32_t planes[PARTS];
-    split<PARTS>(x0, x1, planes);
-#pragma unroll
-    for (int part = 0; part < PARTS; part++)
-        *reinterpret_cast<uint32_t*>(to + (part * rows + row) * width + column) = planes[part];
+// Writes a pair of a matrix [count][rows][width] of planes in global memory, count 1 or 2.
+DEVICE void store2(uint16_t* to, int count, int rows, int width, int row, int column, float x0, float x1) {
+    uint32_t planes[2];
+    split<2>(x0, x1, planes);
+    *reinterpret_cast<uint32_t*>(to + row * width + column) = planes[0];
+    if (count == 2) *reinterpret_cast<uint32_t*>(to + (rows + row) * width + column) = planes[1];
 }
 
 template <typename T, bool DELTA>
@@ -115,7 +113,8 @@ DEVICE void prepare(const PrepareParams& p) {
     __syncthreads();
 
     const int64_t chunk = place * e.value_heads + row.head;
-    uint16_t* const p_out = p.p + chunk * PARTS * C * C;
+    const int planes = p.to > 0 ? 2 : PARTS;  // that are left of what is computed
+    uint16_t* const p_out = p.p + chunk * planes * C * C;
 #pragma unroll
     for (int i = 0; i < MINE; i++) {
         const int block = warp + i * WARPS, t0 = block / BLOCKS * 16, s0 = block % BLOCKS * 16;
@@ -126,7 +125,7 @@ DEVICE void prepare(const PrepareParams& p) {
             const float factor = p.scale * q_factor[t];
             x0 *= factor * decay(t, s), x1 *= factor * decay(t, s + 1);
             if constexpr (DELTA) put2(a_planes, t, s, x0, x1);
-            else store2<PARTS>(p_out, C, C, t, s, x0, x1);
+            else store2(p_out, planes, C, C, t, s, x0, x1);
         });
         if constexpr (DELTA) {
             each_pair(kk[i], [&](int r, int n, float x0, float x1) {
@@ -160,11 +159,11 @@ DEVICE void prepare(const PrepareParams& p) {
         }
         each_pair(c, [&](int r, int n, float x0, float x1) {
             const int t = t0 + r, s = s0 + n;
-            store2<PARTS>(p_out, C, C, t, s, s <= t ? x0 * beta[s] : 0.0f, s + 1 <= t ? x1 * beta[s + 1] : 0.0f);
+            store2(p_out, planes, C, C, t, s, s <= t ? x0 * beta[s] : 0.0f, s + 1 <= t ? x1 * beta[s + 1] : 0.0f);
         });
     }
 
-    const int64_t prepared = chunk * PARTS * C * width;
+    const int64_t prepared = chunk * planes * C * width;
     for (int column = 0; column < width; column += SLICE) {
         for (int i = thread; i < C * SLICE / 8; i += THREADS) {
             const int t = i / (SLICE / 8), group = i % (SLICE / 8);
@@ -186,7 +185,7 @@ DEVICE void prepare(const PrepareParams& p) {
             }
             each_pair(c, [&](int r, int n, float x0, float x1) {
                 put2(w, t0 + r, d0 + n, x0, x1);
-                if (column + d0 < width) store2<PARTS>(p.w + prepared, C, width, t0 + r, column + d0 + n, x0, x1);
+                if (column + d0 < width) store2(p.w + prepared, planes, C, width, t0 + r, column + d0 + n, x0, x1);
             });
             clear(c);
             for (int u = t0; u < C; u += 16) {
@@ -197,7 +196,7 @@ DEVICE void prepare(const PrepareParams& p) {
             each_pair(c, [&](int r, int n, float x0, float x1) {
                 const float strength = beta[t0 + r];
                 if (column + d0 < width)
-                    store2<PARTS>(p.kh + prepared, C, width, t0 + r, column + d0 + n, strength * x0, strength * x1);
+                    store2(p.kh + prepared, planes, C, width, t0 + r, column + d0 + n, strength * x0, strength * x1);
             });
         }
         __syncthreads();
@@ -218,7 +217,7 @@ DEVICE void prepare(const PrepareParams& p) {
                 float q0 = 0, q1 = 0;
                 if (t < len && d < dk) load2(q + row.key_at(first + t) * dk + d, q0, q1);
                 const float factor = p.scale * expf(value(gamma[t])) * q_factor[t];
-                store2<PARTS>(p.qt + prepared, C, width, t, d, factor * q0 - x0, factor * q1 - x1);
+                store2(p.qt + prepared, planes, C, width, t, d, factor * q0 - x0, factor * q1 - x1);
             });
         }
     }
@@ -228,7 +227,7 @@ DEVICE void prepare(const PrepareParams& p) {
 }  // namespace dla
 
 // Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: gated 57 to 61 / 58 to 62 / 55 to
-// 65 / 55 to 66, delta 73 to 78 / 79 to 85 / 78 to 86 / 76 to 84.
+// 67 / 54 to 66, delta 72 to 79 / 81 to 84 / 78 to 87 / 72 to 84.
 #define PREPARE(name, T, DELTA) \
     KERNEL BLOCK_OF(dla::THREADS) name(const __grid_constant__ dla::PrepareParams p) { dla::prepare<dla::T, DELTA>(p); }
 PREPARE(prepare_gated_bf16, Bf16, false)

@@ -200,7 +200,7 @@ DEVICE void scan(const ScanParams& p) {
             for (int t = warp; t < C; t += WARPS)
                 load_row(rows, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
                          expf(minus(total, gamma[t])) * k_factor[t]);
-        write_exits<PARTS, C, DELTA>(bank, exits, exit_count, order, next, logs,
+        write_exits<C, DELTA>(bank, exits, exit_count, order, next, logs,
                                      static_cast<double>(total.high) + total.low, values, rows);
         m = exit_count;
     }
@@ -228,9 +228,9 @@ DEVICE void scan(const ScanParams& p) {
 }  // namespace
 }  // namespace dla
 
-// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: gated bf16 186 / 186 / 221 / 214,
-// f16 and f32 139 to 145 / 131 to 137 / 157 / 148; delta bf16 197 / 198 / 229 / 216, f16 and f32 148 to 153 / 147 to
-// 151 / 172 / 164.
+// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: gated bf16 187 / 186 / 219 / 216,
+// f16 and f32 137 to 143 / 130 to 136 / 153 / 150; delta bf16 199 / 200 / 227 / 216, f16 and f32 147 to 153 / 144 to
+// 150 / 169 / 164.
 #define SCAN(name, T, DELTA) \
     KERNEL BLOCK_OF(dla::THREADS) name(const __grid_constant__ dla::ScanParams p) { dla::scan<dla::T, DELTA>(p); }
 SCAN(scan_gated_bf16, Bf16, false)

@@ -12,20 +12,22 @@
 //
 // One block of 256 threads per sequence, value head and slice of 16 value columns, as scan. What sums over value columns
 // is left slice by slice, for prepare_backward to add in order: no atomics. In a chunk, first a warp takes exit slots
-// (rows of dV and dKh; H and W S^), then 16 columns of keys, for which it goes through all slots (dQt, dlambda, dS, dW,
-// dKd): there every sum over slots stays in registers. Where dk has fewer than 8 tiles of 16, several warps share a tile and
+// (rows of dV and dKh; H, then W S^), then 16 columns of keys, for which it goes through all slots (dW and dKd; then dQt,
+// dlambda and dS): there every sum over slots stays in registers. Where dk has fewer than 8 tiles of 16, several warps share a tile and
 // split the slots.
 //
 // Banks of dS: f32 masters as scan's, tiles of 16 keys x 16 columns as products leave them: lane l holds keys l / 4 (and
 // + 8) x columns 2 (l % 4), + 1 (and those + 8). In place: of the slots that merge, the first takes the exit slot's place, the
 // others those of slots that open in the chunk.
 //
-// Numerics: operands are rounded to the dtype's planes, once; H and dS' in it in two planes, as what they make stays in
-// dS. Sums over slots and columns in f32, dGamma_C in f64.
+// Numerics: q, k, v and dO in their planes, with decays and read weights on what they meet; all that is computed (P, Qt, W, Kh,
+// the states, dS', H, W S^, w . dO) in two planes. In one, bf16, each is off by 1e-3, and what cancels by more: dbeta of nearly
+// repeated keys, where v_t and S^T k_t all but agree, by 9e-3; dg and the route's bias of one head, sums over the sequence of
+// terms of either sign, by 6e-3. Sums over slots and columns in f32, dGamma_C in f64.
 //
 // Shared memory: as scan's and dO; at most (bf16 delta, dk = 256, M = 64) 99,936 bytes. Registers: at the end of the
-// file. Floor: 2.1 times the forward's products, 1.5 ms at S3. Predicted, not measured, at S3, M = 30: dS in and out of L2
-// and the entry banks from memory, 78 MB a chunk of all rows, 7 ms; the sweeps of scan_states each about 4.
+// file. Floor: 2.1 times the forward's products, 1.5 ms at S3; bf16 makes twice as many. Predicted, not measured, at S3, M = 30:
+// dS in and out of L2 and the entry banks from memory, 94 MB a chunk of all rows, 8 ms; the sweeps of scan_states each about 4.
 
 #include "common/bank.cuh"
 
@@ -66,6 +68,20 @@ DEVICE void store_planes(uint4* to, const uint32_t (&x)[PARTS][4]) {
         to[part * 32 + lane_index()] = make_uint4(x[part][0], x[part][1], x[part][2], x[part][3]);
 }
 
+// Columns from..from + count of prepared rows [C][width] of two planes, to columns at.. of a tile. By the block.
+template <int C>
+DEVICE void copy_columns(const Tile<2>& tile, int at, const uint16_t* rows, int width, int from, int count) {
+    const int groups = count / 8;
+    for (int i = threadIdx.x; i < 2 * C * groups; i += THREADS) {
+        const int row = i / groups, column = i % groups * 8;
+        *reinterpret_cast<uint4*>(tile.data + row / C * tile.plane + row % C * tile.stride + at + column) =
+            *reinterpret_cast<const uint4*>(rows + static_cast<int64_t>(row) * width + from + column);
+    }
+}
+
+// Columns of Qt and of W, delta rule, that are in shared memory at once.
+DEVICE int columns_at_once(int width) { return width < WARPS * 16 ? width : WARPS * 16; }
+
 template <typename T, bool DELTA>
 DEVICE void scan_states(const ScanStatesParams& p) {
     constexpr int PARTS = T::PARTS, C = T::CHUNK;
@@ -85,12 +101,17 @@ DEVICE void scan_states(const ScanStatesParams& p) {
     exits.take(carve);
     double* const logs = carve.take<double>(MOST_SLOTS);
     Gamma* const gamma = carve.take<Gamma>(C);
-    float* const k_factor = carve.take<float>(C);
+    float* const k_factor = carve.take<float>(C);  // what a key is in Kd
     uint8_t* const order = carve.take<uint8_t>(MOST_SLOTS);
     uint8_t* const next = carve.take<uint8_t>(MOST_SLOTS);
-    const Tile<PARTS> values = carve.tile<PARTS>(C, 16);
-    const Tile<PARTS> rows = carve.tile<PARTS>(C, width);  // W, then Kh
-    const Tile<PARTS> more = DELTA ? carve.tile<PARTS>(C, width) : rows;
+    // Gated: with the keys' factors.
+    constexpr int VALUES = DELTA ? PARTS : 2, MADE = DELTA ? 2 : PARTS;
+    const Tile<VALUES> values = carve.tile<VALUES>(C, 16);
+    const Tile<MADE> rows = carve.tile<MADE>(C, width);  // W, then Kh; gated: keys
+    // Keys, delta rule; wide ones of C = 64 by turns with W.
+    const bool turns = DELTA && PARTS == 1 && width > WARPS * 16;
+    Tile<PARTS> keys = Tile<PARTS>::at(rows.data, C, width);
+    if (DELTA && !turns) keys = carve.tile<PARTS>(C, width);
     carve.check();
 
     // The bank at `from`.
@@ -122,18 +143,18 @@ DEVICE void scan_states(const ScanStatesParams& p) {
         __syncthreads();
         if (p.entries) {
             uint4* const to = static_cast<uint4*>(p.entries) +
-                              (chunk * slices + slice / 16) * capacity * bank.tiles * PARTS * 32;
+                              (chunk * slices + slice / 16) * capacity * bank.tiles * 2 * 32;
             for (int i = warp; i < m * bank.tiles; i += WARPS) {
                 const int place = order[i / bank.tiles];
                 const float factor = DELTA ? 1.0f : expf(static_cast<float>(logs[place]));
                 float x[8];
-                uint32_t planes[PARTS][4];
+                uint32_t planes[2][4];
                 bank.load(place, i % bank.tiles, x);
 #pragma unroll
                 for (int n = 0; n < 8; n++) x[n] *= factor;
-                operand<PARTS>(x, planes);
+                operand<2>(x, planes);
                 transpose(planes);
-                store_planes(to + static_cast<int64_t>(i) * PARTS * 32, planes);
+                store_planes(to + static_cast<int64_t>(i) * 2 * 32, planes);
             }
             if (first + C >= until) return;
         }
@@ -142,27 +163,43 @@ DEVICE void scan_states(const ScanStatesParams& p) {
             const float kf = norm_factor(t < len ? k + row.key_at(first + t) * dk : nullptr, dk, p.qk_l2norm);
             if (lane == 0) k_factor[t] = kf;
         }
-        load_columns(values, static_cast<const T*>(p.v), row, first, len, slice, dv);
         replay.run(p.events, row, first, len, m);
         exits.find(replay, len, m);
         const int exit_count = replay.len[len - 1];
         const Gamma total = gamma[C - 1];
-        const int64_t prepared = chunk * PARTS * C * width;
+        const int64_t prepared = chunk * 2 * C * width;
+        for (int t = thread; t < C; t += THREADS) k_factor[t] *= expf(minus(total, gamma[t]));
+        __syncthreads();
+        load_columns(values, static_cast<const T*>(p.v), row, first, len, slice, dv, DELTA ? nullptr : k_factor);
+        const auto load_keys = [&] {
+            for (int t = warp; t < C; t += WARPS)
+                load_row(keys, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk, 1.0f);
+        };
         if constexpr (DELTA) {
-            copy_planes<PARTS, C>(rows, p.w + prepared, width);
-            for (int t = warp; t < C; t += WARPS)
-                load_row(more, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
-                         expf(minus(total, gamma[t])) * k_factor[t]);
+            const float decay = expf(value(total));
+            for (int from = 0; from < m; from += WARPS) {
+                const bool mine = from + warp < m;
+                if (from == 0 || turns) {
+                    __syncthreads();
+                    copy_planes<2, C>(rows, p.w + prepared, width);
+                    if (!turns) load_keys();
+                    __syncthreads();
+                }
+                Wide<C> held;
+                if (mine) times_w<2, C>(bank, order[from + warp], rows, held);
+                if (turns) {
+                    __syncthreads();
+                    load_keys();
+                    __syncthreads();
+                }
+                if (mine) less_kd<PARTS, C>(bank, order[from + warp], keys, k_factor, decay, held);
+            }
             __syncthreads();
-            transition<PARTS, C>(bank, order, m, rows, more, expf(value(total)));
-            __syncthreads();
-            copy_planes<PARTS, C>(rows, p.kh + prepared, width);
+            copy_planes<2, C>(rows, p.kh + prepared, width);
         } else {
-            for (int t = warp; t < C; t += WARPS)
-                load_row(rows, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
-                         expf(minus(total, gamma[t])) * k_factor[t]);
+            load_keys();
         }
-        write_exits<PARTS, C, DELTA>(bank, exits, exit_count, order, next, logs,
+        write_exits<C, DELTA>(bank, exits, exit_count, order, next, logs,
                                      static_cast<double>(total.high) + total.low, values, rows);
         m = exit_count;
     }
@@ -238,9 +275,9 @@ DEVICE void left_operand(const float (&c)[2][4], float sign, uint32_t (&a)[PARTS
 
 // What a block keeps for itself between the parts of a chunk, in global memory: dlambda by tile of keys, and, delta rule,
 // of every exit slot -H as left and as right operands and -W S^ as left operands.
-template <int PARTS, int C, bool DELTA>
+template <int C, bool DELTA>
 struct Scratch {
-    static constexpr int BLOCKS = C / 16, HELD = 2 + 2 * PARTS;
+    static constexpr int BLOCKS = C / 16, HELD = 3 * 2;
     float* weights;  // [8, M, C]
     uint4* held;     // [M, C / 16, HELD, 32]
 
@@ -253,10 +290,10 @@ struct Scratch {
     METHOD float* weights_of(int tile, int capacity, int slot) const {
         return weights + (static_cast<int64_t>(tile) * capacity + slot) * C;
     }
-    // -H in two planes as a right operand, -H and -W S^ as left ones.
+    // -H as a right operand, -H and -W S^ as left ones, all in two planes.
     METHOD uint4* right_h(int slot, int n) const { return held + (slot * BLOCKS + n) * HELD * 32; }
     METHOD uint4* left_h(int slot, int n) const { return right_h(slot, n) + 2 * 32; }
-    METHOD uint4* left_ws(int slot, int n) const { return right_h(slot, n) + (2 + PARTS) * 32; }
+    METHOD uint4* left_ws(int slot, int n) const { return right_h(slot, n) + 4 * 32; }
 };
 
 // Has the compiler hold operands as they are.
@@ -302,6 +339,7 @@ static_assert(sizeof(Current) <= 96);
 template <typename T, bool DELTA>
 DEVICE void scan_backward(const ScanBackwardParams& p) {
     constexpr int PARTS = T::PARTS, C = T::CHUNK, BLOCKS = C / 16, PITCH = C + 2;
+    constexpr int QUERY = DELTA ? 2 : PARTS;  // planes of Qt; gated, of q
     const Extents& e = p.extents;
     const int dk = e.dk, dv = e.dv, width = padded(dk), capacity = e.capacity, slices = padded(dv) / 16;
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
@@ -324,7 +362,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
     exits.take(carve);
     Gamma* const gamma = carve.take<Gamma>(C);
     float* const q_factor = carve.take<float>(C);  // what q is in Qt, gated
-    float* const k_factor = carve.take<float>(C);
+    float* const k_factor = carve.take<float>(C);  // what k is in Kd
     double* const totals = carve.take<double>(WARPS);
     uint8_t* const order = carve.take<uint8_t>(MOST_SLOTS);  // place in dS of every exit slot, oldest first
     uint8_t* const next = carve.take<uint8_t>(MOST_SLOTS);   // of every entry slot
@@ -332,24 +370,29 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
     // The same times what q is in Qt, gated.
     float* const reads = DELTA ? weights : carve.take<float>(capacity * PITCH);
     const Tile<PARTS> values = carve.tile<PARTS>(C, 16), d_o = carve.tile<PARTS>(C, 16);
-    // One after another: P . Lambda; Kh, and beside it dV; Kd and W; Qt and W.
+    // One after another: P . Lambda; gated: keys, and beside them dV; queries; delta rule: Kh; keys; W; columns of Qt and W.
     unsigned char* const reused = carve.next;
-    const Tile<2> pairs = carve.tile<2>(C, C);  // P is rounded once already
+    const Tile<2> pairs = carve.tile<2>(C, C);
     unsigned char* const end_of_pairs = carve.next;
     carve.next = reused;
     const Tile<PARTS> rows = carve.tile<PARTS>(C, width);
-    unsigned char* const beside = carve.next;
-    float* const d_v = carve.take<float>(C * 17);
-    unsigned char* const end_of_d_v = carve.next;
-    carve.next = beside;
-    const Tile<PARTS> more = DELTA ? carve.tile<PARTS>(C, width) : rows;
-    if (carve.next < end_of_d_v) carve.next = end_of_d_v;
+    float* const beside = DELTA ? nullptr : carve.take<float>(C * 17);
+    unsigned char* const end_of_rows = carve.next;
+    carve.next = reused;
+    const int columns = columns_at_once(width);
+    Tile<2> made, both;
+    if constexpr (DELTA) {
+        made = Tile<2>::at(rows.data, C, width);
+        both = carve.tile<2>(C, 2 * columns);  // no smaller than `made`
+    }
+    const Tile<QUERY> query = Tile<QUERY>::at(rows.data, C, DELTA ? 2 * columns : width);
+    if (carve.next < end_of_rows) carve.next = end_of_rows;
     if (carve.next < end_of_pairs) carve.next = end_of_pairs;
     carve.check();
 
     const Bank d_bank = bank_of(p.d_bank, e, block);
     BankPlaces* const kept = places_of(p.d_bank, e, block);
-    const Scratch<PARTS, C, DELTA> scratch(p.scratch, block, capacity);
+    const Scratch<C, DELTA> scratch(p.scratch, block, capacity);
     const int tiles = width / 16;
     // A warp's tile of keys in a pass over them, and which of the groups of warps that share tiles it is of.
     const int at_once = tiles < WARPS ? tiles : WARPS, groups = WARPS / at_once;
@@ -402,6 +445,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
         exits.find(replay, len, m);
         const Gamma& total = gamma[C - 1];
         if (thread == 0) now.exit_count = replay.len[len - 1], now.decay = expf(value(total));
+        for (int t = thread; t < C; t += THREADS) k_factor[t] *= expf(minus(total, gamma[t]));
         __syncthreads();
 
         for (int i = thread; i < m * C; i += THREADS) {
@@ -414,7 +458,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
             weights[j * PITCH + t] = weight;
             if constexpr (!DELTA) reads[j * PITCH + t] = weight * (p.scale * q_factor[t] * expf(value(gamma[t])));
         }
-        weigh_pairs<PARTS>(pairs, p.p + chunk * PARTS * C * C, replay, e, row, p.lambda, p.lambda_columns, first, len);
+        weigh_pairs<2>(pairs, p.p + chunk * 2 * C * C, replay, e, row, p.lambda, p.lambda_columns, first, len);
         if (thread == 0) {
             // Places of entry slots: the exit slot's own, and those in which nothing but tokens stood.
             uint64_t taken = 0;
@@ -444,13 +488,17 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
         __syncthreads();
 
         // dV += rows Kh dS', dKh = rows V dS'^T, exit slots a warp.
-        if constexpr (DELTA) copy_planes<PARTS, C>(rows, p.kh + chunk * PARTS * C * width, width);
-        else
+        const auto load_keys = [&] {
             for (int t = warp; t < C; t += WARPS)
-                load_row(rows, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
-                         expf(minus(total, gamma[t])) * k_factor[t]);
+                load_row(rows, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk, 1.0f);
+        };
+        if constexpr (DELTA) copy_planes<2, C>(made, p.kh + chunk * 2 * C * width, width);
+        else load_keys();
         __syncthreads();
         float* const d_kh = p.d_kh + partial * C * width;
+        // Delta rule: dV stands where dQt will.
+        constexpr int V_PITCH = DELTA ? 16 : 17;
+        float* const d_v = DELTA ? p.d_qt + partial * C * width : beside;
         for (int i = warp; i < exit_count; i += WARPS) {
             const int from = exits.tokens[i].from, to = exits.tokens[i].to;
             if (from == to) continue;
@@ -460,9 +508,9 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
 #pragma unroll 1
             for (int tile = 0; tile < tiles; tile++) {
                 float x[8];
-                uint32_t b[PARTS][4];
+                uint32_t b[2][4];
                 d_bank.load(order[i], tile, x);
-                right_operand<PARTS>(x, b);
+                right_operand<2>(x, b);
 #pragma unroll
                 for (int n = 0; n < BLOCKS; n++) {
                     if (n * 16 >= to || n * 16 + 16 <= from) continue;
@@ -470,7 +518,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
                     float c[2][4];
                     clear(c);
                     load_a(values, n * 16, 0, a);
-                    multiply<PARTS, PARTS>(c, a, b);
+                    multiply<PARTS, 2>(c, a, b);
                     each_pair(c, [&](int r, int key, float x0, float x1) {
                         const int t = n * 16 + r;
                         if (t >= from && t < to)
@@ -482,23 +530,31 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
 #pragma unroll
                 for (int n = 0; n < BLOCKS; n++) {
                     if (n * 16 >= to || n * 16 + 16 <= from) continue;
-                    uint32_t a[PARTS][4];
-                    load_a(rows, n * 16, tile * 16, a);
-                    multiply<PARTS, PARTS>(written[n], a, b);
+                    if constexpr (DELTA) {
+                        uint32_t a[2][4];
+                        load_a(made, n * 16, tile * 16, a);
+                        multiply<2, 2>(written[n], a, b);
+                    } else {
+                        uint32_t a[PARTS][4];
+                        load_a(rows, n * 16, tile * 16, a);
+                        multiply<PARTS, 2>(written[n], a, b);
+                    }
                 }
             }
 #pragma unroll
             for (int n = 0; n < BLOCKS; n++)
                 each_pair(written[n], [&](int r, int column, float x0, float x1) {
                     const int t = n * 16 + r;
-                    if (t >= from && t < to) d_v[t * 17 + column] = x0, d_v[t * 17 + column + 1] = x1;
+                    if (t < from || t >= to) return;
+                    const float factor = DELTA ? 1.0f : k_factor[t];
+                    d_v[t * V_PITCH + column] = factor * x0, d_v[t * V_PITCH + column + 1] = factor * x1;
                 });
         }
         __syncthreads();
         if (warp < BLOCKS)
             each_pair(within, [&](int r, int column, float x0, float x1) {
                 const int t = warp * 16 + r;
-                if (t < len) d_v[t * 17 + column] += x0, d_v[t * 17 + column + 1] += x1;
+                if (t < len) d_v[t * V_PITCH + column] += x0, d_v[t * V_PITCH + column + 1] += x1;
             });
         __syncthreads();
         for (int i = thread; i < 2 * len; i += THREADS) {
@@ -506,65 +562,82 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
             if (slice + column >= dv) continue;
             float x[8];
 #pragma unroll
-            for (int n = 0; n < 8; n++) x[n] = d_v[t * 17 + column + n];
+            for (int n = 0; n < 8; n++) x[n] = d_v[t * V_PITCH + column + n];
             if (p.dv) store8(static_cast<T*>(p.dv) + row.at(first + t) * dv + slice + column, x);
             if (p.d_v) store8(reinterpret_cast<F32*>(p.d_v) + (chunk * C + t) * dv + slice + column, x);
         }
         __syncthreads();
 
         const uint4* const entries = static_cast<const uint4*>(p.entries) +
-                                     (chunk * slices + slice / 16) * capacity * tiles * PARTS * 32;
+                                     (chunk * slices + slice / 16) * capacity * tiles * 2 * 32;
         double sum_of_total = 0;
-        // H = Kd dS' and W S^, exit slots a warp.
+        // H = Kd dS', then W S^, exit slots a warp.
         if constexpr (DELTA) {
-            for (int t = warp; t < C; t += WARPS)
-                load_row(rows, t, t < len ? k + row.key_at(first + t) * dk : nullptr, dk,
-                         expf(minus(total, gamma[t])) * k_factor[t]);
-            copy_planes<PARTS, C>(more, p.w + chunk * PARTS * C * width, width);
+            load_keys();
             __syncthreads();
             for (int i = warp; i < exit_count; i += WARPS) {
-                const int from = exits.entries[i].from, to = exits.entries[i].to;
-                if (from == to) continue;
-                float h[BLOCKS][2][4], ws[BLOCKS][2][4];
+                if (exits.entries[i].from == exits.entries[i].to) continue;
+                float h[BLOCKS][2][4];
 #pragma unroll
-                for (int n = 0; n < BLOCKS; n++) clear(h[n]), clear(ws[n]);
+                for (int n = 0; n < BLOCKS; n++) clear(h[n]);
 #pragma unroll 1
                 for (int tile = 0; tile < tiles; tile++) {
-                    float x[8], sum[8] = {};
-                    uint32_t b[2][4], s[PARTS][4];
+                    float x[8];
+                    uint32_t b[2][4];
                     d_bank.load(order[i], tile, x);
                     right_operand<2>(x, b);
                     turn(b);
-                    for (int j = from; j < to; j++) {
-                        load_planes(entries + (static_cast<int64_t>(j) * tiles + tile) * PARTS * 32, s);
-                        add_planes(s, sum);
-                    }
-                    sum_of_total += product_of(x, sum);
-                    right_operand<PARTS>(sum, s);
-                    turn(s);
 #pragma unroll
                     for (int n = 0; n < BLOCKS; n++) {
                         uint32_t a[PARTS][4];
                         load_a(rows, n * 16, tile * 16, a);
                         multiply<PARTS, 2>(h[n], a, b);
-                        load_a(more, n * 16, tile * 16, a);
-                        multiply<PARTS, PARTS>(ws[n], a, s);
                     }
                 }
 #pragma unroll
                 for (int n = 0; n < BLOCKS; n++) {
-                    uint32_t two[2][4], one[PARTS][4];
-                    left_operand<PARTS>(h[n], -1.0f, one);
-                    store_planes(scratch.left_h(i, n), one);
-                    left_operand<PARTS>(ws[n], -1.0f, one);
-                    store_planes(scratch.left_ws(i, n), one);
-                    left_operand<2>(h[n], -1.0f, two);
-                    transpose(two);
-                    store_planes(scratch.right_h(i, n), two);
+#pragma unroll
+                    for (int j = 0; j < 8; j++) h[n][j / 4][j % 4] *= k_factor[n * 16 + g + j % 4 / 2 * 8];
+                    uint32_t planes[2][4];
+                    left_operand<2>(h[n], -1.0f, planes);
+                    store_planes(scratch.left_h(i, n), planes);
+                    transpose(planes);
+                    store_planes(scratch.right_h(i, n), planes);
                 }
             }
             __syncthreads();
-            copy_planes<PARTS, C>(rows, p.qt + chunk * PARTS * C * width, width);
+            copy_planes<2, C>(made, p.w + chunk * 2 * C * width, width);
+            __syncthreads();
+            for (int i = warp; i < exit_count; i += WARPS) {
+                const int from = exits.entries[i].from, to = exits.entries[i].to;
+                if (from == to) continue;
+                float ws[BLOCKS][2][4];
+#pragma unroll
+                for (int n = 0; n < BLOCKS; n++) clear(ws[n]);
+#pragma unroll 1
+                for (int tile = 0; tile < tiles; tile++) {
+                    float sum[8] = {};
+                    uint32_t s[2][4];
+                    for (int j = from; j < to; j++) {
+                        load_planes(entries + (static_cast<int64_t>(j) * tiles + tile) * 2 * 32, s);
+                        add_planes(s, sum);
+                    }
+                    right_operand<2>(sum, s);
+                    turn(s);
+#pragma unroll
+                    for (int n = 0; n < BLOCKS; n++) {
+                        uint32_t a[2][4];
+                        load_a(made, n * 16, tile * 16, a);
+                        multiply<2, 2>(ws[n], a, s);
+                    }
+                }
+#pragma unroll
+                for (int n = 0; n < BLOCKS; n++) {
+                    uint32_t planes[2][4];
+                    left_operand<2>(ws[n], -1.0f, planes);
+                    store_planes(scratch.left_ws(i, n), planes);
+                }
+            }
         } else {
             for (int t = warp; t < C; t += WARPS)
                 load_row(rows, t, t < len ? q + row.key_at(first + t) * dk : nullptr, dk, 1.0f);
@@ -576,17 +649,61 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
         // 16 columns of keys a warp: all slots.
         for (int pass = 0; pass < tiles; pass += at_once) {
             const int tile = pass + column;
+            const int from_column = DELTA ? pass * 16 : 0;  // of what is in shared memory
+            if constexpr (DELTA) {
+                const int count = width - from_column < columns ? width - from_column : columns;
+                __syncthreads();
+                copy_columns<C>(both, 0, p.qt + chunk * 2 * C * width, width, from_column, count);
+                copy_columns<C>(both, columns, p.w + chunk * 2 * C * width, width, from_column, count);
+                __syncthreads();
+            }
+            const int key = tile * 16 - from_column;
             const bool mine = tile < tiles && group < groups;
-            float d_qt[BLOCKS][2][4], d_w[DELTA ? BLOCKS : 1][2][4], d_kd[DELTA ? BLOCKS : 1][2][4];
+            // dW and dKd by themselves: beside dQt no registers were left for operands in two planes.
+            if constexpr (DELTA) {
+                float d_w[BLOCKS][2][4], d_kd[BLOCKS][2][4];
+#pragma unroll
+                for (int n = 0; n < BLOCKS; n++) clear(d_w[n]), clear(d_kd[n]);
+#pragma unroll 1
+                for (int i = group; i < exit_count; i += groups) {
+                    const int from = exits.entries[i].from, to = exits.entries[i].to;
+                    if (!mine || from == to) continue;
+                    float x[8], sum[8] = {};
+                    d_bank.load(order[i], tile, x);
+                    uint32_t right[2][4];
+                    right_operand<2>(x, right);
+#pragma unroll
+                    for (int n = 0; n < BLOCKS; n++) {
+                        uint32_t a[2][4];
+                        load_planes(scratch.left_ws(i, n), a);
+                        multiply<2, 2>(d_kd[n], a, right);
+                    }
+                    for (int j = from; j < to; j++) {
+                        load_planes(entries + (static_cast<int64_t>(j) * tiles + tile) * 2 * 32, right);
+                        add_planes(right, sum);
+                    }
+                    sum_of_total += product_of(x, sum);
+                    right_operand<2>(sum, right);
+#pragma unroll
+                    for (int n = 0; n < BLOCKS; n++) {
+                        uint32_t a[2][4];
+                        load_planes(scratch.left_h(i, n), a);
+                        multiply<2, 2>(d_w[n], a, right);
+                    }
+                }
+                const int64_t at = partial * C * width;
+                store_sums<C>(d_w, p.d_w + at, len, width, tile, mine, group, groups);
+                store_sums<C>(d_kd, p.d_kd + at, len, width, tile, mine, group, groups);
+            }
+            float d_qt[BLOCKS][2][4];
             // Qt as left operand and as products leave R; the delta rule has no registers to hold them.
-            uint32_t queries[BLOCKS][PARTS][4], own[BLOCKS][PARTS][4];
+            uint32_t queries[BLOCKS][QUERY][4], own[BLOCKS][QUERY][4];
 #pragma unroll
             for (int n = 0; n < BLOCKS; n++) {
                 clear(d_qt[n]);
-                if constexpr (DELTA) clear(d_w[n]), clear(d_kd[n]);
                 if (DELTA || !mine) continue;
-                load_a_trans(rows, tile * 16, n * 16, queries[n]);
-                load_a(rows, n * 16, tile * 16, own[n]);
+                load_a_trans(query, key, n * 16, queries[n]);
+                load_a(query, n * 16, key, own[n]);
             }
 #pragma unroll 1
             for (int i = group; i < exit_count; i += groups) {
@@ -597,29 +714,19 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
 #pragma unroll
                 for (int n = 0; n < 8; n++) base[n / 4][n % 4] = decay * x[n];
                 if constexpr (DELTA) {
-                    uint32_t d_s[PARTS][4], s[PARTS][4];
-                    right_operand<PARTS>(x, d_s);
-                    for (int j = from; j < to; j++) {
-                        load_planes(entries + (static_cast<int64_t>(j) * tiles + tile) * PARTS * 32, s);
-                        add_planes(s, sum);
-                    }
-                    right_operand<PARTS>(sum, s);
+                    uint32_t right[2][4];
 #pragma unroll
                     for (int n = 0; n < BLOCKS; n++) {
-                        uint32_t a[PARTS][4], b[2][4];
-                        load_planes(scratch.left_ws(i, n), a);
-                        multiply<PARTS, PARTS>(d_kd[n], a, d_s);
-                        load_planes(scratch.left_h(i, n), a);
-                        multiply<PARTS, PARTS>(d_w[n], a, s);
-                        load_a_trans(more, tile * 16, n * 16, a);
-                        load_planes(scratch.right_h(i, n), b);
-                        multiply<PARTS, 2>(base, a, b);
+                        uint32_t a[2][4];
+                        load_a_trans(both, columns + key, n * 16, a);
+                        load_planes(scratch.right_h(i, n), right);
+                        multiply<2, 2>(base, a, right);
                     }
                 }
 #pragma unroll 1
                 for (int j = from; j < to; j++) {
-                    uint32_t s[PARTS][4];
-                    load_planes(entries + (static_cast<int64_t>(j) * tiles + tile) * PARTS * 32, s);
+                    uint32_t s[2][4];
+                    load_planes(entries + (static_cast<int64_t>(j) * tiles + tile) * 2 * 32, s);
                     if constexpr (!DELTA) add_planes(s, sum);
                     const float* const weight = weights + j * PITCH;
                     const float* const read = reads + j * PITCH;
@@ -634,8 +741,8 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
                         clear(r);
                         uint32_t left[PARTS][4];
                         load_a(d_o, n * 16, 0, left);
-                        multiply<PARTS, PARTS>(r, left, s);
-                        if constexpr (DELTA) load_a(rows, n * 16, tile * 16, own[n]);
+                        multiply<PARTS, 2>(r, left, s);
+                        if constexpr (DELTA) load_a(query, n * 16, key, own[n]);
 #pragma unroll
                         for (int lower = 0; lower < 2; lower++) {
                             const float w = weight[n * 16 + lower * 8 + g];
@@ -644,7 +751,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
                             for (int half = 0; half < 2; half++) {
                                 const float r0 = r[half][2 * lower], r1 = r[half][2 * lower + 1];
 #pragma unroll
-                                for (int part = 0; part < PARTS; part++) {
+                                for (int part = 0; part < QUERY; part++) {
                                     const uint32_t pair = own[n][part][2 * half + lower];
                                     sum_of_keys += low_bf16(pair) * r0 + high_bf16(pair) * r1;
                                 }
@@ -681,7 +788,7 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
                     for (int n = 0; n < 8; n++) c[n / 4][n % 4] = base[n / 4][n % 4];
 #pragma unroll
                     for (int n = 0; n < BLOCKS; n++) {
-                        uint32_t right[PARTS][4], b[PARTS][4];
+                        uint32_t right[PARTS][4], b[2][4];
                         load_b_trans(d_o, 0, n * 16, right);
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
@@ -689,13 +796,12 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
                             const float2 w = *reinterpret_cast<const float2*>(read + t);
                             float low = low_bf16(right[0][i]), high = high_bf16(right[0][i]);
                             if constexpr (PARTS == 2) low += low_bf16(right[1][i]), high += high_bf16(right[1][i]);
-                            uint32_t planes[PARTS];
-                            split<PARTS>(w.x * low, w.y * high, planes);
-#pragma unroll
-                            for (int part = 0; part < PARTS; part++) b[part][i] = planes[part];
+                            uint32_t planes[2];
+                            split<2>(w.x * low, w.y * high, planes);
+                            b[0][i] = planes[0], b[1][i] = planes[1];
                         }
-                        if constexpr (DELTA) load_a_trans(rows, tile * 16, n * 16, queries[n]);
-                        multiply<PARTS, PARTS>(c, queries[n], b);
+                        if constexpr (DELTA) load_a_trans(query, key, n * 16, queries[n]);
+                        multiply<QUERY, 2>(c, queries[n], b);
                     }
                     float out[8];
 #pragma unroll
@@ -706,10 +812,6 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
             }
             const int64_t at = partial * C * width;
             store_sums<C>(d_qt, p.d_qt + at, len, width, tile, mine, group, groups);
-            if constexpr (DELTA) {
-                store_sums<C>(d_w, p.d_w + at, len, width, tile, mine, group, groups);
-                store_sums<C>(d_kd, p.d_kd + at, len, width, tile, mine, group, groups);
-            }
         }
 #pragma unroll
         for (int by = 16; by > 0; by /= 2) sum_of_total += __shfl_xor_sync(ALL, sum_of_total, by);
@@ -760,6 +862,10 @@ DEVICE void scan_backward(const ScanBackwardParams& p) {
 }  // namespace
 }  // namespace dla
 
+// Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: scan_backward gated bf16 204 / 233 / 254 /
+// 253, f16 and f32 163 / 193 / 242 / 244, delta bf16 218 / 216 / 244 / 250, f16 and f32 141 / 145 / 226 / 232; scan_states gated
+// 126 to 128 / 111 to 124 / 108 to 112 / 112 to 121, delta bf16 180 / 180 / 207 / 190, f16 and f32 125 to 133 / 114 to 119 /
+// 149 / 137.
 #define SCAN_BACKWARD(recurrence, dtype, T, DELTA)                                                                     \
     KERNEL BLOCK_OF(dla::THREADS) scan_states_##recurrence##_##dtype(const __grid_constant__ dla::ScanStatesParams p) { \
         dla::scan_states<dla::T, DELTA>(p);                                                                            \

@@ -57,14 +57,18 @@ DEVICE void copy_planes(const Tile<PARTS>& tile, const uint16_t* from, int width
     }
 }
 
-// A slice's 16 columns of a chunk of values, of tokens past `len` and columns past dv zeros.
-template <typename T>
-DEVICE void load_columns(const Tile<T::PARTS>& tile, const T* from, const Row& row, int64_t first, int len, int slice,
-                         int dv) {
+// A slice's 16 columns of a chunk of values, of tokens past `len` and columns past dv zeros. `factor`: of every token, or null.
+template <int PARTS, typename T>
+DEVICE void load_columns(const Tile<PARTS>& tile, const T* from, const Row& row, int64_t first, int len, int slice,
+                         int dv, const float* factor = nullptr) {
     for (int i = threadIdx.x; i < T::CHUNK * 2; i += THREADS) {
         const int t = i / 2, column = i % 2 * 8;
         float x[8] = {};
         if (t < len && slice + column < dv) load8(from + row.at(first + t) * dv + slice + column, x);
+        if (factor) {
+#pragma unroll
+            for (int n = 0; n < 8; n++) x[n] *= factor[t];
+        }
         put8(tile, t, column, x);
     }
 }
@@ -105,59 +109,75 @@ DEVICE void load_initial(const Bank& bank, const float* from, int m, int dk, int
     }
 }
 
-// S_j <- decay S_j - Kd^T (W S_j) of all m slots, the states and W S_j in two planes whatever the dtype: what is rounded
-// here stays in the state. By the block; no barrier.
+// The transition of the state at `place`, S <- decay S - Kd^T (W S), in two halves; the state and W S in two planes whatever
+// the dtype: what is rounded here stays in the state. By a warp. First held = (W S)^T.
+template <int PARTS, int C>
+DEVICE void times_w(const Bank& bank, int place, const Tile<PARTS>& w, Wide<C>& held) {
+    held.clear();
+    for (int tile = 0; tile < bank.tiles; tile++) {
+        float x[8];
+        uint32_t a[2][4], b[PARTS][4];
+        bank.load(place, tile, x);
+        operand<2>(x, a);
+#pragma unroll
+        for (int n = 0; n < C / 16; n++) {
+            load_b(w, n * 16, tile * 16, b);
+            multiply<2, PARTS>(held.c[n], a, b);
+        }
+    }
+}
+// Then S <- decay S - Kd^T held^T, Kd = diag(factor) kd; `factor`: null, 1.
+template <int PARTS, int C>
+DEVICE void less_kd(const Bank& bank, int place, const Tile<PARTS>& kd, const float* factor, float decay,
+                    const Wide<C>& held) {
+    constexpr int BLOCKS = C / 16;
+    const int c2 = lane_index() % 4 * 2;
+    uint32_t a[BLOCKS][2][4];
+#pragma unroll
+    for (int n = 0; n < BLOCKS; n++) {
+        float x[8];
+#pragma unroll
+        for (int i = 0; i < 8; i++) {
+            x[i] = -held.c[n][i / 4][i % 4];
+            if (factor) x[i] *= factor[n * 16 + i / 4 * 8 + c2 + i % 2];
+        }
+        operand<2>(x, a[n]);
+    }
+    for (int tile = 0; tile < bank.tiles; tile++) {
+        float x[8], c[2][4];
+        bank.load(place, tile, x);
+#pragma unroll
+        for (int i = 0; i < 8; i++) c[i / 4][i % 4] = decay * x[i];
+#pragma unroll
+        for (int n = 0; n < BLOCKS; n++) {
+            uint32_t b[PARTS][4];
+            load_b_trans(kd, tile * 16, n * 16, b);
+            multiply<2, PARTS>(c, a[n], b);
+        }
+#pragma unroll
+        for (int i = 0; i < 8; i++) x[i] = c[i / 4][i % 4];
+        bank.store(place, tile, x);
+    }
+}
+
+// The same of all m slots. By the block; no barrier.
 template <int PARTS, int C>
 DEVICE void transition(const Bank& bank, const uint8_t* order, int m, const Tile<PARTS>& w, const Tile<PARTS>& kd,
                        float decay) {
-    constexpr int BLOCKS = C / 16;
     for (int j = warp_index(); j < m; j += WARPS) {
-        Wide<C> held;  // (W S)^T
-        held.clear();
-        for (int tile = 0; tile < bank.tiles; tile++) {
-            float x[8];
-            uint32_t a[2][4], b[PARTS][4];
-            bank.load(order[j], tile, x);
-            operand<2>(x, a);
-#pragma unroll
-            for (int n = 0; n < BLOCKS; n++) {
-                load_b(w, n * 16, tile * 16, b);
-                multiply<2, PARTS>(held.c[n], a, b);
-            }
-        }
-        uint32_t a[BLOCKS][2][4];
-#pragma unroll
-        for (int n = 0; n < BLOCKS; n++) {
-            float x[8];
-#pragma unroll
-            for (int i = 0; i < 8; i++) x[i] = -held.c[n][i / 4][i % 4];
-            operand<2>(x, a[n]);
-        }
-        for (int tile = 0; tile < bank.tiles; tile++) {
-            float x[8], c[2][4];
-            bank.load(order[j], tile, x);
-#pragma unroll
-            for (int i = 0; i < 8; i++) c[i / 4][i % 4] = decay * x[i];
-#pragma unroll
-            for (int n = 0; n < BLOCKS; n++) {
-                uint32_t b[PARTS][4];
-                load_b_trans(kd, tile * 16, n * 16, b);
-                multiply<2, PARTS>(c, a[n], b);
-            }
-#pragma unroll
-            for (int i = 0; i < 8; i++) x[i] = c[i / 4][i % 4];
-            bank.store(order[j], tile, x);
-        }
+        Wide<C> held;
+        times_w<PARTS, C>(bank, order[j], w, held);
+        less_kd<PARTS, C>(bank, order[j], kd, nullptr, decay, held);
     }
 }
 
 // The exit: what ends together is added where its oldest part stands, a new slot takes a place that is free once all
 // that is merged away has been read. Slot i of the chunk's end then lies in order[i]; `next` is scratch. `logs`, gated:
-// the places' decay since they were written, brought to the chunk's end. `keys`: Kh; `values`: V. By the block, after a
-// barrier; without one at its end.
-template <int PARTS, int C, bool DELTA>
+// the places' decay since they were written, brought to the chunk's end. `keys`, `values`: the rows of Kh V are those of
+// keys values. By the block, after a barrier; without one at its end.
+template <int C, bool DELTA, int VALUES, int KEYS>
 DEVICE void write_exits(const Bank& bank, const Exits& exits, int exit_count, uint8_t* order, uint8_t* next, double* logs,
-                        double total_log, const Tile<PARTS>& values, const Tile<PARTS>& keys) {
+                        double total_log, const Tile<VALUES>& values, const Tile<KEYS>& keys) {
     const int thread = threadIdx.x, warp = warp_index(), c2 = lane_index() % 4 * 2;
     if (thread == 0) {
         uint64_t taken = 0;
@@ -190,7 +210,7 @@ DEVICE void write_exits(const Bank& bank, const Exits& exits, int exit_count, ui
                     for (int n = 0; n < 8; n++) c[n / 4][n % 4] += factor * x[n];
                 }
                 for (int s = tokens.from / 16 * 16; s < tokens.to; s += 16) {
-                    uint32_t a[PARTS][4], b[PARTS][4];
+                    uint32_t a[VALUES][4], b[KEYS][4];
                     load_a_trans(values, 0, s, a);
                     load_b_trans(keys, tile * 16, s, b);
                     // Tokens of other slots have no part in this one.
@@ -201,9 +221,9 @@ DEVICE void write_exits(const Bank& bank, const Exits& exits, int exit_count, ui
                         if (t >= tokens.from && t < tokens.to) mask |= 0x0000ffffu;
                         if (t + 1 >= tokens.from && t + 1 < tokens.to) mask |= 0xffff0000u;
 #pragma unroll
-                        for (int part = 0; part < PARTS; part++) a[part][n] &= mask;
+                        for (int part = 0; part < VALUES; part++) a[part][n] &= mask;
                     }
-                    multiply<PARTS, PARTS>(c, a, b);
+                    multiply<VALUES, KEYS>(c, a, b);
                 }
                 float x[8];
 #pragma unroll

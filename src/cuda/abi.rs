@@ -1120,45 +1120,48 @@ impl Geometry {
         4 * self.bank_len() + self.rows() * self.slices() * BANK_PLACES_BYTES
     }
 
-    /// Bytes of the entry banks of `places` chunks.
+    /// Bytes of the entry banks of `places` chunks, two planes of every state.
     pub fn entries_bytes(&self, places: usize) -> usize {
-        places
-            * self.value_heads
-            * self.slices()
-            * self.capacity
-            * (self.padded_dk() / 16)
-            * self.parts
-            * 32
-            * 16
+        places * self.value_heads * self.slices() * self.capacity * (self.padded_dk() / 16) * 2 * 32 * 16
     }
 
     /// Bytes of the scratch of `scan_backward_*`.
     pub fn scan_backward_scratch_bytes(&self) -> usize {
         let chunk = self.chunk();
-        let held = if self.delta { chunk / 16 * (2 + 2 * self.parts) * 512 } else { 0 };
+        let held = if self.delta { chunk / 16 * 6 * 512 } else { 0 };
         self.rows() * self.slices() * self.capacity * (8 * chunk * 4 + held)
     }
 
     /// Shared memory of `scan_states_*`.
     pub fn scan_states_shared_bytes(&self) -> usize {
         let chunk = self.chunk();
-        let rows = Self::tile(self.parts, chunk, self.padded_dk());
+        let width = self.padded_dk();
+        let keys = Self::tile(self.parts, chunk, width);
+        // Where there is no room for both, keys take turns with W.
+        let beside = if self.parts == 1 && width > 128 { 0 } else { keys };
         self.replay_shared_bytes()
             + 2 * 64 * 2
             + 64 * 8
             + chunk * 8
             + chunk * 4
             + 2 * 64
-            + Self::tile(self.parts, chunk, 16)
-            + if self.delta { 2 * rows } else { rows }
+            + if self.delta {
+                Self::tile(self.parts, chunk, 16) + Self::tile(2, chunk, width) + beside
+            } else {
+                Self::tile(2, chunk, 16) + keys
+            }
     }
 
     /// Shared memory of `scan_backward_*`.
     pub fn scan_backward_shared_bytes(&self) -> usize {
         let chunk = self.chunk();
         let weights = (self.capacity * (chunk + 2) * 4).next_multiple_of(16);
-        let rows = Self::tile(self.parts, chunk, self.padded_dk());
-        let beside = (chunk * 17 * 4).next_multiple_of(16);
+        let width = self.padded_dk();
+        let rows = if self.delta {
+            Self::tile(2, chunk, 2 * width.min(128))
+        } else {
+            Self::tile(self.parts, chunk, width) + (chunk * 17 * 4).next_multiple_of(16)
+        };
         // What all threads know of the chunk.
         96 + self.replay_shared_bytes()
             + 2 * 64 * 2
@@ -1168,7 +1171,7 @@ impl Geometry {
             + 2 * 64
             + if self.delta { weights } else { 2 * weights }
             + 2 * Self::tile(self.parts, chunk, 16)
-            + (rows + if self.delta { beside.max(rows) } else { beside }).max(Self::tile(2, chunk, chunk))
+            + rows.max(Self::tile(2, chunk, chunk))
     }
 
     /// Places of chunks W of the backward's window `from..to` of every sequence of at most `time` tokens.

@@ -449,7 +449,7 @@ impl Backward {
         let mut taken = Taken(0);
         let mut take =
             |wanted: bool, factors: &[usize]| if wanted { taken.take(factors) } else { Some(taken.0) };
-        let (all, rows, heads, chunk, parts) = (g.chunks(), g.rows(), g.value_heads, g.chunk(), g.parts);
+        let (all, rows, heads, chunk, parts) = (g.chunks(), g.rows(), g.value_heads, g.chunk(), 2);
         let (width, slices, capacity) = (g.padded_dk(), g.slices(), g.capacity);
         let places = self.group.checked_mul(self.chunks)?;
         let (soft, open, routed) = (self.soft.is_some(), self.through_open, self.routed);

@@ -183,6 +183,12 @@ pub fn gradients(emulate: Emulate, case: &Case, problem: &Problem, events: &[u8]
 }
 
 fn check(emulate: Emulate, case: &Case, cut: Cut, worst: &mut Worst) {
+    let wrong = judge(emulate, case, cut, worst);
+    assert!(wrong.is_empty(), "{}, {cut:?}: {wrong:#?}", case.describe());
+}
+
+/// What is out of bounds.
+fn judge(emulate: Emulate, case: &Case, cut: Cut, worst: &mut Worst) -> Vec<String> {
     let problem = case.problem().unwrap();
     let events = reference::forward(&problem, &Arguments::of(&problem), None, None).events;
     let gradients = gradients(emulate, case, &problem, &events, cut);
@@ -197,35 +203,131 @@ fn check(emulate: Emulate, case: &Case, cut: Cut, worst: &mut Worst) {
             ));
         }
     }
-    assert!(wrong.is_empty(), "{}, {cut:?}: {wrong:#?}", case.describe());
+    wrong
 }
 
 /// Every dtype and recurrence with both reads, over capacities, head sizes, boundary rates, ragged and packed lengths,
 /// resumed caches, gradients of final caches and grouped heads, whole and cut as finely as can be.
-///
-/// bf16's gradients of scalars miss their bound on some draws (`draws_that_miss`), so the seed is set: what fails is a change.
 #[test]
 fn every_kernel_backward() {
-    every_kernel(setting("DLA_EMULATION_FIRST").unwrap_or(869_119_069_367));
-}
-
-/// Not within bounds yet: dbeta in bf16, without decay, where hundreds of keys are nearly one, 7e-3 where 5e-3 is asked for.
-#[test]
-#[ignore = "a known miss: dbeta of the delta rule in bf16, nearly repeated keys"]
-fn draws_that_miss() {
-    every_kernel(656_669_952_724);
-}
-
-fn every_kernel(seed: u64) {
     let Some(emulate) = emulator() else { return };
+    let seed = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
     println!("seeds from {seed}");
     let mut worst = Worst::default();
+    for (at, recipe) in recipes().iter().enumerate() {
+        let case = recipe.draw(seed + at as u64);
+        check(emulate, &case, WHOLE, &mut worst);
+        check(emulate, &case, FINE, &mut worst);
+    }
+    println!("{:?}", worst.0);
+}
+
+/// What bf16 missed with one plane of all that is computed: dbeta of nearly repeated keys; dg and the route's bias of one
+/// short head, whose few numbers are sums that cancel.
+#[test]
+fn gradients_that_cancel() {
+    let Some(emulate) = emulator() else { return };
+    let first = setting("DLA_EMULATION_FIRST");
+    let mut worst = Worst::default();
+    // A draw whose dbeta was off by 7.1e-3.
+    let repeated = &recipes()[6];
+    check(emulate, &repeated.draw(656_669_952_730), WHOLE, &mut worst);
+    let seed = first.unwrap_or_else(|| rand::random_range(0..1 << 40));
+    println!("seeds from {seed}");
+    for (at, recipe) in that_cancel().iter().enumerate() {
+        check(emulate, &recipe.draw(seed + at as u64), WHOLE, &mut worst);
+    }
+    println!("{:?}", worst.0);
+}
+
+/// `DLA_EMULATION_DRAWS` times as many draws of those in bf16 as there are recipes.
+#[test]
+#[ignore = "minutes; the errors' distribution"]
+fn many_draws() {
+    let Some(emulate) = emulator() else { return };
+    let first = setting("DLA_EMULATION_FIRST").unwrap_or_else(|| rand::random_range(0..1 << 40));
+    let rounds = setting("DLA_EMULATION_DRAWS").unwrap_or(10);
+    println!("seeds from {first}");
+    let mut of_bf16: Vec<Recipe> = recipes();
+    of_bf16.retain(|recipe| recipe.dtype == Dtype::Bf16);
+    let (mut all, mut draws, mut missed) = (Worst::default(), 0, 0);
+    for round in 0..rounds {
+        for (at, recipe) in of_bf16.iter().chain(&that_cancel()).enumerate() {
+            let case = recipe.draw(first + round * 1000 + at as u64);
+            let wrong = judge(emulate, &case, WHOLE, &mut all);
+            draws += 1;
+            if !wrong.is_empty() {
+                missed += 1;
+                println!("{}: {wrong:?}", case.describe());
+            }
+        }
+        println!("{draws} draws, {missed} missed; {:?}", all.0);
+    }
+    assert!(missed == 0, "{missed} of {draws} draws");
+}
+
+fn that_cancel() -> Vec<Recipe> {
+    let mut recipes = Vec::new();
+    for (dk, dv) in [(8, 16), (72, 8), (144, 40)] {
+        for recurrence in [Recurrence::Gated, Recurrence::GatedDelta] {
+            for read in [Read::Given, Read::Routed] {
+                let at = recipes.len();
+                recipes.push(Recipe {
+                    options: Options { recurrence, read, capacity: 1 + at * 7 % 64, ..Options::default() },
+                    time: 70,
+                    dk,
+                    dv,
+                    dtype: Dtype::Bf16,
+                    resumed: at % 4 == 0,
+                    final_gradient: at % 5 != 0,
+                    ..Recipe::default()
+                });
+            }
+        }
+    }
+    // As the card's suite has it.
+    recipes.push(Recipe {
+        options: Options { read: Read::Routed, capacity: 19, ..Options::default() },
+        time: 70,
+        dk: 248,
+        dv: 248,
+        dtype: Dtype::Bf16,
+        final_gradient: true,
+        ..Recipe::default()
+    });
+    for (time, boundary_rate) in [(150, 0.01), (330, 0.01), (200, 0.1)] {
+        for decay in [None, Some(0.05)] {
+            let at = recipes.len();
+            recipes.push(Recipe {
+                options: Options {
+                    recurrence: Recurrence::GatedDelta,
+                    capacity: [1, 4, 30][at % 3],
+                    qk_l2norm: at % 2 == 0,
+                    ..Options::default()
+                },
+                time,
+                dk: [16, 64, 40][at % 3],
+                dv: [64, 16, 8][at % 3],
+                dtype: Dtype::Bf16,
+                boundary_rate,
+                decay,
+                resumed: at % 3 == 0,
+                final_gradient: at % 2 == 0,
+                ..Recipe::default()
+            });
+        }
+    }
+    recipes
+}
+
+fn recipes() -> Vec<Recipe> {
+    let mut recipes = Vec::new();
     let sizes = [(8, 24), (24, 8), (64, 72), (72, 64), (128, 16), (16, 128), (40, 40)];
-    let mut at = 0;
     for dtype in [Dtype::Bf16, Dtype::F16, Dtype::F32] {
         for recurrence in [Recurrence::Gated, Recurrence::GatedDelta] {
             for read in [Read::Given, Read::Routed] {
                 for packed in [false, true] {
+                    let at = recipes.len();
                     let (dk, dv) = sizes[at % sizes.len()];
                     let options = Options {
                         recurrence,
@@ -237,7 +339,7 @@ fn every_kernel(seed: u64) {
                         soft: (at % 3 == 2).then_some(Soft { temperature: 0.2, through_drift: at % 2 == 0 }),
                         ..Options::default()
                     };
-                    let recipe = Recipe {
+                    recipes.push(Recipe {
                         options,
                         batch: if packed { 1 } else { 1 + at % 2 },
                         time: if packed { 134 } else { [131, 64, 70][at % 3] },
@@ -253,16 +355,12 @@ fn every_kernel(seed: u64) {
                         packed: packed.then(|| vec![0, 1, 66, 0, 33, 34, 0]),
                         resumed: at % 3 != 1,
                         final_gradient: at % 2 == 1,
-                    };
-                    let case = recipe.draw(seed + at as u64);
-                    check(emulate, &case, WHOLE, &mut worst);
-                    check(emulate, &case, FINE, &mut worst);
-                    at += 1;
+                    });
                 }
             }
         }
     }
-    println!("{:?}", worst.0);
+    recipes
 }
 
 /// Hopper's kernels of the gated backward in bf16: head sizes, capacities, boundary rates, decays, ragged and packed lengths,
