@@ -407,7 +407,6 @@ fn hopper_whole_backward() {
             }),
             resumed: at % 3 != 1,
             final_gradient: at % 2 == 1,
-            ..Recipe::default()
         };
         let case = recipe.draw(seed + at as u64);
         check(emulate, &case, Cut { hopper: true, ..WHOLE }, &mut worst);
