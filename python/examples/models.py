@@ -107,9 +107,6 @@ class Model(nn.Module):
         self.blocks = nn.ModuleList(Block(mixer(spec, hidden, heads, time), hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(hidden)
         nn.init.normal_(self.embedding.weight, std=0.02)
-        for name, x in self.named_parameters():
-            if x.ndim == 2 and "proj" in name and "l_proj" not in name or name.endswith(("up.weight", "down.weight")):
-                nn.init.normal_(x, std=0.02)
 
     def hidden(self, tokens):
         x = self.embedding(tokens)

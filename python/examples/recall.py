@@ -128,6 +128,8 @@ def settings_of(name, options):
         for key, most in (("capacity", 6), ("segments", 6), ("read_best", 2)):
             if spec.get(key):
                 spec[key] = min(spec[key], most)
+    if options.rate:
+        settings.update(rate=options.rate)
     if options.steps:
         settings.update(steps=options.steps, warm_up=max(options.steps // 10, 1))
     return settings, spec
@@ -238,6 +240,7 @@ def drive(options, names):
                            "--activation-tokens", str(options.activation_tokens)]
                 command += ["--tiny"] if options.tiny else []
                 command += ["--steps", str(options.steps)] if options.steps else []
+                command += ["--rate", str(options.rate)] if options.rate else []
                 command += ["--activations", str(options.activations)] if options.activations else []
                 process = subprocess.Popen(command, stdout=log.open("w"), stderr=subprocess.STDOUT)
                 running[run] = (process, log, now)
@@ -385,6 +388,7 @@ def main():
     parser.add_argument("--device", choices=["cpu", "cuda"], help="a GPU where there is one")
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="bfloat16 (autocast) on a GPU, float32 on a CPU")
     parser.add_argument("--steps", type=int, help="in place of the settings' own")
+    parser.add_argument("--rate", type=float, help="learning rate in place of the settings' own")
     parser.add_argument("--tiny", action="store_true", help="small sizes: whether it runs and learns at all")
     parser.add_argument("--again", action="store_true", help="what is there already too")
     parser.add_argument("--activations", type=pathlib.Path, help=f"keep activations of '{KEPT}', seed 0, here (safetensors)")
