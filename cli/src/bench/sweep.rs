@@ -347,6 +347,11 @@ fn panel(
         let floor = points.iter().filter_map(|p| Some((p.value, of(p).1?))).filter(|p| p.1 > 0.0);
         chart.draw_series(DashedLineSeries::new(floor, 5, 4, color.stroke_width(1)))?;
     }
-    chart.configure_series_labels().background_style(WHITE.mix(0.8)).border_style(BLACK).draw()?;
+    chart
+        .configure_series_labels()
+        .position(SeriesLabelPosition::UpperLeft)
+        .background_style(WHITE.mix(0.8))
+        .border_style(BLACK)
+        .draw()?;
     Ok(())
 }
