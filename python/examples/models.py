@@ -1,5 +1,7 @@
 """Models alike but for what mixes tokens: projections, short convolutions, gates and norms are those of DynamicLinearAttention."""
 
+import zlib
+
 import torch
 import torch.nn.functional as F
 from dla.torch import DynamicLinearAttention
@@ -55,7 +57,9 @@ class LogLinear(DynamicLinearAttention):
             return self.kernel()(q, k, v, g, lam[..., : levels(q.shape[1])])[0].to(v.dtype), None
         time = q.shape[1]
         if time > self.MASKED_TIME:
-            raise RuntimeError(f"Log-Linear Attention: expected flash-linear-attention on a GPU for more than {self.MASKED_TIME} tokens, got {time}")
+            raise NotImplementedError(
+                f"Log-Linear Attention of {time} tokens: expected flash-linear-attention on a GPU beyond {self.MASKED_TIME}"
+            )
         at = torch.arange(time, device=q.device)
         level = torch.frexp((at[:, None] ^ at).float()).exponent.long()  # bits of the difference
         total = g.cumsum(1).transpose(1, 2)
@@ -106,7 +110,27 @@ class Model(nn.Module):
         self.embedding = nn.Embedding(vocabulary, hidden)
         self.blocks = nn.ModuleList(Block(mixer(spec, hidden, heads, time), hidden) for _ in range(layers))
         self.norm = nn.RMSNorm(hidden)
-        nn.init.normal_(self.embedding.weight, std=0.02)
+
+    @torch.no_grad()
+    def draw(self, seed):
+        """Parameters from the seed and their names: what two mixers have in common begins alike, whatever else they hold. How soon
+        recall is found varies much with this draw."""
+        for name, x in self.named_parameters():
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
+            if name == "embedding.weight":
+                drawn = 0.02 * torch.randn(x.shape, generator=generator)
+            elif name.endswith("A_log"):
+                drawn = (1 + 15 * torch.rand(x.shape, generator=generator)).log()
+            elif name.endswith("dt_bias"):
+                # dt in [0.001, 0.1), the inverse of softplus.
+                dt = 0.001 * 100 ** torch.rand(x.shape, generator=generator)
+                drawn = dt + torch.log(-torch.expm1(-dt))
+            elif x.ndim == 2:
+                drawn = (2 * torch.rand(x.shape, generator=generator) - 1) * x.shape[1] ** -0.5
+            else:
+                continue
+            x.copy_(drawn)
+        return self
 
     def hidden(self, tokens):
         x = self.embedding(tokens)

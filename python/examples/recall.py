@@ -44,9 +44,9 @@ SETTINGS = {
 }
 # For looking whether it runs and learns at all, on a CPU in a minute or so each; --tiny.
 TINY = {
-    "recall64": dict(time=32, vocabulary=32, train_pairs=[4, 2], test_pairs=[2, 4], hidden=32, heads=2, batch=32,
-                     test_read_best=[2], steps=150, rate=1e-2),
-    "recall128": dict(time=32, vocabulary=32, train_pairs=[8, 4], test_pairs=[4, 8], hidden=32, heads=2, batch=32, steps=150,
+    "recall64": dict(time=24, vocabulary=16, train_pairs=[3, 2], test_pairs=[2, 3], hidden=32, heads=2, batch=32,
+                     test_read_best=[2], steps=400, rate=1e-2),
+    "recall128": dict(time=32, vocabulary=32, train_pairs=[8, 4], test_pairs=[4, 8], hidden=32, heads=2, batch=32, steps=400,
                       rate=1e-2),
     "needles": dict(time=64, needles=4, test_times=[64, 128], hidden=32, heads=2, layers=1, batch=32, steps=50),
     "bytes": dict(time=128, hidden=32, heads=2, layers=1, batch=8, test_batches=2, steps=50),
@@ -293,7 +293,7 @@ def table(report):
         if not rows:
             continue
         everything = [run for runs in rows.values() for run in runs]
-        tests = list(everything[0]["accuracy"])
+        tests = list(max((run["accuracy"] for run in everything), key=len))
         columns = ["all", "last quarter"] if setting == "bytes" else tests
         lines += [title, "", f"| | {' | '.join(columns)} | seeds | tokens/s | opens a slot | largest slot |"]
         lines.append("| --- " * (len(columns) + 5) + "|")
@@ -301,7 +301,8 @@ def table(report):
             if setting == "bytes":
                 cells = [spread([run["bits_per_byte"] for run in runs]), spread([run["bits_by_quarter"][-1] for run in runs])]
             else:
-                cells = [spread([run["accuracy"][test] for run in runs if test in run["accuracy"]]) for test in tests]
+                found = [[run["accuracy"][test] for run in runs if test in run["accuracy"]] for test in tests]
+                cells = [spread(values) if values else "" for values in found]
             cells += [str(len(runs)), f"{statistics.fmean(run['tokens_per_s'] for run in runs):,.0f}"]
             layers = [layer for run in runs for layer in run.get("memory", [])]
             if layers:

@@ -137,6 +137,28 @@ def test_the_best_slots_are_read(read, order):
     assert torch.allclose(again[2].grad, dv, rtol=1e-3, atol=1e-4)
 
 
+def test_a_length_that_a_mixer_cannot_take_is_left_out(monkeypatch):
+    monkeypatch.setattr(models.LogLinear, "MASKED_TIME", 48)
+    settings = {**recall.SETTINGS["needles"], **recall.TINY["needles"], "dtype": "float32"}
+    settings.update(time=32, test_times=[32, 64], steps=3, warm_up=1, test_batches=1)
+    result, _ = train.train(settings, recall.OTHERS["Log-Linear"], 0)
+    assert list(result["accuracy"]) == ["32"]
+
+
+def test_mixers_begin_alike():
+    drawn_of = []
+    for name in ("gated, mass, routed with logits", "gated, one state", "gated, density, given (the paper)"):
+        torch.manual_seed(len(name))
+        spec = recall.EXPERIMENTS[f"recall64/{name}"][1]
+        model = models.Model(spec, vocabulary=24, hidden=32, heads=2, layers=1, time=40).draw(5)
+        drawn_of.append(dict(model.named_parameters()))
+    common = set.intersection(*map(set, drawn_of))
+    assert any("A_log" in name for name in common) and any("q_proj" in name for name in common)
+    for name in common:
+        if "l_proj" not in name:  # of as many columns as there are slots
+            assert all(torch.equal(drawn_of[0][name], other[name]) for other in drawn_of[1:]), name
+
+
 def test_everything_learned_has_a_gradient():
     for name in ("gated, mass, routed with logits", "delta, mass, routed with logits", "gated, mass, routed, soft into k and v"):
         spec = dict(recall.EXPERIMENTS[f"recall64/{name}"][1], capacity=3)
