@@ -118,3 +118,62 @@ fn decoding_refuses_what_it_cannot_do() {
         assert!(ran.stderr.contains(expected), "{}; expected {expected}", ran.stderr);
     }
 }
+
+#[test]
+fn a_sweep_goes_over_one_extent() {
+    for (sweep, values, device) in [
+        ("T", "20,70", "cpu"),
+        ("M", "1,3", "cpu"),
+        ("rate", "0.05,1", "cpu"),
+        ("heads", "8,24", "reference"),
+    ] {
+        let (stdout, json, svg) =
+            bench(&Scratch::new(), &["--device", device, "--sweep", sweep, "--values", values]);
+        assert_eq!((&json["sweep"], &json["device"]), (&sweep.into(), &device.into()));
+        let points = json["points"].as_array().expect("points");
+        let expected: Vec<f64> = values.split(',').map(|x| x.parse().expect("a number")).collect();
+        for pass in ["forward", "backward"] {
+            let of = points.iter().filter(|p| p["pass"] == pass && p["stage"] == "all");
+            let all: Vec<&Value> = of.collect();
+            let number = |p: &Value, name: &str| p[name].as_f64().expect("a number");
+            assert_eq!(all.iter().map(|p| number(p, "value")).collect::<Vec<_>>(), expected);
+            for p in &all {
+                assert!(number(p, "ms") > 0.0 && number(p, "floor_ms") > 0.0, "{p}");
+                let tokens = if sweep == "T" { number(p, "value") } else { 130.0 };
+                // Two value heads.
+                let million_a_second = 2.0 * tokens / number(p, "ms") * 1e-3;
+                assert!((number(p, "million_token_heads_s") / million_a_second - 1.0).abs() < 1e-9, "{p}");
+            }
+            match sweep {
+                // One slot has no boundary but the first token.
+                "M" => {
+                    assert!(number(all[0], "boundary_rate") < 0.01);
+                    assert_eq!(number(all[1], "boundary_rate"), 1.0);
+                }
+                "rate" => assert!(number(all[0], "boundary_rate") < 0.5),
+                // More tokens, or wider heads, are more work.
+                _ => assert!(number(all[0], "floor_ms") < number(all[1], "floor_ms")),
+            }
+        }
+        assert!(stdout.contains("M token-heads/s"), "{stdout}");
+        for drawn in ["forward", "backward", "floor", "polyline"] {
+            assert!(svg.contains(drawn), "{sweep}: {drawn}");
+        }
+    }
+}
+
+#[test]
+fn a_sweep_refuses_what_it_cannot_do() {
+    for (options, status, expected) in [
+        (["--sweep", "rate", "--values", "2"], 1, "--values: expected above 0 and at most 1, got 2"),
+        (["--sweep", "M", "--values", "65"], 1, "--values: expected whole numbers from 1 to 64, got 65"),
+        (["--sweep", "T", "--values", "1.5"], 1, "--values: expected whole numbers from 1 to"),
+        (["--sweep", "heads", "--values", "0"], 1, "--values: expected whole numbers from 1 to"),
+        (["--sweep", "T", "--size", "S1"], 2, "cannot be used with"),
+        (["--values", "3", "--repeats", "1"], 2, "--sweep"),
+    ] {
+        let ran = dla(["bench", "--device", "cpu"].iter().chain(&options));
+        assert_eq!(ran.status, status, "{options:?}: {}", ran.stderr);
+        assert!(ran.stderr.contains(expected), "{}; expected {expected}", ran.stderr);
+    }
+}

@@ -73,33 +73,29 @@ struct FirstCall {
 
 /// One stage of one pass.
 #[derive(Debug, Clone, Serialize)]
-struct Row {
+pub struct Row {
     size: String,
     recurrence: String,
     capacity: usize,
     /// As the log has it.
-    boundary_rate: f64,
+    pub boundary_rate: f64,
     merge: String,
     read: String,
-    pass: &'static str,
+    pub pass: &'static str,
     /// Or, of pass `backward_kernels`, a kernel and how often it was launched.
-    stage: String,
+    pub stage: String,
     /// Median.
-    ms: f64,
+    pub ms: f64,
     /// What bytes and products alone would take at the ceilings.
-    floor_ms: f64,
+    pub floor_ms: f64,
     /// Memory beside inputs and outputs.
     peak_mb: f64,
 }
 
 /// Runs the subcommand on GPU 0.
 pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
-    ensure!(args.plot.is_none(), "--plot: drawn for the CPU alone");
-    ensure!(
-        args.matmul_tflop_s > 0.0 && args.matmul_tflop_s.is_finite(),
-        "--matmul-tflop-s: expected a number above 0, got {}",
-        args.matmul_tflop_s
-    );
+    ensure!(args.plot.is_none(), "--plot: drawn for the CPU alone, or of a sweep");
+    check_ceiling(args)?;
     let json = args.json.as_deref().map(Output::at).transpose()?;
     let mut recipes = Vec::new();
     for (size, shape) in args.shapes() {
@@ -150,6 +146,41 @@ pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
         std::fs::write(&path, text).with_context(|| path.display().to_string())?;
     }
     Ok(())
+}
+
+fn check_ceiling(args: &Args) -> anyhow::Result<()> {
+    ensure!(
+        args.matmul_tflop_s > 0.0 && args.matmul_tflop_s.is_finite(),
+        "--matmul-tflop-s: expected a number above 0, got {}",
+        args.matmul_tflop_s
+    );
+    Ok(())
+}
+
+/// What a sweep measured.
+pub struct Points {
+    pub card: String,
+    pub ceilings: Ceilings,
+    /// Of every recipe, in order.
+    pub rows: Vec<Vec<Row>>,
+}
+
+/// Rows of every point of a sweep, on GPU 0.
+pub fn points(args: &Args, recipes: &[(f64, Recipe)], common: &Common) -> anyhow::Result<Points> {
+    check_ceiling(args)?;
+    cuda::available()?;
+    let engine = Engine::new(0)?;
+    let bar = common.progress(recipes.len() as u64, "bench");
+    let (mut ceilings, mut rows) = (None, Vec::new());
+    for (value, recipe) in recipes {
+        let value = value.to_string();
+        bar.set_message(value.clone());
+        rows.push(measure(&engine, args, &value, recipe, None, &mut ceilings)?);
+        bar.inc(1);
+    }
+    bar.finish_and_clear();
+    let ceilings = ceilings.unwrap_or(Ceilings { copy_gb_s: 0.0, matmul_tflop_s: args.matmul_tflop_s });
+    Ok(Points { card: engine.card()?, ceilings, rows })
 }
 
 fn ms_since(start: Instant) -> f64 {

@@ -4,6 +4,7 @@ mod ceiling;
 mod cuda;
 mod decode;
 mod plot;
+mod sweep;
 
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -46,6 +47,18 @@ pub struct Args {
     /// Extents by name, commas between: 16 heads of 128 (S4 8, S5 32 of 64), T 4096, 8192, 32768, 131072, 2048, 1024
     #[arg(long, value_name = "S1[,S2...]", value_enum, value_delimiter = ',', conflicts_with = "shape")]
     size: Vec<Size>,
+    /// Time over several values of one extent, beside the floor: tokens, slots, boundary rate, or head size dk = dv
+    #[arg(long, value_enum, conflicts_with = "size")]
+    sweep: Option<sweep::Sweep>,
+    /// The values of --sweep, commas between, in place of its own
+    #[arg(
+        long,
+        value_name = "X,...",
+        value_delimiter = ',',
+        requires = "sweep",
+        allow_negative_numbers = true
+    )]
+    values: Vec<f64>,
     /// How a slot's state evolves
     #[arg(long, value_enum, default_value_t)]
     recurrence: Recurrence,
@@ -85,7 +98,7 @@ pub struct Args {
     /// Write the figures here too
     #[arg(long, value_name = "F.json")]
     json: Option<PathBuf>,
-    /// Draw the milliseconds of every stage here
+    /// Draw the milliseconds of every stage here; of a sweep, time and throughput
     #[arg(long, value_name = "F.svg")]
     plot: Option<PathBuf>,
 }
@@ -369,6 +382,9 @@ pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
         Device::Auto => dla::cuda::available().is_ok(),
         device => device == Device::Cuda,
     };
+    if let Some(sweep) = args.sweep {
+        return sweep::run(args, sweep, gpu, common);
+    }
     if gpu {
         return cuda::run(args, common);
     }

@@ -1,7 +1,7 @@
 """The layer, with the constructor names of flash-linear-attention's GatedDeltaNet."""
 
 import math
-from typing import Dict, NamedTuple, Optional
+from typing import Dict, NamedTuple, Optional, Tuple
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +54,14 @@ class DynamicLinearAttention(nn.Module):
         allow_neg_eigval: write strengths up to 2 (delta style).
         layer_idx: key of this layer in the cache that `forward` takes and returns.
         norm_eps: of the output's RMS norm.
-        style: "delta", Gated DeltaNet's gates (beta; q and k of unit norm), or "mamba2" (no beta; values times dt).
+        style: "delta", Gated DeltaNet's gates (beta; q and k of unit norm); "gated" (no beta; values times 2 sigmoid of a
+            projection; q and k of unit norm); or "mamba2" (no beta; values times dt).
         read: "given": read weights are the softplus of a projection of the token; "routed": by content, with learned
             slope and bias per value head; "routed_logits": with a projection of the token beside.
-        capacity, tau, merge, slot_order: options of `dla.torch.dla`.
+        capacity, tau, merge, slot_order, soft: options of `dla.torch.dla`.
+        learn_tau: tau is a parameter per value head; it has a gradient with `soft` alone.
+        read_best: weigh only so many of the states present, those of the largest read weights, by 0 the others. Routed,
+            this computes the forward twice: the weights first.
     """
 
     def __init__(
@@ -82,15 +86,22 @@ class DynamicLinearAttention(nn.Module):
         tau: float = 0.6,
         merge: str = "mass",
         slot_order: str = "oldest_first",
+        soft: Optional[Tuple[float, bool]] = None,
+        learn_tau: bool = False,
+        read_best: Optional[int] = None,
     ):
         super().__init__()
         value_heads = num_heads if num_v_heads is None else num_v_heads
         if mode != "chunk":
             raise ValueError(f"mode: expected 'chunk', got {mode!r}")
-        if style not in ("delta", "mamba2"):
-            raise ValueError(f"style: expected 'delta' or 'mamba2', got {style!r}")
+        if style not in ("delta", "gated", "mamba2"):
+            raise ValueError(f"style: expected 'delta', 'gated' or 'mamba2', got {style!r}")
         if read not in ("given", "routed", "routed_logits"):
             raise ValueError(f"read: expected 'given', 'routed' or 'routed_logits', got {read!r}")
+        if read_best is not None and not 1 <= read_best <= capacity:
+            raise ValueError(f"read_best: expected 1 to capacity = {capacity}, got {read_best}")
+        if learn_tau and soft is None:
+            raise ValueError("learn_tau: expected with soft, which gives tau its gradient")
         if value_heads % num_heads != 0:
             raise ValueError(f"num_v_heads: expected a multiple of num_heads = {num_heads}, got {value_heads}")
         self.head_v_dim = int(head_dim * expand_v)
@@ -100,7 +111,9 @@ class DynamicLinearAttention(nn.Module):
         self.style, self.read, self.layer_idx, self.norm_eps = style, read, layer_idx, norm_eps
         self.allow_neg_eigval, self.use_gate, self.use_short_conv = allow_neg_eigval, use_gate, use_short_conv
         self.conv_size = conv_size
-        self.options = dict(capacity=capacity, tau=tau, merge=merge, slot_order=slot_order)
+        self.soft, self.read_best = soft, read_best
+        self.options = dict(capacity=capacity, merge=merge, slot_order=slot_order)
+        self.tau = nn.Parameter(torch.full((value_heads,), float(tau))) if learn_tau else tau
         key_dim, value_dim = num_heads * head_dim, value_heads * self.head_v_dim
         self.widths = (key_dim, key_dim, value_dim)
 
@@ -113,7 +126,7 @@ class DynamicLinearAttention(nn.Module):
         dt = torch.exp(torch.rand(value_heads) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True
-        if style == "delta":
+        if style != "mamba2":
             self.b_proj = nn.Linear(hidden_size, value_heads, bias=False)
         if use_short_conv:
             channels = sum(self.widths)
@@ -135,6 +148,37 @@ class DynamicLinearAttention(nn.Module):
         self.o_norm = nn.Parameter(torch.ones(self.head_v_dim))
         self.o_proj = nn.Linear(value_dim, hidden_size, bias=False)
 
+    def mix(self, q, k, v, g, beta, lam, route, *, return_log=False, **keywords):
+        """The operator on what `forward` made of the tokens: arguments and results of `dla.torch.dla`.
+
+        A subclass that keeps the projections, gates and norms and mixes tokens otherwise overrides this.
+        """
+        keywords.update(self.options, tau=self.tau, soft=self.soft)
+        best = self.read_best
+        if best is None:
+            return dla(q, k, v, g, beta, lam, route=route, return_log=return_log, **keywords)
+        with torch.no_grad():
+            log = dla(q, k, v, g, beta, lam, route=route, return_log=True, **keywords)[2]
+            weights = lam if route is None else log.lam
+            if route is None:
+                # A weight of a state that is not there must not take the place of another.
+                if keywords.get("initial_state") is not None or keywords.get("cu_seqlens") is not None:
+                    raise ValueError("read_best: given reads are not limited with a cache or packed sequences")
+                present = (log.events == 1).cumsum(1).unsqueeze(3)
+                slots = torch.arange(weights.shape[3], device=weights.device)
+                weights = weights.masked_fill(slots >= present, -1.0)
+            kept = torch.zeros_like(weights).scatter(3, weights.topk(best, 3).indices, 1.0)
+        if route is None:
+            lam = lam * kept
+        else:
+            # A logit so low that the sigmoid and its derivative are 0.
+            slope, bias, logits = route
+            low = (kept - 1) * 1e6
+            route = (slope, bias, low if logits is None else logits + low)
+        if keywords.get("events") is None and self.soft is None:
+            keywords["events"] = log.events  # the plan need not be made twice
+        return dla(q, k, v, g, beta, lam, route=route, return_log=return_log, **keywords)
+
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -143,10 +187,12 @@ class DynamicLinearAttention(nn.Module):
         use_cache: bool = False,
         output_attentions: bool = False,
         cu_seqlens: Optional[torch.Tensor] = None,
+        events: Optional[torch.Tensor] = None,
         **_,
     ):
         """hidden_states [B,T,hidden_size]. attention_mask: [B,T], 0 where a token is padding. past_key_values: a dictionary from
-        layer_idx to `LayerCache`; with use_cache this layer's entry is set anew in it.
+        layer_idx to `LayerCache`; with use_cache this layer's entry is set anew in it. events: the caller's own event log,
+        [B,T,HV] uint8, without padding.
 
         Returns the output [B,T,hidden_size], None, and past_key_values.
         """
@@ -158,8 +204,8 @@ class DynamicLinearAttention(nn.Module):
         if attention_mask is not None and not bool(attention_mask.all()):
             if attention_mask.shape != x.shape[:2]:
                 raise ValueError(f"attention_mask: expected [B,T] = {tuple(x.shape[:2])}, got {tuple(attention_mask.shape)}")
-            if past is not None or use_cache or cu_seqlens is not None:
-                raise ValueError("attention_mask: not expected with a cache or cu_seqlens")
+            if past is not None or use_cache or cu_seqlens is not None or events is not None:
+                raise ValueError("attention_mask: not expected with a cache, cu_seqlens or events")
             # Packed without the padding.
             padded = (x.shape, attention_mask.bool().flatten().nonzero().squeeze(1))
             cu_seqlens = F.pad(attention_mask.bool().sum(1).cumsum(0), (1, 0)).to(torch.int64)
@@ -191,6 +237,8 @@ class DynamicLinearAttention(nn.Module):
         if self.style == "delta":
             beta = self.b_proj(x).float().sigmoid()
             beta = 2 * beta if self.allow_neg_eigval else beta
+        elif self.style == "gated":
+            v = v * (2 * self.b_proj(x).float().sigmoid()).unsqueeze(3).to(v.dtype)
         else:
             v = v * dt.unsqueeze(3).to(v.dtype)
         lam = route = None
@@ -202,18 +250,19 @@ class DynamicLinearAttention(nn.Module):
                 logits = self.l_proj(x).float().unflatten(2, (value_heads, capacity))
             route = (self.route_slope.float(), self.route_bias.float(), logits)
 
-        unit = self.style == "delta" or self.read != "given"
+        unit = self.style != "mamba2" or self.read != "given"
         state = None if past is None else past.state
         decoding = time == 1 and state is not None and cu_seqlens is None
-        if decoding and use_cache and not torch.is_grad_enabled():
+        plain = self.read_best is None and events is None
+        if decoding and plain and use_cache and not torch.is_grad_enabled():
             state = State(*(None if a is None else a.clone() for a in state))
             o, state = step(
-                q, k, v, g, beta, lam, route=route, state=state, use_qk_l2norm_in_kernel=unit, **self.options
+                q, k, v, g, beta, lam, route=route, state=state, use_qk_l2norm_in_kernel=unit, tau=self.tau, **self.options
             )
         else:
-            o, state = dla(
-                q, k, v, g, beta, lam, route=route, initial_state=state, output_final_state=use_cache,
-                cu_seqlens=cu_seqlens, use_qk_l2norm_in_kernel=unit, **self.options,
+            o, state = self.mix(
+                q, k, v, g, beta, lam, route, initial_state=state, output_final_state=use_cache, cu_seqlens=cu_seqlens,
+                use_qk_l2norm_in_kernel=unit, events=events,
             )
 
         o = F.rms_norm(o.float(), (self.head_v_dim,), self.o_norm.float(), self.norm_eps).flatten(2)
