@@ -45,7 +45,7 @@ SETTINGS = {
 # For looking whether it runs and learns at all, on a CPU in a minute or so each; --tiny.
 TINY = {
     "recall64": dict(time=24, vocabulary=16, train_pairs=[3, 2], test_pairs=[2, 3], hidden=32, heads=2, batch=32,
-                     test_read_best=[2], steps=400, rate=1e-2),
+                     test_read_best=[2], steps=1500, rate=5e-3),
     "recall128": dict(time=32, vocabulary=32, train_pairs=[8, 4], test_pairs=[4, 8], hidden=32, heads=2, batch=32, steps=400,
                       rate=1e-2),
     "needles": dict(time=64, needles=4, test_times=[64, 128], hidden=32, heads=2, layers=1, batch=32, steps=50),
