@@ -30,9 +30,11 @@
 // and P . Lambda find no room (64 slots at dk = 128) threads load them.
 // Floor: 2 dk SLOTS 8 x 64 FLOP a group and chunk, 1,024 clocks of the tensor cores at dk = 128, M = 30.
 // Measured on an H100 (1 x 32,768 x 16 heads, dk = dv = 128, M = 30, every token a merge; tokens written at once in
-// brackets): density 2.17 ms (2.86), mass 1.66 (2.07); without any change of states 1.62 (1.09): P . Lambda and V now wait
-// for each other's buffers, one of each. A warp's chain of dependent instructions through a chunk's changes takes 3,300 of
-// 7,600 clocks.
+// brackets): density 2.17 ms (2.86), mass 1.66 (2.07); without any change of states 1.62 (1.09): P . Lambda and V were then
+// asked for when both groups had read, so that the first waited for the copy in every chunk. A warp's chain of dependent
+// instructions through a chunk's changes takes 3,300 of 7,600 clocks.
+// Since then they are asked for when both groups hold P . Lambda in registers, before their products. Predicted, not measured:
+// a copy's latency, some 1,000 clocks of a chunk, no longer in the groups' round.
 // Numerics: q, k exact, states bf16 in the read, P . Lambda bf16, v with its decay in two planes; sums f32.
 
 #include "common/hopper.cuh"
@@ -437,6 +439,10 @@ struct Scan {
                     const uint4 x = my_pairs[(within ? s : 0) * 32];
                     pair[s][0] = within ? x.x : 0, pair[s][1] = within ? x.y : 0, pair[s][2] = within ? x.z : 0, pair[s][3] = within ? x.w : 0;
                 }
+                // P . Lambda is in registers; V and the plan to come stand where chunk n - 1 alone had its own. So they may come
+                // now, not after both groups' products, which would leave the first group waiting for the copy.
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&barriers->early_empty);
                 uint32_t q[STEPS][4];
                 const auto take_q = [&] {
 #pragma unroll
@@ -478,11 +484,7 @@ struct Scan {
                         // under a condition the loads would be waited for here.
                         if (STEPS == TILES) load_q(first + C, 0);
                     }
-                    if (part == 0) {
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(&barriers->early_empty);
-                        if (!DIRECT) barrier_wait(&barriers->weights_full, phase(n));
-                    }
+                    if (part == 0 && !DIRECT) barrier_wait(&barriers->weights_full, phase(n));
 #pragma unroll
                     for (int quad = 0; quad < (AT_ONCE + 3) / 4; quad++) {
                         const float4* const at = my_weights + (part * AT_ONCE / 4 + quad) * 16;
