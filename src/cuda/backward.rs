@@ -1179,3 +1179,55 @@ impl<'a> Pass<'a> {
         launcher.launch(BackwardKernel::GroupSum, blocks, &params)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::options::Options;
+
+    /// Sizes S1 to S6 at which kernels are compared: B, T, HV, dk = dv.
+    const SIZES: [(usize, usize, usize, usize); 6] = [
+        (4, 4096, 16, 128),
+        (2, 8192, 16, 128),
+        (1, 32_768, 16, 128),
+        (1, 131_072, 8, 128),
+        (8, 2048, 32, 64),
+        (32, 1024, 16, 128),
+    ];
+
+    #[test]
+    fn workspaces_stay_within_the_budget() {
+        for (batch, time, heads, dk) in SIZES {
+            for recurrence in [Recurrence::Gated, Recurrence::GatedDelta] {
+                for read in [Read::Given, Read::Routed] {
+                    let options = Options { recurrence, read, ..Options::default() };
+                    let shape = Shape {
+                        batch,
+                        time,
+                        heads,
+                        value_heads: heads,
+                        dk,
+                        dv: dk,
+                        capacity: 30,
+                        sequences: batch,
+                    };
+                    let call = Call { options: &options, shape, dtype: Dtype::Bf16, final_cache: false };
+                    for hopper in [false, true] {
+                        let plan = Backward::new(&call, 132, BUDGET, hopper).unwrap();
+                        let Backward { group, chunks, windows, places, .. } = plan;
+                        let bytes = plan.workspace_bytes();
+                        println!(
+                            "{batch},{time},{heads},{dk} {recurrence:?} {read:?} hopper {}: {} MB, groups of {group}, \
+                             {windows} windows of {chunks} chunks, {places} places, {} windows carried over",
+                            plan.on_hopper(),
+                            bytes / 1_000_000,
+                            checkpoints::cost(windows, places),
+                        );
+                        assert!(bytes <= BUDGET, "{batch},{time} {recurrence:?} {read:?}: {bytes} bytes");
+                        assert_eq!(plan.on_hopper(), hopper && recurrence == Recurrence::Gated);
+                    }
+                }
+            }
+        }
+    }
+}
