@@ -34,6 +34,12 @@ pub struct StepPlan {
     staged: usize,
 }
 
+/// A number that a benchmark asks for in place of the plan's own choice: `DLA_CUDA_STEP_SLICES`, blocks of a row and value
+/// head, and `DLA_CUDA_STEP_STAGED`, the most places that are staged, 0 for none. Read when a plan is made.
+fn asked(name: &str) -> Option<usize> {
+    std::env::var(name).ok()?.parse().ok()
+}
+
 impl StepPlan {
     /// Options and extents are the entries'; the context is bound.
     pub(super) fn new(
@@ -62,6 +68,7 @@ impl StepPlan {
         } else {
             wanted
         };
+        let slices = asked("DLA_CUDA_STEP_SLICES").unwrap_or(slices);
         Self::of_slices(engine, places, options, shape, dtype, slices)
     }
 
@@ -103,6 +110,7 @@ impl StepPlan {
         let room = (engine.device().shared_bytes_of_all()? / crowd).saturating_sub(1024).min(limit);
         let each = form.staged_bytes(shape.dk, width);
         let staged = (room.saturating_sub(shared_bytes) / each).min(shape.capacity + STEP_SPARE_PLACES);
+        let staged = staged.min(asked("DLA_CUDA_STEP_STAGED").unwrap_or(staged));
         let staged = if form.tokens == 1 && crowd <= 2 && 3 * staged >= shape.capacity { staged } else { 0 };
         let form = StepForm { staged: staged > 0, ..form };
         shared_bytes += staged * each;
