@@ -782,7 +782,7 @@ struct StepBank {
 // A step of `tokens` tokens from `from` on of every batch row. Grid B x HV x slices.
 struct StepParams {
     StepBank bank;
-    const int32_t* entries;  // [B]: the row's entry; the row rests where that is negative or not below bank.entries; null: b
+    const int32_t* entries;  // [B]: the row's entry; the row rests where that is negative or not below bank.entries
     const void* q;           // [B,T,H,dk]
     const void* k;           // [B,T,H,dk]
     const void* v;           // [B,T,HV,dv]
@@ -819,6 +819,7 @@ struct StepCacheParams {
     uint32_t* drift;         // [N,HV,M]
     float* open;             // [N,HV,dk,dv]
     float* keys;             // [N,HV,M,dk], routed reads
+    int32_t* list;           // [N] out, of those that bring caches in: n, a list for the step; or null
     int64_t sequences;
     int32_t value_heads, dk, dv, capacity;
 };
@@ -827,6 +828,6 @@ static_assert(sizeof(StepRecord) == 1200 && offsetof(StepRecord, log) == 528 && 
               offsetof(StepRecord, pending) == 1120);
 static_assert(sizeof(StepBank) == 56 && sizeof(StepParams) == 264 && offsetof(StepParams, q) == 64 &&
               offsetof(StepParams, batch) == 184 && offsetof(StepParams, staged) == 260);
-static_assert(sizeof(StepCacheParams) == 136 && offsetof(StepCacheParams, sequences) == 112);
+static_assert(sizeof(StepCacheParams) == 144 && offsetof(StepCacheParams, sequences) == 120);
 
 }  // namespace dla

@@ -669,7 +669,7 @@ DEVICE void stage(const Bank<S, true>& bank, S* held, int first, int last, int c
     }
 }
 
-// The entry of a batch row or sequence.
+// The entry of a sequence.
 DEVICE int entry_of(const int32_t* entries, int64_t row) { return entries ? entries[row] : static_cast<int>(row); }
 
 template <bool DELTA, typename S, int TOKENS, int UNROLL, bool STAGE>
@@ -680,7 +680,7 @@ DEVICE void run(const StepParams& p) {
     const int slice = blockIdx.x - batch_row * p.slices;
     const int64_t b = batch_row / static_cast<uint32_t>(p.value_heads);
     const int head = batch_row - static_cast<uint32_t>(b) * p.value_heads;
-    const int entry = entry_of(p.entries, b);
+    const int entry = p.entries[b];
     if (entry < 0 || entry >= p.bank.entries) return;
     const int dk = p.dk, dv = p.dv, count = p.tokens;
     const int64_t row = static_cast<int64_t>(entry) * p.value_heads + head;
@@ -1036,6 +1036,8 @@ DEVICE void scatter(const StepCacheParams& p) {
             record.len = len;
             record.phase = record.reserved = 0;
             record.open = p.capacity;
+            const int64_t sequence = in_row / p.value_heads;
+            if (p.list && in_row % p.value_heads == 0) p.list[sequence] = static_cast<int32_t>(sequence);
         }
         if (thread < MOST_SLOTS) {
             const bool held = thread < len;

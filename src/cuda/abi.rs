@@ -830,6 +830,7 @@ pub struct StepCacheParams {
     pub drift: DevicePointer,
     pub open: DevicePointer,
     pub keys: DevicePointer,
+    pub list: DevicePointer,
     pub sequences: i64,
     pub value_heads: i32,
     pub dk: i32,
@@ -841,7 +842,7 @@ const _: () = {
     assert!(size_of::<StepBank>() == 56 && size_of::<StepParams>() == 264);
     assert!(offset_of!(StepParams, q) == 64 && offset_of!(StepParams, batch) == 184);
     assert!(offset_of!(StepParams, staged) == 260);
-    assert!(size_of::<StepCacheParams>() == 136 && offset_of!(StepCacheParams, sequences) == 112);
+    assert!(size_of::<StepCacheParams>() == 144 && offset_of!(StepCacheParams, sequences) == 120);
 };
 
 /// One of the kernels of step: `step_{recurrence}_{states}_{tokens}`, and those that take entries to a chronological

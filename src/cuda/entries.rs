@@ -251,13 +251,14 @@ impl Places {
         StepBank { states, rest, keys, ring, records, arrived, entries: self.spec.entries as i64 }
     }
 
-    /// Gathers entries to a chronological cache, or scatters them from it; without a list sequence n is entry n.
+    /// Gathers entries to a chronological cache, or scatters them from it; without a list sequence n is entry n, and where
+    /// caches come in `list` becomes such a list, if it is not null.
     fn move_cache(
         &self,
         engine: &Engine,
         kernel: &Kernel,
         bank: &StepBank,
-        entries: DevicePointer,
+        (entries, list): (DevicePointer, DevicePointer),
         cache: &RawCache,
         sequences: usize,
     ) -> Result<()> {
@@ -277,6 +278,7 @@ impl Places {
             drift: cache.drift,
             open: cache.open,
             keys: if spec.read == Read::Routed { cache.keys } else { 0 },
+            list,
             sequences: sequences as i64,
             value_heads: spec.value_heads as i32,
             dk: spec.dk as i32,
@@ -332,7 +334,7 @@ impl Pool {
     }
 
     fn gather(&self, engine: &Engine, entries: DevicePointer, to: &RawCache, sequences: usize) -> Result<()> {
-        self.places.move_cache(engine, &self.places.gather, &self.bank, entries, to, sequences)
+        self.places.move_cache(engine, &self.places.gather, &self.bank, (entries, 0), to, sequences)
     }
 
     fn scatter(
@@ -342,7 +344,7 @@ impl Pool {
         from: &RawCache,
         sequences: usize,
     ) -> Result<()> {
-        self.places.move_cache(engine, &self.places.scatter, &self.bank, entries, from, sequences)
+        self.places.move_cache(engine, &self.places.scatter, &self.bank, (entries, 0), from, sequences)
     }
 
     fn export(&self, engine: &Engine, entries: &[usize]) -> Result<Cache> {
@@ -514,7 +516,12 @@ impl CacheStepPlan {
 
     /// Bytes of workspace that a launch needs.
     pub fn workspace_bytes(&self) -> usize {
-        self.places.bytes
+        self.list() + 4 * self.step.shape.sequences
+    }
+
+    /// Where in the workspace the rows' entries are listed.
+    fn list(&self) -> usize {
+        self.places.bytes.next_multiple_of(16)
     }
 
     /// Addresses are checked here; the context is bound.
@@ -529,7 +536,7 @@ impl CacheStepPlan {
         let sequences = self.step.shape.sequences;
         let ordinal = engine.ordinal();
         raw::check_step(&self.step, ordinal, None, inputs, outputs)?;
-        raw::check_step_cache(&self.step, ordinal, cache, workspace, self.places.bytes)?;
+        raw::check_step_cache(&self.step, ordinal, cache, workspace, self.workspace_bytes())?;
         if sequences == 0 {
             return Ok(());
         }
@@ -537,9 +544,10 @@ impl CacheStepPlan {
         let (zeros, stream) = (places.bytes - places.records, engine.raw_stream());
         // SAFETY: in the workspace, which is as long as was checked; the stream is one of the bound context.
         unsafe { call!(cuMemsetD8Async(workspace.0 + places.records as u64, 0, zeros, stream)) }?;
-        places.move_cache(engine, &places.scatter, &bank, 0, cache, sequences)?;
-        self.step.launch(&bank, 0, inputs, outputs, stream)?;
-        places.move_cache(engine, &places.gather, &bank, 0, cache, sequences)
+        let list = workspace.0 + self.list() as u64;
+        places.move_cache(engine, &places.scatter, &bank, (0, list), cache, sequences)?;
+        self.step.launch(&bank, list, inputs, outputs, stream)?;
+        places.move_cache(engine, &places.gather, &bank, (0, 0), cache, sequences)
     }
 }
 

@@ -79,6 +79,7 @@ impl Emulated {
             drift,
             open,
             keys: if self.spec.read == Read::Routed { keys } else { 0 },
+            list: 0,
             sequences: sequences as i64,
             value_heads: self.spec.value_heads as i32,
             dk: self.spec.dk as i32,
