@@ -215,15 +215,7 @@ impl Engine {
         gradients: &RawGradients,
         workspace: (DevicePointer, usize),
     ) -> Result<()> {
-        self.device.bind()?;
-        let call = BackwardCall {
-            inputs: *inputs,
-            forward: *forward,
-            upstream: *upstream,
-            gradients: *gradients,
-            workspace: workspace.0,
-        };
-        raw::check_backward(plan, self.ordinal(), &call, workspace.1)?;
+        let call = self.backward_call(plan, inputs, forward, upstream, gradients, workspace)?;
         let mut launcher = Backwards { kernels: &plan.kernels, stream: self.raw_stream() };
         plan.backward.run(&call, &mut launcher)
     }
@@ -314,15 +306,7 @@ impl Engine {
         gradients: &RawGradients,
         workspace: (DevicePointer, usize),
     ) -> Result<Vec<(String, usize, f64)>> {
-        self.device.bind()?;
-        let call = BackwardCall {
-            inputs: *inputs,
-            forward: *forward,
-            upstream: *upstream,
-            gradients: *gradients,
-            workspace: workspace.0,
-        };
-        raw::check_backward(plan, self.ordinal(), &call, workspace.1)?;
+        let call = self.backward_call(plan, inputs, forward, upstream, gradients, workspace)?;
         let launcher = Backwards { kernels: &plan.kernels, stream: self.raw_stream() };
         let mut launcher = TimedBackwards { launcher, device: &self.device, marks: Vec::new() };
         plan.backward.run(&call, &mut launcher)?;
@@ -340,6 +324,28 @@ impl Engine {
             .into_iter()
             .filter_map(|(kernel, launches, ms)| Some((name(kernel)?, launches, ms)))
             .collect())
+    }
+
+    /// Binds the context and checks the addresses of a backward.
+    fn backward_call(
+        &self,
+        plan: &BackwardPlan,
+        inputs: &RawInputs,
+        forward: &RawForward,
+        upstream: &RawUpstream,
+        gradients: &RawGradients,
+        workspace: (DevicePointer, usize),
+    ) -> Result<BackwardCall> {
+        self.device.bind()?;
+        let call = BackwardCall {
+            inputs: *inputs,
+            forward: *forward,
+            upstream: *upstream,
+            gradients: *gradients,
+            workspace: workspace.0,
+        };
+        raw::check_backward(plan, self.ordinal(), &call, workspace.1)?;
+        Ok(call)
     }
 
     /// A clock for [`Engine::launch`].
