@@ -17,8 +17,8 @@
 // (P . Lambda) V is m64n8k16, both operands in shared memory.
 // Merge. Slots that merge away are handed over in f32 where the slots are read from, half as many at a time; the group adds up
 // those that merge into one.
-// Transition and write, of a block of slots: m64n(dk)k16, dk / 16 steps with F and C / 16 with Kh; left operands S^T and V^T, the
-// latter masked by slot. Only operands are rounded.
+// Transition and write, of a block of slots: m64n(dk)k16, dk / 16 steps with F, then with Kh, two at a time, those of the C / 16 of
+// which a token ends in the block; left operands S^T and V^T, the latter masked by slot. Only operands are rounded.
 //
 // F, and not W and Kd one after the other: as many clocks, one wait less, no rounding of W S, and no registers for W S, so that
 // the states fit there. Why 128 tokens: F acts once for twice the tokens, and no more entry slots merge away in a chunk than of 64
@@ -26,8 +26,15 @@
 //
 // Shared memory (bytes; D = dk as computed, N = SLOTS COLUMNS): slots 4 N D; F D D 2; Kh 256 D; Qt 256 D; weights 512 SLOTS;
 // P . Lambda 24,576; V 8,192; plans 416; barriers 96; SLOTS. D = 128, SLOTS = 32, COLUMNS = 4: 213,536.
-// Floor, not measured: clocks of the tensor cores a chunk and block at D = 128, M = 32: read, transition and write 2,048
-// each. At S3 256 blocks on 132 multiprocessors: two rounds of 256 chunks, 1.8 ms. Through L2 come 142 KB a chunk and block.
+// Predicted, not measured: clocks of the tensor cores a chunk and block at D = 128, M = 32: read 2,048, own tokens 430, transition
+// 2,048, write 1,480 under density and 1,200 under mass (random tokens, M = 30, a merge at every token: 11.6 and 9.4 steps
+// of 16, in pairs), 2,048 where every step is multiplied. At D = 64: 2,048, 430, 1,024, and 990 and 660 of 2,048. At S3 256
+// blocks on 132 multiprocessors: two rounds of 256 chunks, 1.75 and 1.67 ms at 1.755 GHz. About 2,600 instructions a warp and
+// chunk, and a scheduler has two such warps. With every step multiplied an H100 took 3.17 ms at S3 under mass: 10,900
+// clocks a chunk, 6,570 of them products. Through L2 come 142 KB a chunk and block.
+// Considered: F once for two chunks (slots relative to the first one's beginning, Qt of the second carrying the transition
+// of the first, its tokens read as pairs): transition 1,024 less, own tokens 290 more, 11% of the products, and half of the
+// merging; prepare 2,000 clocks more a chunk and head.
 // Numerics: operands bf16, sums and states f32. On the emulator, dk = 128, 1,024 tokens without decay, o is off by
 // up to 3.5e-3, states by 2.9e-3; with decays of 0.02 at most 2.7e-3 and 1.8e-3 (simulated with Kh in two planes: 3.0e-3 and
 // 2.0e-3, and the write would cost twice).
@@ -42,6 +49,13 @@ namespace {
 constexpr int GROUP = 128;    // threads of a group
 constexpr int GROUPS = 2;
 constexpr int BOTH_GROUPS = 3;  // a barrier; 1 and 2 are the groups'
+
+// Left operands: made on this side of it.
+template <int STEPS>
+DEVICE void hold(uint32_t (&a)[STEPS][4]) {
+#pragma unroll
+    for (int i = 0; i < STEPS * 4; i++) a[i / 4][i % 4] = opaque(static_cast<int>(a[i / 4][i % 4]));
+}
 
 DEVICE uint32_t phase(int64_t uses) { return static_cast<uint32_t>(uses & 1); }
 
@@ -227,7 +241,6 @@ struct Scan {
         const Extents& e = p.extents;
         const int dk = e.dk, dv = e.dv, capacity = e.capacity;
         const int lane = lane_index(), warp = warp_index() % 4, g = lane / 4, c = lane % 4, c2 = c * 2;
-        const bool stores = column + group * COLUMNS < dv;
         const int column0 = column_of_group(e, column, group);
         const int64_t entered = (first_chunk(row, HALF) + from / HALF) * e.value_heads + row.head;
         const int64_t place0 = first_of_window(e, row, from, p.to, C), state = static_cast<int64_t>(dk) * dv;
@@ -347,7 +360,10 @@ struct Scan {
 #pragma unroll
                 for (int x = 0; x < 4; x++) out[x] += own[x];
                 // From this thread's first row on.
-                const int tokens = (n + 1 < chunks ? C : last_tokens) - half * HALF - warp * 16 - g;
+                const int thread = opaque(static_cast<int>(threadIdx.x));  // found anew: no register kept
+                const bool stores = column + thread / GROUP * COLUMNS < dv;
+                const int tokens =
+                    (n + 1 < chunks ? C : last_tokens) - half * HALF - thread % GROUP / 32 * 16 - thread % 32 / 4;
                 const int64_t row8 = static_cast<int64_t>(opaque(e.value_heads)) * (dv * 8);  // eight tokens on; no register kept
                 if constexpr (COLUMNS == 4) {
                     const bool lower = c >= 2;
@@ -423,8 +439,9 @@ struct Scan {
             }
 
             // Transition and write. V's fragments as right operands of 16 tokens and V^T's as left ones, of both rows of a thread,
-            // are alike. Every 16 tokens are multiplied, though none may end in a block: a branch would cost a wait.
+            // are alike. Of a block only the steps of 16 tokens of which some end in it are multiplied; every warp finds the same.
             const float decay = plan.decay;
+            const int writer = opaque(static_cast<int>(threadIdx.x)) % 32;  // the lane, kept by no register through the read
             barrier_wait(&barriers->transition_full, phase(n));
 #pragma unroll
             for (int block = 0; block < BLOCKS; block++) {
@@ -443,9 +460,6 @@ struct Scan {
                     // Nothing is read where slots are published.
                     group_barrier(1 + group, GROUP);
                 } else {
-                    // The block before is done.
-                    wgmma_wait_but<1>();
-                    wgmma_hold(mine[block - 1]);
                     publish(block - 1);
                 }
                 int begin[2];
@@ -457,33 +471,62 @@ struct Scan {
                     count[half] = static_cast<uint32_t>(plan.tokens_to[place] - plan.tokens_from[place]);
                 }
                 if (block == 0) barrier_wait(&barriers->writes_full, phase(n));
+                uint32_t todo;
+                {
+                    const uint32_t begins = plan.tokens_from[writer], ends = plan.tokens_to[writer];
+                    const bool any = begins < ends && writer / PLACES == block;
+                    todo = __reduce_or_sync(ALL, any ? (2u << (ends - 1) / 16) - (1u << begins / 16) : 0);
+                }
+                // Two steps a round, zeros where one is left; the next round's operands are made under the products of this one.
+                int step[2];
+                uint32_t tokens[2][4];
+                const auto take = [&](int(&to_step)[2], uint32_t(&to)[2][4]) {
 #pragma unroll
-                for (int from_step = 0; from_step < C / 16; from_step += 4) {
-                    uint32_t tokens[4][4];
+                    for (int i = 0; i < 2; i++) {
+                        const bool any = todo != 0;
+                        to_step[i] = any ? __ffs(todo) - 1 : 0;
+                        todo &= todo - 1;
+                        uint32_t v[4];  // both matrices twice
+                        ldmatrix_x4_trans(v, own_values + (to_step[i] * 16 + writer % 16) * 8);
 #pragma unroll
-                    for (int step = 0; step < 4; step += 2) {
-                        uint32_t v[4];
-                        ldmatrix_x4_trans(v, own_values + ((from_step + step) * 16 + lane) * 8);
-#pragma unroll
-                        for (int i = 0; i < 8; i++) {
-                            const uint32_t at = static_cast<uint32_t>((from_step + step) * 16 + i / 2 * 8 + begin[i % 2]);
-                            tokens[step + i / 4][i % 4] =
-                                v[i / 2] & ((at < count[i % 2] ? 0xffffu : 0u) | (at + 1 < count[i % 2] ? 0xffff0000u : 0u));
+                        for (int x = 0; x < 4; x++) {
+                            const uint32_t at = static_cast<uint32_t>(to_step[i] * 16 + x / 2 * 8 + begin[x % 2]);
+                            const uint32_t live = any ? count[x % 2] : 0;
+                            to[i][x] = v[x / 2] & ((at < live ? 0xffffu : 0u) | (at + 1 < live ? 0xffff0000u : 0u));
                         }
                     }
+                };
+                bool more = todo != 0;
+                take(step, tokens);
+                hold(tokens);
+                wgmma_wait();
+                wgmma_hold(mine[block]);
+                const auto round = [&](const int(&now)[2], uint32_t(&left)[2][4], int(&then)[2], uint32_t(&next)[2][4]) {
+                    hold(left);
                     wgmma_begin();
 #pragma unroll
-                    for (int step = 0; step < 4; step++)
-                        wgmma_bf16(mine[block], tokens[step], wgmma_operand(writes + (from_step + step) * 128, C * 16), 1);
+                    for (int i = 0; i < 2; i++)
+                        wgmma_bf16(mine[block], left[i], wgmma_operand(writes + now[i] * 128, C * 16), 1);
                     wgmma_commit();
-                    // What was committed before is done: its left operands' registers are free.
-                    wgmma_wait_but<1>();
+                    more = todo != 0;
+                    if (more) {
+                        take(then, next);
+                        hold(next);
+                    }
+                    wgmma_wait();
+                    wgmma_hold(mine[block]);
+                };
+#pragma unroll 1
+                while (more) {
+                    int next_step[2];
+                    uint32_t next[2][4];
+                    round(step, tokens, next_step, next);
+                    if (!more) break;
+                    round(next_step, next, step, tokens);
                 }
             }
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->transition_empty);
-            wgmma_wait();
-            wgmma_hold(mine[BLOCKS - 1]);
             publish(BLOCKS - 1);
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->values_empty[buffer]), barrier_arrive(&barriers->writes_empty);
