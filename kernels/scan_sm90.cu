@@ -146,27 +146,36 @@ DEVICE void store2(Bf16* to, float x, float y) { *reinterpret_cast<uint32_t*>(to
 DEVICE void store2(float* to, float x, float y) { *reinterpret_cast<float2*>(to) = make_float2(x, y); }
 
 // EXCHANGED: q -> do, k -> v, v -> k, for dQ: rows are of dv and by value head, columns of dk and by key head.
-template <int DK, int SLOTS, int WARPGROUPS, bool EXCHANGED>
+// Without READS the states alone are carried on, by a writer for every group.
+template <int DK, int SLOTS, int WARPGROUPS, bool EXCHANGED, bool READS>
 struct Scan {
+    static constexpr int READERS = READS ? WARPGROUPS : 0;  // groups of threads
+    static constexpr int WRITERS = READS ? 1 : WARPGROUPS;
+    static constexpr int OF_WRITER = WARPGROUPS / WRITERS;  // groups of columns
     static constexpr int C = Bf16::CHUNK;
-    static constexpr int PARTS = SLOTS > 32 ? 2 : 1;  // products of a read
-    static constexpr int AT_ONCE = SLOTS / PARTS;     // slots of one
+    // Products of a read; two at a time, so that one runs while the other's slots are summed. (One of 30 slots finds too few
+    // registers at the block's begin.)
+    [[maybe_unused]] static constexpr int PARTS = (SLOTS + 15) / 16, TWO = PARTS > 1 ? 2 : 1;
+    [[maybe_unused]] static constexpr int AT_ONCE = SLOTS / PARTS;     // slots of one
     static constexpr int QUADS = (SLOTS + 3) / 4;
     static constexpr int TILES = DK / 16;             // of 16 rows of dk
     static constexpr int SHARE = TILES / 4;           // of a warp
-    static constexpr int STEPS = TILES < 8 ? TILES : 8;  // Q's operands held at once: large heads have no registers for all
+    [[maybe_unused]] static constexpr int STEPS = TILES < 8 ? TILES : 8;  // Q's operands held at once: large heads have no registers for all
     static constexpr int BANK = Slots<DK, SLOTS>::BYTES;
     static constexpr int PAIRS = PAIR_BLOCKS * 512;   // bytes
     static constexpr int PLAN = offsetof(ChunkPlan, changed) + SLOTS * sizeof(SlotChange);
     static constexpr bool DIRECT = SLOTS * DK > 32 * 128;  // no room for P . Lambda and weights: threads load them
-    static constexpr int VALUES = 3;                  // chunks of V: read, read a chunk late and written, coming
+    static constexpr int VALUES = 2;                  // chunks of V: read; read a chunk late, written and overwritten
 
     // Phases: `full` when the copies have come, `empty` when every warp that reads them has. `early`: P . Lambda, V, plan.
-    // `keys`: K of the chunk before.
+    // `keys`: K of the chunk before. By group of columns: `read` when a chunk's product is done, so that its slots may be
+    // written and the other group's product begin; `written` when a chunk's slots stand, the first time those that the window
+    // begins with.
     struct Barriers {
         Barrier early_full, weights_full, keys_full;
         Barrier early_empty, weights_empty, keys_empty;
-        Barrier turn[2];  // the other group has read, so this one may
+        Barrier read[2], written[2];
+        Barrier banks_full;
     };
 
     unsigned char* banks;  // [WARPGROUPS][BANK]
@@ -211,10 +220,10 @@ struct Scan {
 
     METHOD void init_barriers() const {
         barrier_init(&barriers->early_full, BRINGING + 1), barrier_init(&barriers->weights_full, 1);
-        barrier_init(&barriers->keys_full, BRINGING);
-        barrier_init(&barriers->early_empty, 4 * WARPGROUPS), barrier_init(&barriers->weights_empty, 4 * WARPGROUPS);
-        barrier_init(&barriers->keys_empty, 4 * WARPGROUPS);
-        barrier_init(&barriers->turn[0], 4), barrier_init(&barriers->turn[1], 4);
+        barrier_init(&barriers->keys_full, BRINGING), barrier_init(&barriers->banks_full, 1);
+        barrier_init(&barriers->early_empty, 4 * (READERS + WRITERS));
+        barrier_init(&barriers->weights_empty, 4 * READERS), barrier_init(&barriers->keys_empty, 4 * WRITERS);
+        for (int group = 0; group < 2; group++) barrier_init(&barriers->read[group], 4), barrier_init(&barriers->written[group], 4);
         fence_barriers();
     }
 
@@ -222,7 +231,6 @@ struct Scan {
     METHOD void bring(const ScanSm90Params& p, const Row& row, int slice, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
         const int dk = wide(e), dv = thin(e), thread = threadIdx.x % BRINGING;
-        const bool reads = !EXCHANGED || p.o;
         constexpr int UNITS = DK / 8, STEP = BRINGING / UNITS;
         const int unit = thread % UNITS, group = thread / C, t_of_v = thread % C, column = slice + group * COLUMNS;
         const int64_t place0 = first_place(e, row, from, p.to), step = static_cast<int64_t>(STEP) * wide_heads(row) * dk;
@@ -249,15 +257,15 @@ struct Scan {
         for (int64_t first = from; first < to; first += C, n++, index += e.value_heads) {
             barrier_wait(&barriers->early_empty, phase(n + 1));
             if (thread == 0) {
-                barrier_expect(&barriers->early_full, (DIRECT || !reads ? 0 : PAIRS) + PLAN);
-                if (!DIRECT && reads) bring_from(pairs, p.pairs + index * (PAIRS / 4), PAIRS, &barriers->early_full);
+                barrier_expect(&barriers->early_full, (DIRECT || !READS ? 0 : PAIRS) + PLAN);
+                if (!DIRECT && READS) bring_from(pairs, p.pairs + index * (PAIRS / 4), PAIRS, &barriers->early_full);
                 bring_from(plan_of(n), p.plans + index, PLAN, &barriers->early_full);
             }
             if (n == 0) bring_values(-1, first - C, first > 0 ? C : 0);
             bring_values(n, first, len_of(first));
             copies_arrive(&barriers->early_full);
 
-            if (!DIRECT && reads && thread == 0) {
+            if (!DIRECT && READS && thread == 0) {
                 barrier_wait(&barriers->weights_empty, phase(n + 1));
                 barrier_expect(&barriers->weights_full, C * QUADS * 16);
                 bring_from(weights, p.weights + index * (C * QUADS * 4), C * QUADS * 16, &barriers->weights_full);
@@ -328,45 +336,12 @@ struct Scan {
         }
     }
 
-    // One group: 8 columns of dv from `column` on.
-    METHOD void compute(const ScanSm90Params& p, const Row& row, int group, int column, int64_t from, int64_t to) const {
+    // A group of 8 columns of dv from `column` on.
+    METHOD void read(const ScanSm90Params& p, const Row& row, int group, int column, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
         const int dk = wide(e), dv = thin(e), capacity = e.capacity;
-        const bool reads = !EXCHANGED || p.o;
         const int lane = lane_index(), warp = __shfl_sync(ALL, warp_index() % 4, 0), g = lane / 4, c = lane % 4, c2 = c * 2;
-        const Slots<DK, SLOTS> mine = Slots<DK, SLOTS>::of(banks + group * BANK, g, c);
         const bool live_columns = column < dv;
-        const int64_t state = static_cast<int64_t>(dk) * dv;
-        // Row of dk of the thread's elements (Slots).
-        const auto k_of = [&](int tile, int half) { return (warp * SHARE + tile) * 16 + half * 8 + g; };
-
-        // The slots that the window begins with; every other place zero, for a read multiplies them all.
-        const int thread = threadIdx.x % GROUP;
-        const int64_t bank_at = (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + group) * BANK;
-        if (from > 0) {
-            const uint4* const source = reinterpret_cast<const uint4*>(p.source + bank_at);
-            for (int i = thread; i < BANK / 16; i += GROUP) reinterpret_cast<uint4*>(mine.all)[i] = source[i];
-        } else {
-            const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
-#pragma unroll 2
-            for (int i = 0; i < SLOTS; i++) {
-                float x[SHARE * 4] = {};
-                if (i < held) {
-                    const float* const in = p.initial_states + (row.index() * capacity + i) * state;
-#pragma unroll
-                    for (int n = 0; n < SHARE * 2; n++) {
-                        const int k = k_of(n / 2, n % 2);
-                        if (k >= dk || !live_columns) continue;
-                        const float2 two = load_state(in, e, k, column + c2);
-                        x[n * 2] = two.x, x[n * 2 + 1] = two.y;
-                    }
-                }
-                mine.store(i, warp, x);
-            }
-        }
-        if (from < to) barrier_wait(&barriers->early_full, phase(0));
-        fence_async();
-        group_barrier(1 + group, GROUP);
 
         // A chunk's Q: a left operand a step. Tokens 16 warp + g and 8 later. Every load is made, whatever it is for, so that none
         // waits for another: past the row's end the last token's (whose output no one writes), past dk the first
@@ -387,16 +362,13 @@ struct Scan {
                 q_bottom[step] = *reinterpret_cast<const uint2*>(at + (bottom_at + live));
             }
         };
-        if (STEPS == TILES && reads && from < to) load_q(from, 0);
+        if (STEPS == TILES && from < to) load_q(from, 0);
 
-        const uint64_t operand = wgmma_operand(mine.all, DK * 8, Slots<DK, SLOTS>::OTHERS);
+        const uint64_t operand = wgmma_operand(banks + group * BANK, DK * 8, Slots<DK, SLOTS>::OTHERS);
         const int64_t chunk0 = first_place(e, row, from, p.to) * e.value_heads + row.head;
-        const uint4* my_pairs = (DIRECT ? reinterpret_cast<const uint4*>(p.pairs) + chunk0 * (PAIRS / 16) : pairs) +
-                                (warp * 4 + warp * (warp + 1) / 2) * 32 + lane;
+        const uint4* all_pairs = DIRECT ? reinterpret_cast<const uint4*>(p.pairs) + chunk0 * (PAIRS / 16) : pairs;
         const float4* my_weights = (DIRECT ? reinterpret_cast<const float4*>(p.weights) + chunk0 * (C * QUADS) : weights) +
                                    warp * QUADS * 16 + g;
-        Barrier* const my_turn = &barriers->turn[group];
-        Barrier* const read_done = &barriers->turn[1 - group];
         // dQ stands as what is kept of its chunk.
         const int64_t o_first = EXCHANGED ? chunk0 * C + warp * 16 + g : row.at(from + warp * 16 + g);
         auto* o_at = static_cast<typename OutOf<EXCHANGED>::Type*>(p.o) + o_first * dv + column + c2;
@@ -414,194 +386,280 @@ struct Scan {
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-            const ChunkPlan& plan = *plan_of(n);
-
-            // Read.
-            if (!reads) {
-                // Only the states are wanted.
-                __syncwarp();
-                if (lane == 0) barrier_arrive(&barriers->early_empty);
-            } else {
-                float out[4] = {};
-                // The tokens that are not in the slots, those of the chunk before and this one's up to the diagonal.
-                [[maybe_unused]] uint32_t of_q[2] = {};
-                if (EXCHANGED && live_columns) {
+            [[maybe_unused]] uint32_t of_q[2] = {};
+            if (EXCHANGED && live_columns) {
 #pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        const int t = warp * 16 + half * 8 + g;
-                        of_q[half] = *reinterpret_cast<const uint32_t*>(thin_q + thin_at(row, first + (t < len ? t : 0)) * dv);
-                    }
+                for (int half = 0; half < 2; half++) {
+                    const int t = warp * 16 + half * 8 + g;
+                    of_q[half] = *reinterpret_cast<const uint32_t*>(thin_q + thin_at(row, first + (t < len ? t : 0)) * dv);
                 }
-                uint32_t pair[8][4];
+            }
+            // The tokens that are not in the slots, those of the chunk before and this one's up to the diagonal.
+            float out[4] = {}, recent[4] = {};
+            barrier_wait(&barriers->early_full, phase(n));
+            {
+                const uint4* const my_pairs = all_pairs + ((warp * 4 + warp * (warp + 1) / 2) * 32 + anew(lane));
+                uint32_t before[4][2], now[4][2];
+                load_values(before, values_of(n - 1) + group * C * COLUMNS, lane);
+                load_values(now, values_of(n) + group * C * COLUMNS, lane);
 #pragma unroll
-                for (int s = 0; s < 8; s++) {
-                    const bool within = s < 4 + warp + 1;
-                    const uint4 x = my_pairs[(within ? s : 0) * 32];
-                    pair[s][0] = within ? x.x : 0, pair[s][1] = within ? x.y : 0, pair[s][2] = within ? x.z : 0, pair[s][3] = within ? x.w : 0;
+                for (int s = 0; s < 4; s++) {
+                    const uint4 x = my_pairs[s * 32];
+                    mma_bf16(out, {x.x, x.y, x.z, x.w}, before[s][0], before[s][1]);
+                    if (s > warp) continue;
+                    const uint4 y = my_pairs[(4 + s) * 32];
+                    mma_bf16(recent, {y.x, y.y, y.z, y.w}, now[s][0], now[s][1]);
                 }
-                // P . Lambda is in registers; V and the plan to come stand where chunk n - 1 alone had its own. So they may come
-                // now, not after both groups' products, which would leave the first group waiting for the copy.
-                __syncwarp();
-                if (lane == 0) barrier_arrive(&barriers->early_empty);
-                uint32_t q[STEPS][4];
-                const auto take_q = [&] {
+            }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->early_empty);
 #pragma unroll
-                    for (int step = 0; step < STEPS; step++) {
-                        q[step][0] = q_top[step].x ^ zero, q[step][1] = q_bottom[step].x ^ zero;
-                        q[step][2] = q_top[step].y ^ zero, q[step][3] = q_bottom[step].y ^ zero;
-                    }
-                };
-                if (STEPS == TILES) take_q();
-                if (WARPGROUPS == 2) barrier_wait(my_turn, phase(n + 1 - group));
-                float with_tokens[4];
+            for (int i = 0; i < 4; i++) out[i] += recent[i];
+            wgmma_hold(out);  // now, for the sake of registers
+            uint32_t q[STEPS][4];
+            const auto take_q = [&] {
 #pragma unroll
-                for (int part = 0; part < PARTS; part++) {
-                    float read[AT_ONCE * 4];  // the first product overwrites it
+                for (int step = 0; step < STEPS; step++) {
+                    q[step][0] = q_top[step].x ^ zero, q[step][1] = q_bottom[step].x ^ zero;
+                    q[step][2] = q_top[step].y ^ zero, q[step][3] = q_bottom[step].y ^ zero;
+                }
+            };
+            if (STEPS == TILES) take_q();
+            barrier_wait(&barriers->written[group], phase(n));
+            if (WARPGROUPS == 2) barrier_wait(&barriers->read[1 - group], phase(n + 1 - group));
+#pragma unroll
+            for (int part = 0; part < PARTS; part += TWO) {
+                float read[TWO][AT_ONCE * 4];  // the first products overwrite it
+#pragma unroll
+                for (int of = 0; of < TWO; of++) {
 #pragma unroll
                     for (int from_step = 0; from_step < TILES; from_step += STEPS) {
                         if (from_step > 0) wgmma_wait();
                         if (STEPS < TILES) load_q(first, from_step), take_q();
                         wgmma_begin();
-                        if (part == 0 && from_step == 0) {
-#pragma unroll
-                            for (int s = 0; s < 8; s++)
-                                wgmma_bf16(with_tokens, pair[s],
-                                           wgmma_operand(values_of(n - 1 + s / 4) + (group * C + s % 4 * 16) * COLUMNS, 0), s > 0);
-                        }
 #pragma unroll
                         for (int step = 0; step < STEPS; step++)
-                            wgmma_bf16(read, q[step], operand + (part * AT_ONCE * DK * 8 + (from_step + step) * 128) / 16,
+                            wgmma_bf16(read[of], q[step],
+                                       operand + ((part + of) * AT_ONCE * DK * 8 + (from_step + step) * 128) / 16,
                                        from_step + step > 0);
                         wgmma_commit();
                     }
-                    wgmma_wait();
-                    wgmma_hold(read);
-                    wgmma_hold(with_tokens);
-                    if (part == PARTS - 1) {
-                        __syncwarp();
-                        if (lane == 0) barrier_arrive(read_done);
-                        // The next chunk's Q, now that the products are done with its registers; after the last chunk too, for
-                        // under a condition the loads would be waited for here.
-                        if (STEPS == TILES) load_q(first + C, 0);
-                    }
-                    if (part == 0 && !DIRECT) barrier_wait(&barriers->weights_full, phase(n));
+                }
+                if (part == 0 && !DIRECT) barrier_wait(&barriers->weights_full, phase(n));
+                // Of four slots those of the upper row and those of the lower, asked for one ahead, the first while the product runs.
+                constexpr int MINE = (TWO * AT_ONCE + 3) / 4;
+                const float4* const quads = my_weights + part * AT_ONCE / 4 * 16;
+                float4 ring[2];
+                const auto load_weights = [&](int i) {
+                    if (i < MINE * 2) ring[i % 2] = quads[i / 2 * 16 + i % 2 * 8];
+                };
+                load_weights(0);
+                if (TWO == 2) wgmma_wait_but<1>(), wgmma_hold(read[0]);
 #pragma unroll
-                    for (int quad = 0; quad < (AT_ONCE + 3) / 4; quad++) {
-                        const float4* const at = my_weights + (part * AT_ONCE / 4 + quad) * 16;
-                        const float4 top = at[0], bottom = at[8];
-                        const float w[2][4] = {{top.x, top.y, top.z, top.w}, {bottom.x, bottom.y, bottom.z, bottom.w}};
+                for (int quad = 0; quad < MINE; quad++) {
+                    if (quad == (TWO - 1) * AT_ONCE / 4) {
+                        wgmma_wait();
+                        wgmma_hold(read[TWO - 1]);
+                        if (part == PARTS - TWO) {
+                            __syncwarp();
+                            if (lane == 0) barrier_arrive(&barriers->read[group]);
+                        }
+                    }
+                    const auto product = [&](int slot, int x) { return read[slot / AT_ONCE][slot % AT_ONCE * 4 + x]; };
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        // Not all at once, for which there are no registers.
+                        keep_order();
+                        const float4 weight = ring[half];
+                        load_weights(quad * 2 + half + 1);
+                        const float w[4] = {weight.x, weight.y, weight.z, weight.w};
 #pragma unroll
                         for (int i = 0; i < 4; i++) {
                             const int slot = quad * 4 + i;
-                            if (slot >= AT_ONCE) continue;
-#pragma unroll
-                            for (int x = 0; x < 4; x++) out[x] += w[x / 2][i] * read[slot * 4 + x];
-                        }
-                        if (EXCHANGED) {
-                            // Of four slots each of the four threads of a row gets one's sum over its columns.
-                            float sums[2][4];
-#pragma unroll
-                            for (int i = 0; i < 4; i++) {
-                                const int slot = quad * 4 + i;
-#pragma unroll
-                                for (int half = 0; half < 2; half++)
-                                    sums[half][i] = slot >= AT_ONCE ? 0.0f
-                                                                    : low_bf16(of_q[half]) * read[slot * 4 + half * 2] +
-                                                                          high_bf16(of_q[half]) * read[slot * 4 + half * 2 + 1];
-                            }
-                            float* const to = reads_at + (part * AT_ONCE / 4 + quad) * 64;
-#pragma unroll
-                            for (int half = 0; half < 2; half++) {
-                                float (&x)[4] = sums[half];
-                                const bool odd = c & 1, late = c & 2;
-#pragma unroll
-                                for (int i = 0; i < 4; i += 2)
-                                    x[i] = (odd ? x[i + 1] : x[i]) + __shfl_xor_sync(ALL, odd ? x[i] : x[i + 1], 1);
-                                x[0] = (late ? x[2] : x[0]) + __shfl_xor_sync(ALL, late ? x[0] : x[2], 2);
-                                if (live_columns) to[half * 32] = x[0];
-                            }
+                            if (slot >= TWO * AT_ONCE) continue;
+                            out[half * 2] += w[i] * product(slot, half * 2);
+                            out[half * 2 + 1] += w[i] * product(slot, half * 2 + 1);
                         }
                     }
-                }
-                __syncwarp();
-                if (lane == 0) barrier_arrive(&barriers->weights_empty);
+                    if (EXCHANGED) {
+                        // Of four slots each of the four threads of a row gets one's sum over its columns.
+                        float sums[2][4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) out[i] += with_tokens[i];
+                        for (int i = 0; i < 4; i++) {
+                            const int slot = quad * 4 + i;
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    if (warp * 16 + half * 8 + g < len && live_columns)
-                        store2(o_at + half * 8 * o_row, out[half * 2], out[half * 2 + 1]);
+                            for (int half = 0; half < 2; half++)
+                                sums[half][i] = slot >= TWO * AT_ONCE ? 0.0f
+                                                                      : low_bf16(of_q[half]) * product(slot, half * 2) +
+                                                                            high_bf16(of_q[half]) * product(slot, half * 2 + 1);
+                        }
+                        float* const to = reads_at + (part * AT_ONCE / 4 + quad) * 64;
+#pragma unroll
+                        for (int half = 0; half < 2; half++) {
+                            float (&x)[4] = sums[half];
+                            const bool odd = c & 1, late = c & 2;
+#pragma unroll
+                            for (int i = 0; i < 4; i += 2)
+                                x[i] = (odd ? x[i + 1] : x[i]) + __shfl_xor_sync(ALL, odd ? x[i] : x[i + 1], 1);
+                            x[0] = (late ? x[2] : x[0]) + __shfl_xor_sync(ALL, late ? x[0] : x[2], 2);
+                            if (live_columns) to[half * 32] = x[0];
+                        }
+                    }
+                    // The next chunk's Q, when the products are done with its registers and some of the sums' are free; after the
+                    // last chunk too, for under a condition the loads would be waited for here.
+                    if (STEPS == TILES && part == PARTS - TWO && quad == MINE - 1) load_q(first + C, 0);
                 }
-                o_at += o_chunk;
-                if (EXCHANGED) reads_at += static_cast<int64_t>(e.value_heads) * (C * QUADS * 4);
-                if (DIRECT) my_pairs += static_cast<int64_t>(e.value_heads) * (PAIRS / 16), my_weights += static_cast<int64_t>(e.value_heads) * C * QUADS;
             }
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->weights_empty);
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                if (warp * 16 + half * 8 + g < len && live_columns)
+                    store2(o_at + half * 8 * o_row, out[half * 2], out[half * 2 + 1]);
+            }
+            o_at += o_chunk;
+            if (EXCHANGED) reads_at += static_cast<int64_t>(e.value_heads) * (C * QUADS * 4);
+            if (DIRECT) all_pairs += static_cast<int64_t>(e.value_heads) * (PAIRS / 16), my_weights += static_cast<int64_t>(e.value_heads) * C * QUADS;
+        }
+    }
 
-            // Write: every warp its share of dk, so that none waits for another; oldest first, so that nothing is overwritten that
-            // a later slot takes in.
-            uint32_t keys[4][SHARE][4], v[4][2], factored[4][2][2];
-            load_values(v, values_of(n - 1) + group * C * COLUMNS, lane);
-            apply_factors(factored, v, plan.value_factor, lane);
+    // The slots of `OF_WRITER` groups of columns, in turn.
+    METHOD void write(const ScanSm90Params& p, const Row& row, int writer, int slice, int64_t from, int64_t to) const {
+        const Extents& e = p.extents;
+        const int dk = wide(e), dv = thin(e), capacity = e.capacity;
+        const int lane = lane_index(), warp = __shfl_sync(ALL, warp_index() % 4, 0), g = lane / 4, c = lane % 4, c2 = c * 2;
+        const int first_group = writer * OF_WRITER, thread = threadIdx.x % GROUP;
+        const int64_t state = static_cast<int64_t>(dk) * dv;
+        const auto slots_of = [&](int group) { return Slots<DK, SLOTS>::of(banks + group * BANK, g, c); };
+        const auto column_of = [&](int group) { return slice + group * COLUMNS; };
+        const auto bank_at = [&](int group) { return (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + group) * BANK; };
+        // Row of dk of the thread's elements (Slots).
+        const auto k_of = [&](int tile, int half) { return (warp * SHARE + tile) * 16 + half * 8 + g; };
+        // What the next products read.
+        const auto hand_over = [&](int group) {
+            fence_async();
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->written[group]);
+        };
+
+        // The slots that the window begins with; every other place zero, for a read multiplies them all.
+        if (from > 0) {
+            if (thread == 0 && writer == 0) {
+                barrier_expect(&barriers->banks_full, WARPGROUPS * BANK);
+                for (int group = 0; group < WARPGROUPS; group++)
+                    copy_bulk(banks + group * BANK, p.source + bank_at(group), BANK, &barriers->banks_full);
+            }
+            barrier_wait(&barriers->banks_full, phase(0));
+        } else {
+            const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
+#pragma unroll 1
+            for (int group = first_group; group < first_group + OF_WRITER; group++) {
+                const Slots<DK, SLOTS> mine = slots_of(group);
+#pragma unroll 2
+                for (int i = 0; i < SLOTS; i++) {
+                    float x[SHARE * 4] = {};
+                    if (i < held) {
+                        const float* const in = p.initial_states + (row.index() * capacity + i) * state;
+#pragma unroll
+                        for (int n = 0; n < SHARE * 2; n++) {
+                            const int k = k_of(n / 2, n % 2);
+                            if (k >= dk || column_of(group) >= dv) continue;
+                            const float2 two = load_state(in, e, k, column_of(group) + c2);
+                            x[n * 2] = two.x, x[n * 2 + 1] = two.y;
+                        }
+                    }
+                    mine.store(i, warp, x);
+                }
+            }
+        }
+        for (int group = first_group; group < first_group + OF_WRITER; group++) hand_over(group);
+
+        // Every warp its share of dk, so that none waits for another; oldest first, so that nothing is overwritten that a later
+        // slot takes in.
+        int64_t n = 0;
+        for (int64_t first = from; first < to; first += C, n++) {
+            const ChunkPlan& plan = *plan_of(n);
+            uint32_t keys[4][SHARE][4], values[OF_WRITER][4][2];
+            barrier_wait(&barriers->early_full, phase(n));
+#pragma unroll
+            for (int i = 0; i < OF_WRITER; i++) load_values(values[i], values_of(n - 1) + (first_group + i) * C * COLUMNS, lane);
+            __syncwarp();
+            if (lane == 0) barrier_arrive(&barriers->early_empty);
             barrier_wait(&barriers->keys_full, phase(n));
             load_keys(keys, warp, lane);
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->keys_empty);
-            if (reads) barrier_wait(read_done, phase(n));
             const int changes = static_cast<int>(plan.changes);
 #pragma unroll 1
-            for (int change = 0; change < changes; change += 2) {
-                // Two at a time, so that one's instructions fill the other's waits.
-                const bool two = change + 1 < changes;
-                float sum[2][SHARE][4], x[2][SHARE * 4], factor[2];
-                uint32_t place[2], steps[2], tokens[2], entries[2], first_entry[2];
+            for (int group = first_group; group < first_group + OF_WRITER; group++) {
+                const Slots<DK, SLOTS> mine = slots_of(group);
+                uint32_t v[4][2], factored[4][2][2];
 #pragma unroll
-                for (int i = 0; i < 2; i++) {
-                    const SlotChange* const at = plan.changed + (i == 0 || two ? change + i : change);
-                    const uint4 what = *reinterpret_cast<const uint4*>(at);
-                    tokens[i] = (c < 2 ? what.x : what.y) >> c % 2 * 16;
-                    place[i] = what.z & 0xff, steps[i] = what.z >> 8 & 0xff, entries[i] = what.z >> 16 & 0xff;
-                    first_entry[i] = what.z >> 24, factor[i] = at->factor;
-                    mine.load(what.w, warp, x[i]);
+                for (int s = 0; s < 4; s++)
 #pragma unroll
-                    for (int m = 0; m < SHARE * 4; m++) sum[i][m / 4][m % 4] = 0;
-                }
-#pragma unroll
-                for (int i = 0; i < 2; i++) add_tokens(sum[i], keys, factored, tokens[i], i == 0 || two ? steps[i] : 0);
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
-#pragma unroll
-                    for (int m = 0; m < SHARE * 4; m++) x[i][m] = sum[i][m / 4][m % 4] + (entries[i] ? factor[i] * x[i][m] : 0.0f);
+                    for (int i = 0; i < 2; i++) v[s][i] = group == first_group ? values[0][s][i] : values[OF_WRITER - 1][s][i];
+                apply_factors(factored, v, plan.value_factor, lane);
+                if (READS) barrier_wait(&barriers->read[group], phase(n));
 #pragma unroll 1
-                    for (uint32_t j = 1; j < entries[i]; j++) {
-                        float other[SHARE * 4];
-                        mine.load(plan.entry_place[first_entry[i] + j], warp, other);
-                        const float factor = plan.factor[first_entry[i] + j];
+                for (int change = 0; change < changes; change += 2) {
+                    // Two at a time, so that one's instructions fill the other's waits.
+                    const bool two = change + 1 < changes;
+                    float sum[2][SHARE][4], x[2][SHARE * 4], factor[2];
+                    uint32_t place[2], steps[2], tokens[2], entries[2], first_entry[2];
 #pragma unroll
-                        for (int m = 0; m < SHARE * 4; m++) x[i][m] += factor * other[m];
+                    for (int i = 0; i < 2; i++) {
+                        const SlotChange* const at = plan.changed + (i == 0 || two ? change + i : change);
+                        const uint4 what = *reinterpret_cast<const uint4*>(at);
+                        tokens[i] = (c < 2 ? what.x : what.y) >> c % 2 * 16;
+                        place[i] = what.z & 0xff, steps[i] = what.z >> 8 & 0xff, entries[i] = what.z >> 16 & 0xff;
+                        first_entry[i] = what.z >> 24, factor[i] = at->factor;
+                        mine.load(what.w, warp, x[i]);
+#pragma unroll
+                        for (int m = 0; m < SHARE * 4; m++) sum[i][m / 4][m % 4] = 0;
                     }
-                    if (i == 0 || two) mine.store(place[i], warp, x[i]);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) add_tokens(sum[i], keys, factored, tokens[i], i == 0 || two ? steps[i] : 0);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+#pragma unroll
+                        for (int m = 0; m < SHARE * 4; m++)
+                            x[i][m] = sum[i][m / 4][m % 4] + (entries[i] ? factor[i] * x[i][m] : 0.0f);
+#pragma unroll 1
+                        for (uint32_t j = 1; j < entries[i]; j++) {
+                            float other[SHARE * 4];
+                            mine.load(plan.entry_place[first_entry[i] + j], warp, other);
+                            const float factor = plan.factor[first_entry[i] + j];
+#pragma unroll
+                            for (int m = 0; m < SHARE * 4; m++) x[i][m] += factor * other[m];
+                        }
+                        if (i == 0 || two) mine.store(place[i], warp, x[i]);
+                    }
                 }
+                hand_over(group);
             }
-            // What the next products read: V too, which came by copies of threads.
-            if (first + C < to) barrier_wait(&barriers->early_full, phase(n + 1));
-            fence_async();
-            group_barrier(1 + group, GROUP);
         }
 
         if (to < row.len) {
-            uint4* const left = reinterpret_cast<uint4*>(p.banks + bank_at);
             if (!p.banks) return;
-            for (int i = thread; i < BANK / 16; i += GROUP) left[i] = reinterpret_cast<const uint4*>(mine.all)[i];
+            group_barrier(1 + writer, GROUP);
+            for (int group = first_group; group < first_group + OF_WRITER; group++) {
+                uint4* const left = reinterpret_cast<uint4*>(p.banks + bank_at(group));
+                const uint4* const mine = reinterpret_cast<const uint4*>(banks + group * BANK);
+#pragma unroll 4
+                for (int i = thread; i < BANK / 16; i += GROUP) left[i] = mine[i];
+            }
             return;
         }
         // The cache, oldest first, unused slots zero: states and the last chunk's tokens.
         if (!p.states) return;
         if (to == 0) {
             const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
-            for (int i = 0; i < capacity; i++) {
-                float x[SHARE * 4] = {};
-                if (i < held) mine.load(i, warp, x);
-                put_state(p, row, x, i, warp, g, column, c2);
+            for (int group = first_group; group < first_group + OF_WRITER; group++) {
+                for (int i = 0; i < capacity; i++) {
+                    float x[SHARE * 4] = {};
+                    if (i < held) slots_of(group).load(i, warp, x);
+                    put_state(p, row, x, i, warp, g, column_of(group), c2);
+                }
             }
             return;
         }
@@ -615,38 +673,43 @@ struct Scan {
         const Rest& rest = *reinterpret_cast<const Rest*>(pairs);
         barrier_wait(&barriers->early_full, phase(n));
         barrier_wait(&barriers->keys_full, phase(n));
-        uint32_t keys[4][SHARE][4], v[4][2], factored[4][2][2];
+        uint32_t keys[4][SHARE][4];
         load_keys(keys, warp, lane);
-        load_values(v, values_of(n - 1) + group * C * COLUMNS, lane);
-        apply_factors(factored, v, rest.value_factor, lane);
         const int held = static_cast<int>(rest.len);
 #pragma unroll 1
-        for (int i = 0; i < capacity; i++) {
-            float x[SHARE * 4] = {};
-            if (i < held) {
-                const int place = rest.place[i], tokens_from = rest.from[i], tokens_to = rest.to[i];
-                if (place != NO_STATE) {
-                    mine.load(place, warp, x);
-                    const float factor = rest.factor[i];
+        for (int group = first_group; group < first_group + OF_WRITER; group++) {
+            const Slots<DK, SLOTS> mine = slots_of(group);
+            uint32_t v[4][2], factored[4][2][2];
+            load_values(v, values_of(n - 1) + group * C * COLUMNS, lane);
+            apply_factors(factored, v, rest.value_factor, lane);
+#pragma unroll 1
+            for (int i = 0; i < capacity; i++) {
+                float x[SHARE * 4] = {};
+                if (i < held) {
+                    const int place = rest.place[i], tokens_from = rest.from[i], tokens_to = rest.to[i];
+                    if (place != NO_STATE) {
+                        mine.load(place, warp, x);
+                        const float factor = rest.factor[i];
 #pragma unroll
-                    for (int m = 0; m < SHARE * 4; m++) x[m] *= factor;
-                }
-                if (tokens_from < tokens_to) {
-                    uint32_t tokens = 0, steps = 0;
-#pragma unroll
-                    for (int eight = 0; eight < 8; eight++) {
-                        const int t = eight * 8 + c2;
-                        tokens |= (t >= tokens_from && t < tokens_to ? 0x80u : 0u) >> eight;
-                        tokens |= (t + 1 >= tokens_from && t + 1 < tokens_to ? 0x8000u : 0u) >> eight;
-                        if (tokens_from < eight * 8 + 8 && tokens_to > eight * 8) steps |= 1u << eight / 2;
+                        for (int m = 0; m < SHARE * 4; m++) x[m] *= factor;
                     }
-                    float sum[SHARE][4] = {};
-                    add_tokens(sum, keys, factored, tokens, steps);
+                    if (tokens_from < tokens_to) {
+                        uint32_t tokens = 0, steps = 0;
 #pragma unroll
-                    for (int m = 0; m < SHARE * 4; m++) x[m] += sum[m / 4][m % 4];
+                        for (int eight = 0; eight < 8; eight++) {
+                            const int t = eight * 8 + c2;
+                            tokens |= (t >= tokens_from && t < tokens_to ? 0x80u : 0u) >> eight;
+                            tokens |= (t + 1 >= tokens_from && t + 1 < tokens_to ? 0x8000u : 0u) >> eight;
+                            if (tokens_from < eight * 8 + 8 && tokens_to > eight * 8) steps |= 1u << eight / 2;
+                        }
+                        float sum[SHARE][4] = {};
+                        add_tokens(sum, keys, factored, tokens, steps);
+#pragma unroll
+                        for (int m = 0; m < SHARE * 4; m++) x[m] += sum[m / 4][m % 4];
+                    }
                 }
+                put_state(p, row, x, i, warp, g, column_of(group), c2);
             }
-            put_state(p, row, x, i, warp, g, column, c2);
         }
     }
 
@@ -666,11 +729,11 @@ struct Scan {
     }
 };
 
-template <int DK, int SLOTS, int WARPGROUPS, bool EXCHANGED>
+template <int DK, int SLOTS, int WARPGROUPS, bool EXCHANGED, bool READS>
 DEVICE void scan_sm90(const ScanSm90Params& p) {
     const Extents& e = p.extents;
     constexpr int WIDTH = WARPGROUPS * COLUMNS;
-    using Scan = Scan<DK, SLOTS, WARPGROUPS, EXCHANGED>;
+    using Scan = Scan<DK, SLOTS, WARPGROUPS, EXCHANGED, READS>;
     const int slices = (Scan::thin(e) + WIDTH - 1) / WIDTH, slice = blockIdx.x % slices * WIDTH;
     const int64_t index = blockIdx.x / slices;
     const Row row = row_of(e, index / e.value_heads, static_cast<int>(index % e.value_heads));
@@ -682,13 +745,18 @@ DEVICE void scan_sm90(const ScanSm90Params& p) {
     scan.take(carve);
     if (threadIdx.x == 0) scan.init_barriers();
     __syncthreads();
+    // Registers: a reader holds the products, a writer K and its sums; in all no more than the block begins with.
     const int group = __shfl_sync(ALL, warp_index() / 4, 0);
-    if (group == WARPGROUPS) {
-        if (WARPGROUPS == 2) registers_fewer<56>();
+    if (group == Scan::READERS + Scan::WRITERS) {
+        registers_fewer<WARPGROUPS == 2 && DK == 128 ? 40 : 56>();
         scan.bring(p, row, slice, p.from, to);
-    } else {
-        if (WARPGROUPS == 2) registers_more<224>();
-        scan.compute(p, row, group, slice + group * COLUMNS, p.from, to);
+    } else if (group >= Scan::READERS) {
+        if (!READS) registers_more<224>();
+        else if (WARPGROUPS == 2) registers_fewer<DK == 128 ? 104 : 88>();
+        scan.write(p, row, group - Scan::READERS, slice, p.from, to);
+    } else if constexpr (READS) {
+        registers_more<WARPGROUPS == 2 ? 184 : 232>();
+        scan.read(p, row, group, slice + group * COLUMNS, p.from, to);
     }
 }
 
@@ -698,9 +766,9 @@ DEVICE void scan_sm90(const ScanSm90Params& p) {
 // One table of what exists: head size as computed, slots, groups of 8 columns. 30 slots is the default M and the most
 // that two groups have room for at dk = 128; one group where two do not fit.
 #define SCAN_SM90(DK, SLOTS, WARPGROUPS)                                                          \
-    KERNEL BLOCK_OF(WARPGROUPS * 128 + 128) scan_sm90_##DK##_##SLOTS##_##WARPGROUPS(               \
+    KERNEL BLOCK_OF((WARPGROUPS + 2) * 128) scan_sm90_##DK##_##SLOTS##_##WARPGROUPS(               \
         const __grid_constant__ dla::ScanSm90Params p) {                                          \
-        dla::scan_sm90<DK, SLOTS, WARPGROUPS, false>(p);                                                 \
+        dla::scan_sm90<DK, SLOTS, WARPGROUPS, false, true>(p);                                     \
     }
 SCAN_SM90(64, 16, 2)
 SCAN_SM90(64, 30, 2)
@@ -713,11 +781,15 @@ SCAN_SM90(128, 32, 1)
 SCAN_SM90(128, 64, 1)
 SCAN_SM90(256, 16, 1)
 
-// For dQ: size of do's and v's rows as computed, slots, groups of 8 columns of dk.
+// For dQ: size of do's and v's rows as computed, slots, groups of 8 columns of dk. scan_states: without a read.
 #define SCAN_QUERIES_SM90(DV, SLOTS, WARPGROUPS)                                                  \
-    KERNEL BLOCK_OF(WARPGROUPS * 128 + 128) scan_queries_sm90_##DV##_##SLOTS##_##WARPGROUPS(       \
+    KERNEL BLOCK_OF((WARPGROUPS + 2) * 128) scan_queries_sm90_##DV##_##SLOTS##_##WARPGROUPS(       \
         const __grid_constant__ dla::ScanSm90Params p) {                                          \
-        dla::scan_sm90<DV, SLOTS, WARPGROUPS, true>(p);                                           \
+        dla::scan_sm90<DV, SLOTS, WARPGROUPS, true, true>(p);                                      \
+    }                                                                                             \
+    KERNEL BLOCK_OF((WARPGROUPS + 1) * 128) scan_states_sm90_##DV##_##SLOTS##_##WARPGROUPS(        \
+        const __grid_constant__ dla::ScanSm90Params p) {                                          \
+        dla::scan_sm90<DV, SLOTS, WARPGROUPS, true, false>(p);                                     \
     }
 SCAN_QUERIES_SM90(64, 16, 2)
 SCAN_QUERIES_SM90(64, 32, 2)

@@ -1418,9 +1418,9 @@ impl ScanSm90 {
         self.group_columns() == 4
     }
 
-    /// Threads of a block.
+    /// Threads of a block: groups of columns, the gated scan's writer, those that bring.
     pub fn threads(&self) -> u32 {
-        128 * (self.groups as u32 + 1)
+        128 * (self.groups as u32 + if self.delta { 1 } else { 2 })
     }
 
     /// Columns of dv of a block.
@@ -1450,7 +1450,7 @@ impl ScanSm90 {
         let direct = self.slots * self.dk > 32 * 128;
         let read = if direct { PLAN_REST } else { 64 * self.weight_slots() * 4 + PAIR_BLOCKS * 512 };
         let plans = 2 * (PLAN_CHANGES + self.slots * SLOT_CHANGE_BYTES);
-        self.bank_bytes() + read + 64 * self.dk * 2 + 3 * self.groups * 64 * 8 * 2 + plans + 64
+        self.bank_bytes() + read + 64 * self.dk * 2 + 2 * self.groups * 64 * 8 * 2 + plans + 96
     }
 
     /// Shared memory of the kernel that prepares for it.
@@ -1556,6 +1556,16 @@ impl ScanQueriesSm90 {
     /// Name of the kernel.
     pub fn name(&self) -> String {
         format!("scan_queries_sm90_{}_{}_{}", self.0.dk, self.0.slots, self.0.groups)
+    }
+
+    /// Name of the kernel that carries the states on and reads nothing.
+    pub fn states_name(&self) -> String {
+        format!("scan_states_sm90_{}_{}_{}", self.0.dk, self.0.slots, self.0.groups)
+    }
+
+    /// Threads of a block of that: a writer for every group of columns, those that bring.
+    pub fn states_threads(&self) -> u32 {
+        128 * (self.0.groups as u32 + 1)
     }
 
     /// Places for slots.

@@ -78,6 +78,8 @@ pub enum BackwardKernel {
     PrepareQueriesSm90,
     /// Hopper: dQ, and what the states give to dlambda.
     ScanQueriesSm90,
+    /// Hopper: the states alone.
+    ScanStatesSm90,
     /// Hopper: what the adjoint of scan takes, and gradients by way of pairs.
     PrepareBackwardSm90,
     /// Hopper: the adjoint of scan, for dV.

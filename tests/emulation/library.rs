@@ -45,7 +45,7 @@ fn compiler() -> String {
 }
 
 /// Which file holds a kernel: by the first stem that its name begins with.
-const FILES: [(&str, &str); 35] = [
+const FILES: [(&str, &str); 36] = [
     ("segment_states", "segment_backward"),
     ("segment_scalars", "segment_backward"),
     ("segment_open_backward", "segment_backward"),
@@ -65,6 +65,7 @@ const FILES: [(&str, &str); 35] = [
     ("route", "route"),
     ("scan_backward_sm90", "scan_backward_sm90"),
     ("scan_backward", "scan_backward"),
+    ("scan_states_sm90", "scan_sm90"),
     ("scan_states", "scan_backward"),
     ("scan_delta_sm90", "scan_delta_sm90"),
     ("scan_sm90", "scan_sm90"),

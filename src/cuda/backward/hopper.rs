@@ -133,6 +133,10 @@ impl Hopper {
             ScanQueriesSm90 => {
                 (self.queries.name(), "scan_sm90", self.queries.threads(), self.queries.shared_bytes())
             }
+            ScanStatesSm90 => {
+                let threads = self.queries.states_threads();
+                (self.queries.states_name(), "scan_sm90", threads, self.queries.shared_bytes())
+            }
             PrepareBackwardSm90 => {
                 let name = ScanBackwardSm90::PREPARE_NAME.to_owned();
                 (name, prepared, 256, ScanBackwardSm90::prepare_shared_bytes(g))
@@ -153,10 +157,11 @@ impl Hopper {
         })
     }
 
-    pub(super) const KERNELS: [BackwardKernel; 11] = [
+    pub(super) const KERNELS: [BackwardKernel; 12] = [
         BackwardKernel::GammasSm90,
         BackwardKernel::PrepareQueriesSm90,
         BackwardKernel::ScanQueriesSm90,
+        BackwardKernel::ScanStatesSm90,
         BackwardKernel::PrepareBackwardSm90,
         BackwardKernel::ScanBackwardValuesSm90,
         BackwardKernel::ScanBackwardKeysSm90,
@@ -252,7 +257,8 @@ impl Pass<'_> {
             from: window.start as i64,
             to: window.end as i64,
         };
-        launcher.launch(BackwardKernel::ScanQueriesSm90, scan.blocks(&self.geometry), &params)
+        let kernel = if reads { BackwardKernel::ScanQueriesSm90 } else { BackwardKernel::ScanStatesSm90 };
+        launcher.launch(kernel, scan.blocks(&self.geometry), &params)
     }
 
     /// Carries the states over windows.
