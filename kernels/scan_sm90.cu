@@ -149,18 +149,14 @@ DEVICE void store2(float* to, float x, float y) { *reinterpret_cast<float2*>(to)
 // Without READS the states alone are carried on, by a writer for every group.
 template <int DK, int SLOTS, int WARPGROUPS, bool EXCHANGED, bool READS>
 struct Scan {
-    static constexpr int READERS = READS ? WARPGROUPS : 0;  // groups of threads
-    static constexpr int WRITERS = READS ? 1 : WARPGROUPS;
-    static constexpr int OF_WRITER = WARPGROUPS / WRITERS;  // groups of columns
     static constexpr int C = Bf16::CHUNK;
-    // Products of a read; two at a time, so that one runs while the other's slots are summed. (One of 30 slots finds too few
-    // registers at the block's begin.)
-    [[maybe_unused]] static constexpr int PARTS = (SLOTS + 15) / 16, TWO = PARTS > 1 ? 2 : 1;
-    [[maybe_unused]] static constexpr int AT_ONCE = SLOTS / PARTS;     // slots of one
+    // A group's read is products of 16 slots and of what remains.
+    static constexpr int PARTS = (SLOTS + 15) / 16, REMAINING = SLOTS - (PARTS - 1) * 16;
+    static_assert(PARTS == 1 || PARTS == 2 || REMAINING == 16, "products by turns have the same shape");
     static constexpr int QUADS = (SLOTS + 3) / 4;
     static constexpr int TILES = DK / 16;             // of 16 rows of dk
     static constexpr int SHARE = TILES / 4;           // of a warp
-    [[maybe_unused]] static constexpr int STEPS = TILES < 8 ? TILES : 8;  // Q's operands held at once: large heads have no registers for all
+    static constexpr int STEPS = TILES < 8 ? TILES : 8;  // Q's operands held at once: large heads have no registers for all
     static constexpr int BANK = Slots<DK, SLOTS>::BYTES;
     static constexpr int PAIRS = PAIR_BLOCKS * 512;   // bytes
     static constexpr int PLAN = offsetof(ChunkPlan, changed) + SLOTS * sizeof(SlotChange);
@@ -175,7 +171,7 @@ struct Scan {
         Barrier early_full, weights_full, keys_full;
         Barrier early_empty, weights_empty, keys_empty;
         Barrier read[2], written[2];
-        Barrier banks_full;
+        Barrier bank_full[2];
     };
 
     unsigned char* banks;  // [WARPGROUPS][BANK]
@@ -220,10 +216,13 @@ struct Scan {
 
     METHOD void init_barriers() const {
         barrier_init(&barriers->early_full, BRINGING + 1), barrier_init(&barriers->weights_full, 1);
-        barrier_init(&barriers->keys_full, BRINGING), barrier_init(&barriers->banks_full, 1);
-        barrier_init(&barriers->early_empty, 4 * (READERS + WRITERS));
-        barrier_init(&barriers->weights_empty, 4 * READERS), barrier_init(&barriers->keys_empty, 4 * WRITERS);
-        for (int group = 0; group < 2; group++) barrier_init(&barriers->read[group], 4), barrier_init(&barriers->written[group], 4);
+        barrier_init(&barriers->keys_full, BRINGING);
+        barrier_init(&barriers->early_empty, 4 * (READS + WARPGROUPS));
+        barrier_init(&barriers->weights_empty, 4), barrier_init(&barriers->keys_empty, 4 * WARPGROUPS);
+        for (int group = 0; group < 2; group++) {
+            barrier_init(&barriers->read[group], 4), barrier_init(&barriers->written[group], 4);
+            barrier_init(&barriers->bank_full[group], 1);
+        }
         fence_barriers();
     }
 
@@ -336,12 +335,55 @@ struct Scan {
         }
     }
 
-    // A group of 8 columns of dv from `column` on.
-    METHOD void read(const ScanSm90Params& p, const Row& row, int group, int column, int64_t from, int64_t to) const {
+    // sum over a product's slots of their weights times it, into `out`; quads of slots from `first_quad` on. Of dlambda
+    // (EXCHANGED): of four slots each of the four threads of a row gets one's sum over its columns.
+    template <int REGISTERS>
+    METHOD static void sum_slots(float (&out)[4], const float (&read)[REGISTERS], const float4* weights, const uint32_t (&of_q)[2],
+                                 float* reads_at, bool live_columns, int c) {
+        constexpr int ALL_SLOTS = REGISTERS / 4, MINE = (ALL_SLOTS + 3) / 4;
+        // Of four slots those of the upper row and those of the lower, asked for one ahead: there are no registers for all.
+        float4 next = weights[0];
+#pragma unroll
+        for (int quad = 0; quad < MINE; quad++) {
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                const float w[4] = {next.x, next.y, next.z, next.w};
+                keep_order();
+                if (quad * 2 + half + 1 < MINE * 2) next = weights[(quad * 2 + half + 1) / 2 * 16 + (1 - half) * 8];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int slot = quad * 4 + i;
+                    if (slot >= ALL_SLOTS) continue;
+                    out[half * 2] += w[i] * read[slot * 4 + half * 2];
+                    out[half * 2 + 1] += w[i] * read[slot * 4 + half * 2 + 1];
+                }
+            }
+            if (!EXCHANGED) continue;
+#pragma unroll
+            for (int half = 0; half < 2; half++) {
+                float x[4];
+#pragma unroll
+                for (int i = 0; i < 4; i++) {
+                    const int slot = quad * 4 + i;
+                    x[i] = slot >= ALL_SLOTS ? 0.0f
+                                             : low_bf16(of_q[half]) * read[slot * 4 + half * 2] +
+                                                   high_bf16(of_q[half]) * read[slot * 4 + half * 2 + 1];
+                }
+                const bool odd = c & 1, late = c & 2;
+#pragma unroll
+                for (int i = 0; i < 4; i += 2)
+                    x[i] = (odd ? x[i + 1] : x[i]) + __shfl_xor_sync(ALL, odd ? x[i] : x[i + 1], 1);
+                x[0] = (late ? x[2] : x[0]) + __shfl_xor_sync(ALL, late ? x[0] : x[2], 2);
+                if (live_columns) reads_at[quad * 64 + half * 32] = x[0];
+            }
+        }
+    }
+
+    // Reads the slots of the block's columns, 8 from `slice` on for every group.
+    METHOD void read(const ScanSm90Params& p, const Row& row, int slice, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
         const int dk = wide(e), dv = thin(e), capacity = e.capacity;
         const int lane = lane_index(), warp = __shfl_sync(ALL, warp_index() % 4, 0), g = lane / 4, c = lane % 4, c2 = c * 2;
-        const bool live_columns = column < dv;
 
         // A chunk's Q: a left operand a step. Tokens 16 warp + g and 8 later. Every load is made, whatever it is for, so that none
         // waits for another: past the row's end the last token's (whose output no one writes), past dk the first
@@ -364,58 +406,71 @@ struct Scan {
         };
         if (STEPS == TILES && from < to) load_q(from, 0);
 
-        const uint64_t operand = wgmma_operand(banks + group * BANK, DK * 8, Slots<DK, SLOTS>::OTHERS);
+        const uint64_t operand = wgmma_operand(banks, DK * 8, Slots<DK, SLOTS>::OTHERS);
         const int64_t chunk0 = first_place(e, row, from, p.to) * e.value_heads + row.head;
         const uint4* all_pairs = DIRECT ? reinterpret_cast<const uint4*>(p.pairs) + chunk0 * (PAIRS / 16) : pairs;
         const float4* my_weights = (DIRECT ? reinterpret_cast<const float4*>(p.weights) + chunk0 * (C * QUADS) : weights) +
                                    warp * QUADS * 16 + g;
         // dQ stands as what is kept of its chunk.
         const int64_t o_first = EXCHANGED ? chunk0 * C + warp * 16 + g : row.at(from + warp * 16 + g);
-        auto* o_at = static_cast<typename OutOf<EXCHANGED>::Type*>(p.o) + o_first * dv + column + c2;
+        auto* o_at = static_cast<typename OutOf<EXCHANGED>::Type*>(p.o) + o_first * dv + slice + c2;
         const int64_t o_row = EXCHANGED ? dv : static_cast<int64_t>(e.value_heads) * dv;
         const int64_t o_chunk = static_cast<int64_t>(C) * e.value_heads * dv;
-        // Of dlambda: q of the block's columns and, by slot, what the group's columns give.
-        const Bf16* const thin_q = static_cast<const Bf16*>(p.thin_q) + column + c2;
+        // Of dlambda: q of the block's columns and, by slot, what a group's columns give.
+        const Bf16* const thin_q = static_cast<const Bf16*>(p.thin_q) + slice + c2;
         float* reads_at = nullptr;
+        int64_t reads_group = 0;
         if (EXCHANGED) {
-            const int64_t all = e.sequences * chunks_of_window(e, from, p.to, C) * e.value_heads;
-            reads_at = p.d_reads + (column / COLUMNS * all + chunk0) * (C * QUADS * 4) + (warp * QUADS * 16 + g) * 4 + c;
+            reads_group = e.sequences * chunks_of_window(e, from, p.to, C) * e.value_heads * (C * QUADS * 4);
+            reads_at = p.d_reads + slice / COLUMNS * reads_group + chunk0 * (C * QUADS * 4) + (warp * QUADS * 16 + g) * 4 + c;
         }
         // 0, which the compiler cannot know: copies of Q would be made as soon as it is loaded, and wait for it there.
         const uint32_t zero = static_cast<uint32_t>(capacity) >> 16;
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const int len = row.len - first < C ? static_cast<int>(row.len - first) : C;
-            [[maybe_unused]] uint32_t of_q[2] = {};
-            if (EXCHANGED && live_columns) {
+            [[maybe_unused]] uint32_t of_q[WARPGROUPS][2] = {};
+            if (EXCHANGED) {
 #pragma unroll
-                for (int half = 0; half < 2; half++) {
-                    const int t = warp * 16 + half * 8 + g;
-                    of_q[half] = *reinterpret_cast<const uint32_t*>(thin_q + thin_at(row, first + (t < len ? t : 0)) * dv);
+                for (int group = 0; group < WARPGROUPS; group++) {
+                    if (slice + group * COLUMNS >= dv) continue;
+#pragma unroll
+                    for (int half = 0; half < 2; half++) {
+                        const int t = warp * 16 + half * 8 + g;
+                        of_q[group][half] = *reinterpret_cast<const uint32_t*>(thin_q + thin_at(row, first + (t < len ? t : 0)) * dv +
+                                                                               group * COLUMNS);
+                    }
                 }
             }
             // The tokens that are not in the slots, those of the chunk before and this one's up to the diagonal.
-            float out[4] = {}, recent[4] = {};
+            float out[WARPGROUPS][4] = {};
             barrier_wait(&barriers->early_full, phase(n));
             {
                 const uint4* const my_pairs = all_pairs + ((warp * 4 + warp * (warp + 1) / 2) * 32 + anew(lane));
-                uint32_t before[4][2], now[4][2];
-                load_values(before, values_of(n - 1) + group * C * COLUMNS, lane);
-                load_values(now, values_of(n) + group * C * COLUMNS, lane);
+                uint32_t before[WARPGROUPS][4][2], now[WARPGROUPS][4][2];
+#pragma unroll
+                for (int group = 0; group < WARPGROUPS; group++) {
+                    load_values(before[group], values_of(n - 1) + group * C * COLUMNS, lane);
+                    load_values(now[group], values_of(n) + group * C * COLUMNS, lane);
+                }
 #pragma unroll
                 for (int s = 0; s < 4; s++) {
                     const uint4 x = my_pairs[s * 32];
-                    mma_bf16(out, {x.x, x.y, x.z, x.w}, before[s][0], before[s][1]);
+#pragma unroll
+                    for (int group = 0; group < WARPGROUPS; group++)
+                        mma_bf16(out[group], {x.x, x.y, x.z, x.w}, before[group][s][0], before[group][s][1]);
+                }
+#pragma unroll
+                for (int s = 0; s < 4; s++) {
                     if (s > warp) continue;
-                    const uint4 y = my_pairs[(4 + s) * 32];
-                    mma_bf16(recent, {y.x, y.y, y.z, y.w}, now[s][0], now[s][1]);
+                    const uint4 x = my_pairs[(4 + s) * 32];
+#pragma unroll
+                    for (int group = 0; group < WARPGROUPS; group++)
+                        mma_bf16(out[group], {x.x, x.y, x.z, x.w}, now[group][s][0], now[group][s][1]);
                 }
             }
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->early_empty);
-#pragma unroll
-            for (int i = 0; i < 4; i++) out[i] += recent[i];
-            wgmma_hold(out);  // now, for the sake of registers
             uint32_t q[STEPS][4];
             const auto take_q = [&] {
 #pragma unroll
@@ -425,118 +480,86 @@ struct Scan {
                 }
             };
             if (STEPS == TILES) take_q();
-            barrier_wait(&barriers->written[group], phase(n));
-            if (WARPGROUPS == 2) barrier_wait(&barriers->read[1 - group], phase(n + 1 - group));
+
+            // Product i: part i % PARTS of group i / PARTS. While it runs the one before is summed.
+            constexpr int PRODUCTS = WARPGROUPS * PARTS;
+            float even[(PARTS == 1 ? REMAINING : 16) * 4], odd[(PARTS <= 2 ? REMAINING : 16) * 4];  // first overwritten
+            const auto begin = [&](auto& read, int i) {
+                const int group = i / PARTS, part = i % PARTS;
+                if (part == 0) barrier_wait(&barriers->written[group], phase(n));
 #pragma unroll
-            for (int part = 0; part < PARTS; part += TWO) {
-                float read[TWO][AT_ONCE * 4];  // the first products overwrite it
+                for (int from_step = 0; from_step < TILES; from_step += STEPS) {
+                    if (from_step > 0) wgmma_wait();
+                    if (STEPS < TILES) load_q(first, from_step), take_q();
+                    wgmma_begin();
 #pragma unroll
-                for (int of = 0; of < TWO; of++) {
-#pragma unroll
-                    for (int from_step = 0; from_step < TILES; from_step += STEPS) {
-                        if (from_step > 0) wgmma_wait();
-                        if (STEPS < TILES) load_q(first, from_step), take_q();
-                        wgmma_begin();
-#pragma unroll
-                        for (int step = 0; step < STEPS; step++)
-                            wgmma_bf16(read[of], q[step],
-                                       operand + ((part + of) * AT_ONCE * DK * 8 + (from_step + step) * 128) / 16,
-                                       from_step + step > 0);
-                        wgmma_commit();
-                    }
+                    for (int step = 0; step < STEPS; step++)
+                        wgmma_bf16(read, q[step], operand + (group * BANK + part * 16 * DK * 8 + (from_step + step) * 128) / 16,
+                                   from_step + step > 0);
+                    wgmma_commit();
                 }
-                if (part == 0 && !DIRECT) barrier_wait(&barriers->weights_full, phase(n));
-                // Of four slots those of the upper row and those of the lower, asked for one ahead, the first while the product runs.
-                constexpr int MINE = (TWO * AT_ONCE + 3) / 4;
-                const float4* const quads = my_weights + part * AT_ONCE / 4 * 16;
-                float4 ring[2];
-                const auto load_weights = [&](int i) {
-                    if (i < MINE * 2) ring[i % 2] = quads[i / 2 * 16 + i % 2 * 8];
-                };
-                load_weights(0);
-                if (TWO == 2) wgmma_wait_but<1>(), wgmma_hold(read[0]);
+            };
+            const auto sum = [&](const auto& read, int i) {
+                const int group = i / PARTS, part = i % PARTS;
+                sum_slots(out[group], read, my_weights + part * 4 * 16, of_q[group],
+                          EXCHANGED ? reads_at + group * reads_group + part * 4 * 64 : nullptr, slice + group * COLUMNS < dv, c);
+            };
+            const auto is_read = [&](int i) {
+                if (i % PARTS != PARTS - 1) return;
+                __syncwarp();
+                if (lane == 0) barrier_arrive(&barriers->read[i / PARTS]);
+            };
+            begin(even, 0);
+            if (!DIRECT) barrier_wait(&barriers->weights_full, phase(n));
 #pragma unroll
-                for (int quad = 0; quad < MINE; quad++) {
-                    if (quad == (TWO - 1) * AT_ONCE / 4) {
-                        wgmma_wait();
-                        wgmma_hold(read[TWO - 1]);
-                        if (part == PARTS - TWO) {
-                            __syncwarp();
-                            if (lane == 0) barrier_arrive(&barriers->read[group]);
-                        }
-                    }
-                    const auto product = [&](int slot, int x) { return read[slot / AT_ONCE][slot % AT_ONCE * 4 + x]; };
-#pragma unroll
-                    for (int half = 0; half < 2; half++) {
-                        // Not all at once, for which there are no registers.
-                        keep_order();
-                        const float4 weight = ring[half];
-                        load_weights(quad * 2 + half + 1);
-                        const float w[4] = {weight.x, weight.y, weight.z, weight.w};
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            const int slot = quad * 4 + i;
-                            if (slot >= TWO * AT_ONCE) continue;
-                            out[half * 2] += w[i] * product(slot, half * 2);
-                            out[half * 2 + 1] += w[i] * product(slot, half * 2 + 1);
-                        }
-                    }
-                    if (EXCHANGED) {
-                        // Of four slots each of the four threads of a row gets one's sum over its columns.
-                        float sums[2][4];
-#pragma unroll
-                        for (int i = 0; i < 4; i++) {
-                            const int slot = quad * 4 + i;
-#pragma unroll
-                            for (int half = 0; half < 2; half++)
-                                sums[half][i] = slot >= TWO * AT_ONCE ? 0.0f
-                                                                      : low_bf16(of_q[half]) * product(slot, half * 2) +
-                                                                            high_bf16(of_q[half]) * product(slot, half * 2 + 1);
-                        }
-                        float* const to = reads_at + (part * AT_ONCE / 4 + quad) * 64;
-#pragma unroll
-                        for (int half = 0; half < 2; half++) {
-                            float (&x)[4] = sums[half];
-                            const bool odd = c & 1, late = c & 2;
-#pragma unroll
-                            for (int i = 0; i < 4; i += 2)
-                                x[i] = (odd ? x[i + 1] : x[i]) + __shfl_xor_sync(ALL, odd ? x[i] : x[i + 1], 1);
-                            x[0] = (late ? x[2] : x[0]) + __shfl_xor_sync(ALL, late ? x[0] : x[2], 2);
-                            if (live_columns) to[half * 32] = x[0];
-                        }
-                    }
-                    // The next chunk's Q, when the products are done with its registers and some of the sums' are free; after the
-                    // last chunk too, for under a condition the loads would be waited for here.
-                    if (STEPS == TILES && part == PARTS - TWO && quad == MINE - 1) load_q(first + C, 0);
+            for (int i = 0; i < PRODUCTS; i++) {
+                const bool another = i + 1 < PRODUCTS;
+                // The next group's slots may still be written, while others wait for this one's to be read.
+                const bool waits = !another || (i + 1) % PARTS == 0;
+                if (waits) wgmma_wait();
+                if (i % 2 == 0) {
+                    if (waits) wgmma_hold(even), is_read(i);
+                    if (another) begin(odd, i + 1);
+                    if (!waits) wgmma_wait_but<1>(), wgmma_hold(even), is_read(i);
+                    sum(even, i);
+                } else {
+                    if (waits) wgmma_hold(odd), is_read(i);
+                    if (another) begin(even, i + 1);
+                    if (!waits) wgmma_wait_but<1>(), wgmma_hold(odd), is_read(i);
+                    sum(odd, i);
                 }
+                // The next chunk's Q; after the last chunk too, for under a condition the loads would be waited for here.
+                if (STEPS == TILES && i == PRODUCTS / 2) load_q(first + C, 0);
             }
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->weights_empty);
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                if (warp * 16 + half * 8 + g < len && live_columns)
-                    store2(o_at + half * 8 * o_row, out[half * 2], out[half * 2 + 1]);
-            }
+            for (int group = 0; group < WARPGROUPS; group++)
+#pragma unroll
+                for (int half = 0; half < 2; half++) {
+                    if (warp * 16 + half * 8 + g < len && slice + group * COLUMNS < dv)
+                        store2(o_at + half * 8 * o_row + group * COLUMNS, out[group][half * 2], out[group][half * 2 + 1]);
+                }
             o_at += o_chunk;
             if (EXCHANGED) reads_at += static_cast<int64_t>(e.value_heads) * (C * QUADS * 4);
             if (DIRECT) all_pairs += static_cast<int64_t>(e.value_heads) * (PAIRS / 16), my_weights += static_cast<int64_t>(e.value_heads) * C * QUADS;
         }
     }
 
-    // The slots of `OF_WRITER` groups of columns, in turn.
-    METHOD void write(const ScanSm90Params& p, const Row& row, int writer, int slice, int64_t from, int64_t to) const {
+    // Writes the slots of a group of columns, 8 from `column` on.
+    METHOD void write(const ScanSm90Params& p, const Row& row, int group, int column, int64_t from, int64_t to) const {
         const Extents& e = p.extents;
         const int dk = wide(e), dv = thin(e), capacity = e.capacity;
         const int lane = lane_index(), warp = __shfl_sync(ALL, warp_index() % 4, 0), g = lane / 4, c = lane % 4, c2 = c * 2;
-        const int first_group = writer * OF_WRITER, thread = threadIdx.x % GROUP;
+        const int thread = threadIdx.x % GROUP;
+        const bool live_columns = column < dv;
         const int64_t state = static_cast<int64_t>(dk) * dv;
-        const auto slots_of = [&](int group) { return Slots<DK, SLOTS>::of(banks + group * BANK, g, c); };
-        const auto column_of = [&](int group) { return slice + group * COLUMNS; };
-        const auto bank_at = [&](int group) { return (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + group) * BANK; };
+        const Slots<DK, SLOTS> mine = Slots<DK, SLOTS>::of(banks + group * BANK, g, c);
+        const int64_t bank_at = (static_cast<int64_t>(blockIdx.x) * WARPGROUPS + group) * BANK;
         // Row of dk of the thread's elements (Slots).
         const auto k_of = [&](int tile, int half) { return (warp * SHARE + tile) * 16 + half * 8 + g; };
         // What the next products read.
-        const auto hand_over = [&](int group) {
+        const auto hand_over = [&] {
             fence_async();
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->written[group]);
@@ -544,45 +567,39 @@ struct Scan {
 
         // The slots that the window begins with; every other place zero, for a read multiplies them all.
         if (from > 0) {
-            if (thread == 0 && writer == 0) {
-                barrier_expect(&barriers->banks_full, WARPGROUPS * BANK);
-                for (int group = 0; group < WARPGROUPS; group++)
-                    copy_bulk(banks + group * BANK, p.source + bank_at(group), BANK, &barriers->banks_full);
+            if (thread == 0) {
+                barrier_expect(&barriers->bank_full[group], BANK);
+                copy_bulk(mine.all, p.source + bank_at, BANK, &barriers->bank_full[group]);
             }
-            barrier_wait(&barriers->banks_full, phase(0));
+            barrier_wait(&barriers->bank_full[group], phase(0));
         } else {
             const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
-#pragma unroll 1
-            for (int group = first_group; group < first_group + OF_WRITER; group++) {
-                const Slots<DK, SLOTS> mine = slots_of(group);
 #pragma unroll 2
-                for (int i = 0; i < SLOTS; i++) {
-                    float x[SHARE * 4] = {};
-                    if (i < held) {
-                        const float* const in = p.initial_states + (row.index() * capacity + i) * state;
+            for (int i = 0; i < SLOTS; i++) {
+                float x[SHARE * 4] = {};
+                if (i < held) {
+                    const float* const in = p.initial_states + (row.index() * capacity + i) * state;
 #pragma unroll
-                        for (int n = 0; n < SHARE * 2; n++) {
-                            const int k = k_of(n / 2, n % 2);
-                            if (k >= dk || column_of(group) >= dv) continue;
-                            const float2 two = load_state(in, e, k, column_of(group) + c2);
-                            x[n * 2] = two.x, x[n * 2 + 1] = two.y;
-                        }
+                    for (int n = 0; n < SHARE * 2; n++) {
+                        const int k = k_of(n / 2, n % 2);
+                        if (k >= dk || !live_columns) continue;
+                        const float2 two = load_state(in, e, k, column + c2);
+                        x[n * 2] = two.x, x[n * 2 + 1] = two.y;
                     }
-                    mine.store(i, warp, x);
                 }
+                mine.store(i, warp, x);
             }
         }
-        for (int group = first_group; group < first_group + OF_WRITER; group++) hand_over(group);
+        hand_over();
 
         // Every warp its share of dk, so that none waits for another; oldest first, so that nothing is overwritten that a later
         // slot takes in.
         int64_t n = 0;
         for (int64_t first = from; first < to; first += C, n++) {
             const ChunkPlan& plan = *plan_of(n);
-            uint32_t keys[4][SHARE][4], values[OF_WRITER][4][2];
+            uint32_t keys[4][SHARE][4], v[4][2], factored[4][2][2];
             barrier_wait(&barriers->early_full, phase(n));
-#pragma unroll
-            for (int i = 0; i < OF_WRITER; i++) load_values(values[i], values_of(n - 1) + (first_group + i) * C * COLUMNS, lane);
+            load_values(v, values_of(n - 1) + group * C * COLUMNS, lane);
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->early_empty);
             barrier_wait(&barriers->keys_full, phase(n));
@@ -590,76 +607,62 @@ struct Scan {
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->keys_empty);
             const int changes = static_cast<int>(plan.changes);
+            apply_factors(factored, v, plan.value_factor, lane);
+            if (READS) barrier_wait(&barriers->read[group], phase(n));
 #pragma unroll 1
-            for (int group = first_group; group < first_group + OF_WRITER; group++) {
-                const Slots<DK, SLOTS> mine = slots_of(group);
-                uint32_t v[4][2], factored[4][2][2];
+            for (int change = 0; change < changes; change += 2) {
+                // Two at a time, so that one's instructions fill the other's waits.
+                const bool two = change + 1 < changes;
+                float sum[2][SHARE][4], x[2][SHARE * 4], factor[2];
+                uint32_t place[2], steps[2], tokens[2], entries[2], first_entry[2];
 #pragma unroll
-                for (int s = 0; s < 4; s++)
+                for (int i = 0; i < 2; i++) {
+                    const SlotChange* const at = plan.changed + (i == 0 || two ? change + i : change);
+                    const uint4 what = *reinterpret_cast<const uint4*>(at);
+                    tokens[i] = (c < 2 ? what.x : what.y) >> c % 2 * 16;
+                    place[i] = what.z & 0xff, steps[i] = what.z >> 8 & 0xff, entries[i] = what.z >> 16 & 0xff;
+                    first_entry[i] = what.z >> 24, factor[i] = at->factor;
+                    mine.load(what.w, warp, x[i]);
 #pragma unroll
-                    for (int i = 0; i < 2; i++) v[s][i] = group == first_group ? values[0][s][i] : values[OF_WRITER - 1][s][i];
-                apply_factors(factored, v, plan.value_factor, lane);
-                if (READS) barrier_wait(&barriers->read[group], phase(n));
-#pragma unroll 1
-                for (int change = 0; change < changes; change += 2) {
-                    // Two at a time, so that one's instructions fill the other's waits.
-                    const bool two = change + 1 < changes;
-                    float sum[2][SHARE][4], x[2][SHARE * 4], factor[2];
-                    uint32_t place[2], steps[2], tokens[2], entries[2], first_entry[2];
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-                        const SlotChange* const at = plan.changed + (i == 0 || two ? change + i : change);
-                        const uint4 what = *reinterpret_cast<const uint4*>(at);
-                        tokens[i] = (c < 2 ? what.x : what.y) >> c % 2 * 16;
-                        place[i] = what.z & 0xff, steps[i] = what.z >> 8 & 0xff, entries[i] = what.z >> 16 & 0xff;
-                        first_entry[i] = what.z >> 24, factor[i] = at->factor;
-                        mine.load(what.w, warp, x[i]);
-#pragma unroll
-                        for (int m = 0; m < SHARE * 4; m++) sum[i][m / 4][m % 4] = 0;
-                    }
-#pragma unroll
-                    for (int i = 0; i < 2; i++) add_tokens(sum[i], keys, factored, tokens[i], i == 0 || two ? steps[i] : 0);
-#pragma unroll
-                    for (int i = 0; i < 2; i++) {
-#pragma unroll
-                        for (int m = 0; m < SHARE * 4; m++)
-                            x[i][m] = sum[i][m / 4][m % 4] + (entries[i] ? factor[i] * x[i][m] : 0.0f);
-#pragma unroll 1
-                        for (uint32_t j = 1; j < entries[i]; j++) {
-                            float other[SHARE * 4];
-                            mine.load(plan.entry_place[first_entry[i] + j], warp, other);
-                            const float factor = plan.factor[first_entry[i] + j];
-#pragma unroll
-                            for (int m = 0; m < SHARE * 4; m++) x[i][m] += factor * other[m];
-                        }
-                        if (i == 0 || two) mine.store(place[i], warp, x[i]);
-                    }
+                    for (int m = 0; m < SHARE * 4; m++) sum[i][m / 4][m % 4] = 0;
                 }
-                hand_over(group);
+#pragma unroll
+                for (int i = 0; i < 2; i++) add_tokens(sum[i], keys, factored, tokens[i], i == 0 || two ? steps[i] : 0);
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+#pragma unroll
+                    for (int m = 0; m < SHARE * 4; m++)
+                        x[i][m] = sum[i][m / 4][m % 4] + (entries[i] ? factor[i] * x[i][m] : 0.0f);
+#pragma unroll 1
+                    for (uint32_t j = 1; j < entries[i]; j++) {
+                        float other[SHARE * 4];
+                        mine.load(plan.entry_place[first_entry[i] + j], warp, other);
+                        const float factor = plan.factor[first_entry[i] + j];
+#pragma unroll
+                        for (int m = 0; m < SHARE * 4; m++) x[i][m] += factor * other[m];
+                    }
+                    if (i == 0 || two) mine.store(place[i], warp, x[i]);
+                }
             }
+            hand_over();
         }
 
         if (to < row.len) {
             if (!p.banks) return;
-            group_barrier(1 + writer, GROUP);
-            for (int group = first_group; group < first_group + OF_WRITER; group++) {
-                uint4* const left = reinterpret_cast<uint4*>(p.banks + bank_at(group));
-                const uint4* const mine = reinterpret_cast<const uint4*>(banks + group * BANK);
+            group_barrier(1 + group, GROUP);
+            uint4* const left = reinterpret_cast<uint4*>(p.banks + bank_at);
 #pragma unroll 4
-                for (int i = thread; i < BANK / 16; i += GROUP) left[i] = mine[i];
-            }
+            for (int i = thread; i < BANK / 16; i += GROUP) left[i] = reinterpret_cast<const uint4*>(mine.all)[i];
             return;
         }
         // The cache, oldest first, unused slots zero: states and the last chunk's tokens.
         if (!p.states) return;
         if (to == 0) {
             const int held = p.initial_len ? static_cast<int>(p.initial_len[row.index()]) : 0;
-            for (int group = first_group; group < first_group + OF_WRITER; group++) {
-                for (int i = 0; i < capacity; i++) {
-                    float x[SHARE * 4] = {};
-                    if (i < held) slots_of(group).load(i, warp, x);
-                    put_state(p, row, x, i, warp, g, column_of(group), c2);
-                }
+            for (int i = 0; i < capacity; i++) {
+                float x[SHARE * 4] = {};
+                if (i < held) mine.load(i, warp, x);
+                put_state(p, row, x, i, warp, g, column, c2);
             }
             return;
         }
@@ -673,43 +676,38 @@ struct Scan {
         const Rest& rest = *reinterpret_cast<const Rest*>(pairs);
         barrier_wait(&barriers->early_full, phase(n));
         barrier_wait(&barriers->keys_full, phase(n));
-        uint32_t keys[4][SHARE][4];
+        uint32_t keys[4][SHARE][4], v[4][2], factored[4][2][2];
         load_keys(keys, warp, lane);
+        load_values(v, values_of(n - 1) + group * C * COLUMNS, lane);
+        apply_factors(factored, v, rest.value_factor, lane);
         const int held = static_cast<int>(rest.len);
 #pragma unroll 1
-        for (int group = first_group; group < first_group + OF_WRITER; group++) {
-            const Slots<DK, SLOTS> mine = slots_of(group);
-            uint32_t v[4][2], factored[4][2][2];
-            load_values(v, values_of(n - 1) + group * C * COLUMNS, lane);
-            apply_factors(factored, v, rest.value_factor, lane);
-#pragma unroll 1
-            for (int i = 0; i < capacity; i++) {
-                float x[SHARE * 4] = {};
-                if (i < held) {
-                    const int place = rest.place[i], tokens_from = rest.from[i], tokens_to = rest.to[i];
-                    if (place != NO_STATE) {
-                        mine.load(place, warp, x);
-                        const float factor = rest.factor[i];
+        for (int i = 0; i < capacity; i++) {
+            float x[SHARE * 4] = {};
+            if (i < held) {
+                const int place = rest.place[i], tokens_from = rest.from[i], tokens_to = rest.to[i];
+                if (place != NO_STATE) {
+                    mine.load(place, warp, x);
+                    const float factor = rest.factor[i];
 #pragma unroll
-                        for (int m = 0; m < SHARE * 4; m++) x[m] *= factor;
-                    }
-                    if (tokens_from < tokens_to) {
-                        uint32_t tokens = 0, steps = 0;
-#pragma unroll
-                        for (int eight = 0; eight < 8; eight++) {
-                            const int t = eight * 8 + c2;
-                            tokens |= (t >= tokens_from && t < tokens_to ? 0x80u : 0u) >> eight;
-                            tokens |= (t + 1 >= tokens_from && t + 1 < tokens_to ? 0x8000u : 0u) >> eight;
-                            if (tokens_from < eight * 8 + 8 && tokens_to > eight * 8) steps |= 1u << eight / 2;
-                        }
-                        float sum[SHARE][4] = {};
-                        add_tokens(sum, keys, factored, tokens, steps);
-#pragma unroll
-                        for (int m = 0; m < SHARE * 4; m++) x[m] += sum[m / 4][m % 4];
-                    }
+                    for (int m = 0; m < SHARE * 4; m++) x[m] *= factor;
                 }
-                put_state(p, row, x, i, warp, g, column_of(group), c2);
+                if (tokens_from < tokens_to) {
+                    uint32_t tokens = 0, steps = 0;
+#pragma unroll
+                    for (int eight = 0; eight < 8; eight++) {
+                        const int t = eight * 8 + c2;
+                        tokens |= (t >= tokens_from && t < tokens_to ? 0x80u : 0u) >> eight;
+                        tokens |= (t + 1 >= tokens_from && t + 1 < tokens_to ? 0x8000u : 0u) >> eight;
+                        if (tokens_from < eight * 8 + 8 && tokens_to > eight * 8) steps |= 1u << eight / 2;
+                    }
+                    float sum[SHARE][4] = {};
+                    add_tokens(sum, keys, factored, tokens, steps);
+#pragma unroll
+                    for (int m = 0; m < SHARE * 4; m++) x[m] += sum[m / 4][m % 4];
+                }
             }
+            put_state(p, row, x, i, warp, g, column, c2);
         }
     }
 
@@ -745,18 +743,19 @@ DEVICE void scan_sm90(const ScanSm90Params& p) {
     scan.take(carve);
     if (threadIdx.x == 0) scan.init_barriers();
     __syncthreads();
-    // Registers: a reader holds the products, a writer K and its sums; in all no more than the block begins with.
+    // The reader, which holds the products, gets the registers that the others leave: those of READS + WARPGROUPS + 1 groups.
     const int group = __shfl_sync(ALL, warp_index() / 4, 0);
-    if (group == Scan::READERS + Scan::WRITERS) {
-        registers_fewer<WARPGROUPS == 2 && DK == 128 ? 40 : 56>();
+    if (group == READS + WARPGROUPS) {
+        registers_fewer<56>();
         scan.bring(p, row, slice, p.from, to);
-    } else if (group >= Scan::READERS) {
+    } else if (group >= READS) {
         if (!READS) registers_more<224>();
-        else if (WARPGROUPS == 2) registers_fewer<DK == 128 ? 104 : 88>();
-        scan.write(p, row, group - Scan::READERS, slice, p.from, to);
+        else if (WARPGROUPS == 2) registers_fewer<104>();
+        const int mine = group - READS;
+        scan.write(p, row, mine, slice + mine * COLUMNS, p.from, to);
     } else if constexpr (READS) {
-        registers_more<WARPGROUPS == 2 ? 184 : 232>();
-        scan.read(p, row, group, slice + group * COLUMNS, p.from, to);
+        registers_more<240>();
+        scan.read(p, row, slice, p.from, to);
     }
 }
 

@@ -1450,7 +1450,7 @@ impl ScanSm90 {
         let direct = self.slots * self.dk > 32 * 128;
         let read = if direct { PLAN_REST } else { 64 * self.weight_slots() * 4 + PAIR_BLOCKS * 512 };
         let plans = 2 * (PLAN_CHANGES + self.slots * SLOT_CHANGE_BYTES);
-        self.bank_bytes() + read + 64 * self.dk * 2 + 2 * self.groups * 64 * 8 * 2 + plans + 96
+        self.bank_bytes() + read + 64 * self.dk * 2 + 2 * self.groups * 64 * 8 * 2 + plans + 112
     }
 
     /// Shared memory of the kernel that prepares for it.
