@@ -104,17 +104,7 @@ struct Slots {
             x[tile * 4 + 3] = __uint_as_float(__byte_perm(bottom, odd, 0x3267) - 0x8000);
         }
     }
-    METHOD void store(int place, int part, float (&x)[SHARE * 4]) const {
-        // Adding to the bits of the NaN that sums make would turn it into a zero.
-        float sums[4];
-#pragma unroll
-        for (int i = 0; i < SHARE * 4; i++) sums[i % 4] = i < 4 ? x[i] : sums[i % 4] + x[i];
-        const float sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
-        if (sum != sum) {
-#pragma unroll
-            for (int i = 0; i < SHARE * 4; i++)
-                if (x[i] != x[i]) x[i] = __uint_as_float(0x7fc00000u);
-        }
+    METHOD void store(int place, int part, const float (&x)[SHARE * 4]) const {
         unsigned char* const to = upper + place * DK * 8 + part * SHARE * 128;
         unsigned char* const low_to = lower + place * DK * 8 + part * SHARE * 128;
         uint32_t low[SHARE];
@@ -122,7 +112,11 @@ struct Slots {
         for (int tile = 0; tile < SHARE; tile++) {
             uint32_t bits[4];
 #pragma unroll
-            for (int i = 0; i < 4; i++) bits[i] = __float_as_uint(x[tile * 4 + i]) + 0x8080;
+            for (int i = 0; i < 4; i++) {
+                // Adding to the bits of the NaN that sums make, 0x7fffffff, would turn it into a zero.
+                const int as_is = static_cast<int>(__float_as_uint(x[tile * 4 + i]));
+                bits[i] = static_cast<uint32_t>(as_is < 0x7fc00000 ? as_is : 0x7fc00000) + 0x8080;
+            }
             *reinterpret_cast<uint32_t*>(to + tile * 128) = __byte_perm(bits[0], bits[1], 0x7632);
             *reinterpret_cast<uint32_t*>(to + tile * 128 + 64) = __byte_perm(bits[2], bits[3], 0x7632);
             low[tile] = __byte_perm(__byte_perm(bits[0], bits[1], 0x51), __byte_perm(bits[2], bits[3], 0x51), 0x5410);
@@ -157,6 +151,7 @@ struct Scan {
     static constexpr int TILES = DK / 16;             // of 16 rows of dk
     static constexpr int SHARE = TILES / 4;           // of a warp
     static constexpr int STEPS = TILES < 8 ? TILES : 8;  // Q's operands held at once: large heads have no registers for all
+    static_assert(TILES % STEPS == 0);
     static constexpr int BANK = Slots<DK, SLOTS>::BYTES;
     static constexpr int PAIRS = PAIR_BLOCKS * 512;   // bytes
     static constexpr int PLAN = offsetof(ChunkPlan, changed) + SLOTS * sizeof(SlotChange);
@@ -316,22 +311,22 @@ struct Scan {
                 ldmatrix_x4_trans(keys[s][tile],
                                   k_rows.unit(s * 16 + lane % 8 + lane / 16 * 8, (warp * SHARE + tile) * 2 + lane / 8 % 2));
     }
-    // sum += K^T V of the tokens whose bits are set (SlotChange).
-    METHOD void add_tokens(float (&sum)[SHARE][4], const uint32_t (&keys)[4][SHARE][4], const uint32_t (&v)[4][2][2],
-                           uint32_t tokens, uint32_t steps) const {
+    // sum[i] += K^T V of the tokens whose bits are set in tokens[i] (SlotChange), all of them in the steps that are set.
+    template <int COUNT>
+    METHOD void add_tokens(float (&sum)[COUNT][SHARE][4], const uint32_t (&keys)[4][SHARE][4], const uint32_t (&v)[4][2][2],
+                           const uint32_t (&tokens)[COUNT], uint32_t steps) const {
 #pragma unroll
         for (int s = 0; s < 4; s++) {
             if (!(steps >> s & 1)) continue;
-            uint32_t masked[2][2];
-#pragma unroll
-            for (int i = 0; i < 2; i++) {
-                const uint32_t mask = sign_masks(tokens << (2 * s + i));
-                masked[0][i] = v[s][i][0] & mask, masked[1][i] = v[s][i][1] & mask;
-            }
 #pragma unroll
             for (int plane = 1; plane >= 0; plane--)
 #pragma unroll
-                for (int tile = 0; tile < SHARE; tile++) mma_bf16(sum[tile], keys[s][tile], masked[plane][0], masked[plane][1]);
+                for (int i = 0; i < COUNT; i++) {
+                    const uint32_t upper = sign_masks(tokens[i] << 2 * s), lower = sign_masks(tokens[i] << (2 * s + 1));
+#pragma unroll
+                    for (int tile = 0; tile < SHARE; tile++)
+                        mma_bf16(sum[i][tile], keys[s][tile], v[s][0][plane] & upper, v[s][1][plane] & lower);
+                }
         }
     }
 
@@ -358,23 +353,24 @@ struct Scan {
                     out[half * 2 + 1] += w[i] * read[slot * 4 + half * 2 + 1];
                 }
             }
-            if (!EXCHANGED) continue;
+            if constexpr (EXCHANGED) {
 #pragma unroll
-            for (int half = 0; half < 2; half++) {
-                float x[4];
+                for (int half = 0; half < 2; half++) {
+                    float x[4];
 #pragma unroll
-                for (int i = 0; i < 4; i++) {
-                    const int slot = quad * 4 + i;
-                    x[i] = slot >= ALL_SLOTS ? 0.0f
-                                             : low_bf16(of_q[half]) * read[slot * 4 + half * 2] +
-                                                   high_bf16(of_q[half]) * read[slot * 4 + half * 2 + 1];
+                    for (int i = 0; i < 4; i++) {
+                        const int slot = quad * 4 + i;
+                        x[i] = slot >= ALL_SLOTS ? 0.0f
+                                                 : low_bf16(of_q[half]) * read[slot * 4 + half * 2] +
+                                                       high_bf16(of_q[half]) * read[slot * 4 + half * 2 + 1];
+                    }
+                    const bool odd = c & 1, late = c & 2;
+#pragma unroll
+                    for (int i = 0; i < 4; i += 2)
+                        x[i] = (odd ? x[i + 1] : x[i]) + __shfl_xor_sync(ALL, odd ? x[i] : x[i + 1], 1);
+                    x[0] = (late ? x[2] : x[0]) + __shfl_xor_sync(ALL, late ? x[0] : x[2], 2);
+                    if (live_columns) reads_at[quad * 64 + half * 32] = x[0];
                 }
-                const bool odd = c & 1, late = c & 2;
-#pragma unroll
-                for (int i = 0; i < 4; i += 2)
-                    x[i] = (odd ? x[i + 1] : x[i]) + __shfl_xor_sync(ALL, odd ? x[i] : x[i + 1], 1);
-                x[0] = (late ? x[2] : x[0]) + __shfl_xor_sync(ALL, late ? x[0] : x[2], 2);
-                if (live_columns) reads_at[quad * 64 + half * 32] = x[0];
             }
         }
     }
@@ -608,41 +604,61 @@ struct Scan {
             if (lane == 0) barrier_arrive(&barriers->keys_empty);
             const int changes = static_cast<int>(plan.changes);
             apply_factors(factored, v, plan.value_factor, lane);
+            // Two at a time, so that one's instructions fill the other's waits, and what to do next is asked for ahead. All that
+            // two take in is loaded before either is stored; none of it is the older's place (oldest first).
+            uint4 next[2];
+            float next_factor[2];
+            const auto ask = [&](int change) {
+#pragma unroll
+                for (int i = 0; i < 2; i++) {
+                    const SlotChange* const at = plan.changed + (change + i < changes ? change + i : 0);
+                    next[i] = *reinterpret_cast<const uint4*>(at), next_factor[i] = at->factor;
+                }
+            };
+            ask(0);
             if (READS) barrier_wait(&barriers->read[group], phase(n));
 #pragma unroll 1
             for (int change = 0; change < changes; change += 2) {
-                // Two at a time, so that one's instructions fill the other's waits.
                 const bool two = change + 1 < changes;
-                float sum[2][SHARE][4], x[2][SHARE * 4], factor[2];
+                float sum[2][SHARE][4] = {}, x[2][SHARE * 4], factor[2];
                 uint32_t place[2], steps[2], tokens[2], entries[2], first_entry[2];
 #pragma unroll
                 for (int i = 0; i < 2; i++) {
-                    const SlotChange* const at = plan.changed + (i == 0 || two ? change + i : change);
-                    const uint4 what = *reinterpret_cast<const uint4*>(at);
-                    tokens[i] = (c < 2 ? what.x : what.y) >> c % 2 * 16;
-                    place[i] = what.z & 0xff, steps[i] = what.z >> 8 & 0xff, entries[i] = what.z >> 16 & 0xff;
-                    first_entry[i] = what.z >> 24, factor[i] = at->factor;
+                    const uint4 what = next[i];
+                    const bool live = i == 0 || two;
+                    tokens[i] = live ? (c < 2 ? what.x : what.y) >> c % 2 * 16 : 0;
+                    place[i] = what.z & 0xff, steps[i] = live ? what.z >> 8 & 0xff : 0;
+                    entries[i] = live ? what.z >> 16 & 0xff : 0;
+                    first_entry[i] = what.z >> 24, factor[i] = next_factor[i];
                     mine.load(what.w, warp, x[i]);
-#pragma unroll
-                    for (int m = 0; m < SHARE * 4; m++) sum[i][m / 4][m % 4] = 0;
                 }
+                ask(change + 2);
+                add_tokens(sum, keys, factored, tokens, steps[0] | steps[1]);
 #pragma unroll
-                for (int i = 0; i < 2; i++) add_tokens(sum[i], keys, factored, tokens[i], i == 0 || two ? steps[i] : 0);
-#pragma unroll
-                for (int i = 0; i < 2; i++) {
+                for (int i = 0; i < 2; i++)
 #pragma unroll
                     for (int m = 0; m < SHARE * 4; m++)
                         x[i][m] = sum[i][m / 4][m % 4] + (entries[i] ? factor[i] * x[i][m] : 0.0f);
+                const uint32_t most = entries[0] > entries[1] ? entries[0] : entries[1];
 #pragma unroll 1
-                    for (uint32_t j = 1; j < entries[i]; j++) {
-                        float other[SHARE * 4];
-                        mine.load(plan.entry_place[first_entry[i] + j], warp, other);
-                        const float factor = plan.factor[first_entry[i] + j];
+                for (uint32_t j = 1; j < most; j++) {
+                    float other[2][SHARE * 4], times[2];
 #pragma unroll
-                        for (int m = 0; m < SHARE * 4; m++) x[i][m] += factor * other[m];
+                    for (int i = 0; i < 2; i++) {
+                        if (j >= entries[i]) continue;
+                        mine.load(plan.entry_place[first_entry[i] + j], warp, other[i]);
+                        times[i] = plan.factor[first_entry[i] + j];
                     }
-                    if (i == 0 || two) mine.store(place[i], warp, x[i]);
+#pragma unroll
+                    for (int i = 0; i < 2; i++) {
+                        if (j >= entries[i]) continue;
+#pragma unroll
+                        for (int m = 0; m < SHARE * 4; m++) x[i][m] += times[i] * other[i][m];
+                    }
                 }
+#pragma unroll
+                for (int i = 0; i < 2; i++)
+                    if (i == 0 || two) mine.store(place[i], warp, x[i]);
             }
             hand_over();
         }
@@ -701,10 +717,11 @@ struct Scan {
                         tokens |= (t + 1 >= tokens_from && t + 1 < tokens_to ? 0x8000u : 0u) >> eight;
                         if (tokens_from < eight * 8 + 8 && tokens_to > eight * 8) steps |= 1u << eight / 2;
                     }
-                    float sum[SHARE][4] = {};
-                    add_tokens(sum, keys, factored, tokens, steps);
+                    float sum[1][SHARE][4] = {};
+                    const uint32_t those[1] = {tokens};
+                    add_tokens(sum, keys, factored, those, steps);
 #pragma unroll
-                    for (int m = 0; m < SHARE * 4; m++) x[m] += sum[m / 4][m % 4];
+                    for (int m = 0; m < SHARE * 4; m++) x[m] += sum[0][m / 4][m % 4];
                 }
             }
             put_state(p, row, x, i, warp, g, column, c2);
@@ -750,11 +767,12 @@ DEVICE void scan_sm90(const ScanSm90Params& p) {
         scan.bring(p, row, slice, p.from, to);
     } else if (group >= READS) {
         if (!READS) registers_more<224>();
-        else if (WARPGROUPS == 2) registers_fewer<104>();
+        else if (WARPGROUPS == 2) registers_fewer<120>();
+        else registers_more<208>();
         const int mine = group - READS;
         scan.write(p, row, mine, slice + mine * COLUMNS, p.from, to);
     } else if constexpr (READS) {
-        registers_more<240>();
+        registers_more<WARPGROUPS == 2 ? 216 : 232>();
         scan.read(p, row, slice, p.from, to);
     }
 }
