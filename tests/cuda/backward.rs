@@ -384,7 +384,11 @@ fn same_bits_backward() {
     }
 }
 
-/// Gradient descent on every argument, along one log, on GPU and CPU: they stay together for 200 steps.
+/// Gradient descent with momentum on every argument, along one log, on GPU and CPU: they stay together for 200 steps.
+///
+/// Momentum and clipped gradients keep the descent itself stable. Plain steps of 0.006 were not: the CPU engine and the f64
+/// reference, too, parted by 2.5e-2 and 5.7e-2 on two draws of eight. Of 64 draws these two are at most 2.3e-8 apart now, and the
+/// loss falls further.
 #[test]
 fn training_stays_together() {
     let Some(engine) = engine() else { return };
@@ -406,6 +410,7 @@ fn training_stays_together() {
         let train = |engine: &dyn dla::Engine| {
             let mut case = case.clone();
             let mut losses = Vec::new();
+            let mut velocities: [Vec<f32>; 6] = Default::default();
             for _ in 0..if small() { 5 } else { 200 } {
                 let inputs = Inputs { events: Some(&events), ..case.inputs() };
                 let problem = Problem::new(&case.recipe.options, inputs).unwrap();
@@ -415,22 +420,29 @@ fn training_stays_together() {
                 let upstream =
                     OutputGradients { o: Tensor::new(&off, case.upstream().o.shape()), cache: None };
                 let gradients = engine.backward(&problem, &events, &upstream).unwrap();
-                let descend = |x: &mut [f32], by: &[f32]| {
-                    x.iter_mut().zip(by).for_each(|(x, by)| *x -= 0.006 * by);
+                let mut descend = |argument: usize, x: &mut [f32], by: &[f32]| {
+                    let velocity = &mut velocities[argument];
+                    velocity.resize(x.len(), 0.0);
+                    for ((x, by), velocity) in x.iter_mut().zip(by).zip(velocity) {
+                        *velocity = 0.8 * *velocity + by.clamp(-2.0, 2.0);
+                        *x -= 0.0015 * *velocity;
+                    }
                 };
-                for (x, by) in
+                for (argument, (x, by)) in
                     [(&mut case.q, gradients.q), (&mut case.k, gradients.k), (&mut case.v, gradients.v)]
+                        .into_iter()
+                        .enumerate()
                 {
                     let (Buffer::F32(x), Buffer::F32(by)) = (x, by) else { panic!("drawn in f32") };
-                    descend(x, &by);
+                    descend(argument, x, &by);
                 }
-                descend(case.lambda.as_mut().unwrap(), &gradients.lambda.unwrap());
+                descend(3, case.lambda.as_mut().unwrap(), &gradients.lambda.unwrap());
                 if let (Some(beta), Some(by)) = (&mut case.beta, gradients.beta) {
-                    descend(beta, &by);
+                    descend(4, beta, &by);
                     beta.iter_mut().for_each(|beta| *beta = beta.clamp(0.0, 1.0));
                 }
                 let g = case.g.as_mut().unwrap();
-                descend(g, &gradients.g.unwrap());
+                descend(5, g, &gradients.g.unwrap());
                 g.iter_mut().for_each(|g| *g = g.min(0.0));
             }
             losses
