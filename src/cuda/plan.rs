@@ -139,7 +139,7 @@ impl Pipeline {
 }
 
 /// Windows of a call at most.
-pub(super) const MOST_WINDOWS: usize = 4;
+pub(super) const MOST_WINDOWS: usize = 16;
 
 /// Tokens of a window of sequences of `time` tokens: while one window is scanned the chain is at the next. What the scan
 /// holds goes through memory in between, so there are few. A window but the last is whole chunks of the scan.
@@ -147,10 +147,14 @@ fn window(time: usize, chunk: usize) -> usize {
     let windows = match time {
         ..4096 => return time.max(1),
         4096..16384 => 2,
-        _ => MOST_WINDOWS,
+        _ => 4,
     };
+    let windows = std::env::var("DLA_CUDA_WINDOWS").map_or(windows, |w| w.parse().unwrap());
     time.div_ceil(windows).next_multiple_of(SEGMENT_WINDOW.max(chunk))
 }
+
+/// Tokens of all heads from which on the backward is Hopper's own.
+const LEAST_FOR_HOPPER: usize = 2048;
 
 /// A call's kernels, scalars and workspace, chosen once: a plan may be launched as often as its shape comes.
 #[derive(Debug, Clone)]
@@ -264,9 +268,11 @@ impl BackwardPlan {
         let Call { options, shape, final_cache, .. } = *call;
         check_shape(&shape)?;
         let processors = device.multiprocessors().max(0) as usize;
-        // Hopper's kernels have run on the emulator alone, so they are there for who asks for them.
+        // Of few tokens dg can be what remains of terms that cancel, which the portable kernels find more exactly.
+        let wanted = std::env::var_os("DLA_CUDA_BACKWARD");
+        let many = shape.batch * shape.time * shape.value_heads >= LEAST_FOR_HOPPER;
         let hopper = device.capability() == (9, 0)
-            && std::env::var_os("DLA_CUDA_BACKWARD").is_some_and(|wanted| wanted == "sm90");
+            && wanted.map_or(many, |wanted| wanted == "sm90" || (wanted != "portable" && many));
         let backward = Backward::new(call, processors, BUDGET, hopper)
             .ok_or(Error::OutOfMemory { bytes: usize::MAX, free: 0 })?;
         let kernels = backward.kernels().into_iter().map(|form| {

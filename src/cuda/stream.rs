@@ -8,7 +8,7 @@ use crate::engine::Stage;
 use crate::error::Result;
 use cudarc::driver::sys::{self, CUevent, CUstream};
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::atomic::{AtomicU64, Ordering};
 
 /// An event of the driver.
 #[derive(Debug)]
@@ -139,17 +139,17 @@ impl SideStream {
 #[derive(Debug)]
 pub struct Timeline {
     /// Begin and end of every stage, in the order of [`Stage::ALL`], a window after the other.
-    marks: [[[Event; 2]; MOST_WINDOWS]; 4],
+    marks: [Vec<[Event; 2]>; 4],
     /// Bit 4 w + s: stage s of window w has been timed.
-    timed: AtomicU32,
+    timed: AtomicU64,
 }
 
 impl Timeline {
     pub(super) fn new(device: &Arc<Device>) -> Result<Timeline> {
         let event = || Event::new(device, true);
         let pair = || Ok([event()?, event()?]);
-        let stage = || Ok([pair()?, pair()?, pair()?, pair()?]);
-        Ok(Timeline { marks: [stage()?, stage()?, stage()?, stage()?], timed: AtomicU32::new(0) })
+        let stage = || (0..MOST_WINDOWS).map(|_| pair()).collect::<Result<_>>();
+        Ok(Timeline { marks: [stage()?, stage()?, stage()?, stage()?], timed: AtomicU64::new(0) })
     }
 
     /// Forgets the last call.
