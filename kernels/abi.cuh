@@ -315,7 +315,8 @@ struct BankPlaces {
     uint8_t order[64];  // place of every slot, oldest first
 };
 
-// events -> the slots at every chunk's entry, as segment leaves them. Grid N x HV, 32 threads.
+// events -> the slots at every chunk's entry, as segment leaves them: slots_maps, then slots. Grids N x HV x parts, THREADS
+// threads, and N x HV, 32 threads.
 struct SlotsParams {
     Extents extents;
     const uint8_t* events;        // [B,T,HV]
@@ -324,7 +325,7 @@ struct SlotsParams {
     int32_t* chunk_starts;        // [B T / C + N, HV, M] out
     uint8_t* chunk_place;         // [B T / C + N, HV, M] out, or null
     int32_t chunk;                // C
-    int32_t reserved;
+    int32_t parts;                // blocks of a row and head
 };
 
 // A scan that only writes: the bank at `from` -> the bank at `to` and, where wanted, at every chunk's entry. Grid

@@ -7,17 +7,16 @@
 // own are read as tokens (P . Lambda is 64 x 128). By then most of their slots have merged, so that fewer states change: 3.6
 // a chunk of 64 tokens of which each opens a slot (M = 30, density), which take in 3.5 states and 3.4 runs of tokens.
 //
-// A block has WARPGROUPS groups of 8 columns of dv and all slots of them, and groups of 128 threads: one that reads, a writer
-// for each group of columns, one that brings what they read. Grid: N HV x dv / (8 WARPGROUPS), slices of a row next to each
-// other.
+// A block has WARPGROUPS groups of 128 threads, each with 8 columns of dv and all slots of them, and four warps that
+// bring what they read (and leave their registers to two groups). Grid: N HV x dv / (8 WARPGROUPS), slices of a row next
+// to each other.
 //
-// Read. The slots of a group are one operand [dk][8 SLOTS] in shared memory: a chunk of 64 tokens is a chain of dk / 16
-// wgmma m64n(8 SLOTS)k16 with Q in registers, in products of 16 slots, so that one runs while the sums over the slots of the one
-// before are made. A thread's accumulators 4 j .. 4 j + 3 are slot j's, so such a sum is arithmetic inside the thread.
-// (P . Lambda) V is eight mma m16n8k16 a group.
+// Read. The slots are one operand [dk][8 SLOTS] in shared memory: a chunk of 64 tokens is a chain of dk / 16
+// wgmma m64n(8 SLOTS)k16 with Q in registers. A thread's accumulators 4 j .. 4 j + 3 are slot j's, so the sum over slots
+// is arithmetic inside the thread; (P . Lambda) V is eight wgmma m64n8k16 more. Where there are two groups they take turns
+// at the tensor cores: while one reads, the other sums and writes.
 // Write. Only slots that the plan names are touched, every warp its share of dk, two slots at a time: K^T V by mma, a slot's
-// tokens masked in, plus the states that it takes in. (A slot a warp was slower: 2.35 ms for 2.17.) While one group's slots are
-// written the other's are read.
+// tokens masked in, plus the states that it takes in. (A slot a warp was slower: 2.35 ms for 2.17.)
 //
 // Slots stand in places and never move. A state is kept relative to the end of the chunk that has its last token; its decay
 // since is in the weights. A place without a state has weight 0, and its first write takes nothing in. A state has 16 bits of
@@ -27,13 +26,15 @@
 // Rows of dk stand as a thread's 8-byte loads of Q want them: of 16, row 4 c + e at 2 c + e (e < 2) or 2 c + e + 6.
 //
 // Shared memory (bytes; W = WARPGROUPS): slots W (SLOTS dk 24 + 64); weights 256 SLOTS to a multiple of 4; P . Lambda
-// 13,312; K 128 dk; V 2 W 1,024; plans 2 (592 + 32 SLOTS); barriers 112. At dk = 128: 30 slots, W = 2: 229,648. Where weights
+// 13,312; K 128 dk; V 3 W 1,024; plans 2 (592 + 32 SLOTS); barriers 64. At dk = 128: 30 slots, W = 2: 231,648. Where weights
 // and P . Lambda find no room (64 slots at dk = 128) threads load them.
 // Floor: 2 dk SLOTS 8 x 64 FLOP a group and chunk, 1,024 clocks of the tensor cores at dk = 128, M = 30.
-// Measured on an H100 (1 x 32,768 x 16 heads, dk = dv = 128, M = 30, every token a merge): density 1.96 ms, mass 1.30. Before, two
-// groups of threads each read and wrote its own columns: 2.50 and 1.76. (Two that read and one that writes for both: 3.19 and
-// 1.72, bound by the writer.) A group of columns goes round in 7,290 clocks a chunk with density: its changes 4,500, a chain of
-// 2.6 times two changes, then its products; with mass, one such time, the reader's own instructions bound it at 4,430.
+// Measured on an H100 (1 x 32,768 x 16 heads, dk = dv = 128, M = 30, every token a merge; tokens written at once in
+// brackets): density 2.17 ms (2.86), mass 1.66 (2.07); without any change of states 1.62 (1.09): P . Lambda and V were then
+// asked for when both groups had read, so that the first waited for the copy in every chunk. A warp's chain of dependent
+// instructions through a chunk's changes takes 3,300 of 7,600 clocks.
+// Since then they are asked for when both groups hold P . Lambda in registers, before their products. Predicted, not measured:
+// a copy's latency, some 1,000 clocks of a chunk, no longer in the groups' round.
 // Numerics: q, k exact, states bf16 in the read, P . Lambda bf16, v with its decay in two planes; sums f32.
 
 #include "common/hopper.cuh"
@@ -332,15 +333,18 @@ struct Scan {
     // sum over a product's slots of their weights times it, into `out`; quads of slots from `first_quad` on. Of dlambda
     // (EXCHANGED): of four slots each of the four threads of a row gets one's sum over its columns.
     template <int REGISTERS>
-    METHOD static void sum_slots(float (&out)[4], const float (&read)[REGISTERS], const float4 (&weights)[4][2],
-                                 const uint32_t (&of_q)[2], float* reads_at, bool live_columns, int c) {
+    METHOD static void sum_slots(float (&out)[4], const float (&read)[REGISTERS], const float4* weights, const uint32_t (&of_q)[2],
+                                 float* reads_at, bool live_columns, int c) {
         constexpr int ALL_SLOTS = REGISTERS / 4, MINE = (ALL_SLOTS + 3) / 4;
+        // Of four slots those of the upper row and those of the lower, asked for one ahead: there are no registers for all.
+        float4 next = weights[0];
 #pragma unroll
         for (int quad = 0; quad < MINE; quad++) {
 #pragma unroll
             for (int half = 0; half < 2; half++) {
-                const float4& of = weights[quad][half];
-                const float w[4] = {of.x, of.y, of.z, of.w};
+                const float w[4] = {next.x, next.y, next.z, next.w};
+                keep_order();
+                if (quad * 2 + half + 1 < MINE * 2) next = weights[(quad * 2 + half + 1) / 2 * 16 + (1 - half) * 8];
 #pragma unroll
                 for (int i = 0; i < 4; i++) {
                     const int slot = quad * 4 + i;
@@ -491,20 +495,9 @@ struct Scan {
                     wgmma_commit();
                 }
             };
-            // The weights of a product's slots, four at a time, of the upper and the lower row: there before the product is.
-            float4 w[4][2];
-            const auto load_weights = [&](int i) {
-                const int part = i % PARTS;
-#pragma unroll
-                for (int quad = 0; quad < 4; quad++) {
-                    if (part * 4 + quad >= QUADS) continue;
-#pragma unroll
-                    for (int half = 0; half < 2; half++) w[quad][half] = my_weights[(part * 4 + quad) * 16 + half * 8];
-                }
-            };
             const auto sum = [&](const auto& read, int i) {
                 const int group = i / PARTS, part = i % PARTS;
-                sum_slots(out[group], read, w, of_q[group],
+                sum_slots(out[group], read, my_weights + part * 4 * 16, of_q[group],
                           EXCHANGED ? reads_at + group * reads_group + part * 4 * 64 : nullptr, slice + group * COLUMNS < dv, c);
             };
             const auto is_read = [&](int i) {
@@ -519,10 +512,6 @@ struct Scan {
                 const bool another = i + 1 < PRODUCTS;
                 // The next group's slots may still be written, while others wait for this one's to be read.
                 const bool waits = !another || (i + 1) % PARTS == 0;
-                load_weights(i);
-                // The next chunk's Q, when there are registers; after the last chunk too, for under a condition the loads would be
-                // waited for here.
-                if (STEPS == TILES && !another) load_q(first + C, 0);
                 if (waits) wgmma_wait();
                 if (i % 2 == 0) {
                     if (waits) wgmma_hold(even), is_read(i);
@@ -535,6 +524,8 @@ struct Scan {
                     if (!waits) wgmma_wait_but<1>(), wgmma_hold(odd), is_read(i);
                     sum(odd, i);
                 }
+                // The next chunk's Q; after the last chunk too, for under a condition the loads would be waited for here.
+                if (STEPS == TILES && i == PRODUCTS / 2) load_q(first + C, 0);
             }
             __syncwarp();
             if (lane == 0) barrier_arrive(&barriers->weights_empty);
@@ -776,12 +767,12 @@ DEVICE void scan_sm90(const ScanSm90Params& p) {
         scan.bring(p, row, slice, p.from, to);
     } else if (group >= READS) {
         if (!READS) registers_more<224>();
-        else if (WARPGROUPS == 2) registers_fewer<112>();
+        else if (WARPGROUPS == 2) registers_fewer<120>();
         else registers_more<208>();
         const int mine = group - READS;
         scan.write(p, row, mine, slice + mine * COLUMNS, p.from, to);
     } else if constexpr (READS) {
-        registers_more<232>();
+        registers_more<WARPGROUPS == 2 ? 216 : 232>();
         scan.read(p, row, slice, p.from, to);
     }
 }

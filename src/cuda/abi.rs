@@ -453,7 +453,7 @@ pub struct ScanDeltaSm90Params {
 /// Bytes of a `BankPlaces`.
 pub const BANK_PLACES_BYTES: usize = 576;
 
-/// Parameters of `slots`.
+/// Parameters of `slots_maps` and `slots`.
 #[repr(C)]
 #[derive(Debug, Clone, Copy, Default)]
 pub struct SlotsParams {
@@ -464,7 +464,7 @@ pub struct SlotsParams {
     pub chunk_starts: DevicePointer,
     pub chunk_place: DevicePointer,
     pub chunk: i32,
-    pub reserved: i32,
+    pub parts: i32,
 }
 
 /// Parameters of `scan_states_*`.

@@ -36,7 +36,9 @@ const FEWEST_PLACES: usize = 4;
 /// The kernels of the backward.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum BackwardKernel {
-    /// events -> slots at every chunk's entry.
+    /// events -> what every chunk does to the slots.
+    SlotsMaps,
+    /// And so the slots at every chunk's entry.
     Slots,
     /// k -> sums of keys within chunks.
     RouteSums,
@@ -103,7 +105,7 @@ impl BackwardKernel {
     fn stage(self) -> &'static str {
         use BackwardKernel::*;
         match self {
-            Slots => "slots",
+            Slots | SlotsMaps => "slots",
             RouteSums | RouteBases => "route",
             Prepare => "prepare",
             SegmentGram => "segment",
@@ -123,6 +125,7 @@ impl BackwardKernel {
         let recurrence = if delta { "delta" } else { "gated" };
         match self {
             Slots => "slots".to_owned(),
+            SlotsMaps => "slots_maps".to_owned(),
             HeadSums => "head_sums".to_owned(),
             Prepare => format!("prepare_{recurrence}_{dtype}"),
             ScanStates => format!("scan_states_{recurrence}_{dtype}"),
@@ -157,7 +160,7 @@ impl BackwardKernel {
     fn shared_bytes(self, g: &Geometry) -> usize {
         use BackwardKernel::*;
         match self {
-            Slots => 0,
+            Slots | SlotsMaps => 0,
             RouteSums => g.route_sums_shared_bytes(),
             RouteBases => g.route_bases_shared_bytes(),
             Prepare => g.prepare_shared_bytes(),
@@ -397,7 +400,7 @@ impl Backward {
     /// Kernels that a run launches.
     pub fn kernels(&self) -> Vec<KernelForm> {
         use BackwardKernel::*;
-        let mut kernels = vec![Slots, GroupSum];
+        let mut kernels = vec![SlotsMaps, Slots, GroupSum];
         match &self.hopper {
             Some(_) => kernels.extend(Hopper::KERNELS),
             None => kernels.extend([Prepare, ScanStates, ScanBackward, PrepareBackward]),
@@ -784,7 +787,10 @@ impl<'a> Pass<'a> {
 
     /// events -> the slots at every chunk's entry.
     fn slots(&self, launcher: &mut impl Launcher) -> Result<()> {
-        let layout = &self.plan.layout;
+        let (layout, rows) = (&self.plan.layout, self.geometry.rows());
+        // A warp a chunk, and some blocks for every multiprocessor of the largest card.
+        let chunks = self.plan.shape.time.div_ceil(self.geometry.chunk());
+        let parts = chunks.div_ceil(8).min(1024_usize.div_ceil(rows)).max(1);
         let params = SlotsParams {
             extents: self.extents,
             events: self.forward.events,
@@ -793,9 +799,10 @@ impl<'a> Pass<'a> {
             chunk_starts: self.at(layout.chunk_starts),
             chunk_place: self.chunk_place(),
             chunk: self.geometry.chunk() as i32,
-            reserved: 0,
+            parts: parts as i32,
         };
-        launcher.launch(BackwardKernel::Slots, self.geometry.rows(), &params)
+        launcher.launch(BackwardKernel::SlotsMaps, rows * parts, &params)?;
+        launcher.launch(BackwardKernel::Slots, rows, &params)
     }
 
     /// k -> sums of keys, as route takes them.

@@ -139,7 +139,7 @@ impl Pipeline {
 }
 
 /// Windows of a call at most.
-pub(super) const MOST_WINDOWS: usize = 16;
+pub(super) const MOST_WINDOWS: usize = 8;
 
 /// Tokens of a window of sequences of `time` tokens: while one window is scanned the chain is at the next. What the scan
 /// holds goes through memory in between, so there are few. A window but the last is whole chunks of the scan.
@@ -147,9 +147,9 @@ fn window(time: usize, chunk: usize) -> usize {
     let windows = match time {
         ..4096 => return time.max(1),
         4096..16384 => 2,
-        _ => 4,
+        16384..65536 => 4,
+        _ => MOST_WINDOWS,
     };
-    let windows = std::env::var("DLA_CUDA_WINDOWS").map_or(windows, |w| w.parse().unwrap());
     time.div_ceil(windows).next_multiple_of(SEGMENT_WINDOW.max(chunk))
 }
 

@@ -71,7 +71,7 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned block, unsi
     RUN(step_scatter_bf16), RUN(step_scatter_f32);
 #elif defined FILE_slots
     RUN(wrong_barrier), RUN(wrong_collective), RUN(wrong_write), RUN(wrong_launch);
-    RUN(slots, 32);
+    RUN(slots_maps), RUN(slots, 32);
 #elif defined FILE_scan_backward
     RUN_DTYPES(scan_states_gated);
     RUN_DTYPES(scan_states_delta);
