@@ -1534,17 +1534,20 @@ impl ScanSm90 {
 pub struct ScanQueriesSm90(ScanSm90);
 
 impl ScanQueriesSm90 {
-    const TABLE: [(usize, usize, usize); 5] =
-        [(64, 16, 2), (64, 32, 2), (128, 16, 2), (128, 30, 2), (128, 32, 1)];
+    const TABLE: [(usize, usize, usize); 6] =
+        [(64, 16, 2), (64, 32, 2), (128, 16, 2), (128, 30, 2), (128, 30, 1), (128, 32, 1)];
 
-    /// The scan for a problem; `None` where there is none: inputs other than bf16, the delta rule, more than 32 slots, dv
-    /// above 128.
-    pub fn choose(geometry: &Geometry) -> Option<Self> {
+    /// The scan for a problem on a card of `processors` multiprocessors, which a launch has `sequences` sequences of; `None`
+    /// where there is none: inputs other than bf16, the delta rule, more than 32 slots, dv above 128.
+    pub fn choose(geometry: &Geometry, processors: usize, sequences: usize) -> Option<Self> {
         if geometry.parts != 1 || geometry.delta {
             return None;
         }
         let fits = |&&(wide, slots, _): &&_| wide >= geometry.dv && slots >= geometry.capacity;
         let &(dk, slots, groups) = Self::TABLE.iter().find(fits)?;
+        // One group a block where two would leave multiprocessors idle.
+        let crowded = sequences * geometry.value_heads * geometry.dk.div_ceil(16) * 2 > processors;
+        let groups = if !crowded && Self::TABLE.contains(&(dk, slots, 1)) { 1 } else { groups };
         Some(ScanQueriesSm90(ScanSm90 { delta: false, dk, slots, groups }))
     }
 

@@ -336,12 +336,14 @@ impl Backward {
         };
         // Soft boundaries sum v . dV over tokens, which cancels: the portable ones know dV better.
         let hopper = hopper && dtype == Dtype::Bf16 && options.soft.is_none();
-        let hopper = if hopper { Hopper::choose(&geometry(1)) } else { None };
+        let choose = |sequences| Hopper::choose(&geometry(1), processors, sequences);
+        let hopper = if hopper { choose(1) } else { None };
         let blocks = match &hopper {
             Some(hopper) => hopper.blocks(&geometry(1)),
             None => geometry(1).rows() * geometry(1).slices(),
         };
         let group = group(shape.sequences, blocks, processors);
+        let hopper = hopper.and_then(|_| choose(group));
         let geometry = geometry(group);
         let chunk = geometry.chunk();
         let all_chunks = shape.time.div_ceil(chunk).max(1);
@@ -790,7 +792,7 @@ impl<'a> Pass<'a> {
         let (layout, rows) = (&self.plan.layout, self.geometry.rows());
         // A warp a chunk, and some blocks for every multiprocessor of the largest card.
         let chunks = self.plan.shape.time.div_ceil(self.geometry.chunk());
-        let parts = chunks.div_ceil(8).min(1024_usize.div_ceil(rows)).max(1);
+        let parts = chunks.div_ceil(8).min(1024_usize.div_ceil(rows.max(1))).max(1);
         let params = SlotsParams {
             extents: self.extents,
             events: self.forward.events,

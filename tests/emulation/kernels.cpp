@@ -102,9 +102,9 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned block, unsi
     RUN(scan_sm90_128_32_1, 384), RUN(scan_sm90_128_64_1, 384);
     RUN(scan_sm90_256_16_1, 384);
     RUN(scan_queries_sm90_64_16_2, 512), RUN(scan_queries_sm90_64_32_2, 512), RUN(scan_queries_sm90_128_16_2, 512);
-    RUN(scan_queries_sm90_128_30_2, 512), RUN(scan_queries_sm90_128_32_1, 384);
+    RUN(scan_queries_sm90_128_30_1, 384), RUN(scan_queries_sm90_128_30_2, 512), RUN(scan_queries_sm90_128_32_1, 384);
     RUN(scan_states_sm90_64_16_2, 384), RUN(scan_states_sm90_64_32_2, 384), RUN(scan_states_sm90_128_16_2, 384);
-    RUN(scan_states_sm90_128_30_2, 384), RUN(scan_states_sm90_128_32_1, 256);
+    RUN(scan_states_sm90_128_30_1, 256), RUN(scan_states_sm90_128_30_2, 384), RUN(scan_states_sm90_128_32_1, 256);
 #elif defined FILE_prepare_delta_sm90
     RUN(prepare_delta_sm90_64), RUN(prepare_delta_sm90_128);
 #elif defined FILE_scan_delta_sm90

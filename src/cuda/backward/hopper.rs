@@ -60,9 +60,11 @@ pub(super) struct Layout {
 
 impl Hopper {
     /// The scans that there are for a problem, if there are: bf16, gated, head sizes up to 128, at most 32 slots.
-    pub(super) fn choose(geometry: &Geometry) -> Option<Hopper> {
+    /// A launch has `sequences` sequences.
+    pub(super) fn choose(geometry: &Geometry, processors: usize, sequences: usize) -> Option<Hopper> {
         let scan = |exchanged| ScanBackwardSm90::choose(geometry, exchanged);
-        Some(Hopper { queries: ScanQueriesSm90::choose(geometry)?, scans: [scan(false)?, scan(true)?] })
+        let queries = ScanQueriesSm90::choose(geometry, processors, sequences)?;
+        Some(Hopper { queries, scans: [scan(false)?, scan(true)?] })
     }
 
     /// Blocks that a sequence has at least.
