@@ -13,8 +13,9 @@
 //
 // States are f32, or bf16 with 8 bits more in a second plane: reads take the first plane alone, 2 bytes an element.
 //
-// Where blocks are few, a block has the states of most places copied to shared memory before it knows what becomes of
-// them (STAGE), so that deciding costs no time.
+// Where blocks are few, a block has the states of most places copied to shared memory while one of its warps decides what
+// becomes of them (STAGE). A block walks its code once, and so waits for the code itself: loops are not unrolled but where
+// that puts loads in flight.
 //
 // Numerics: f32, decisions in f64 as far as they are sums; e^log from an f64 sum.
 // Shared memory: Shared and Rows, twin of StepForm::shared_bytes (src/cuda/abi.rs).
@@ -627,6 +628,8 @@ template <bool DELTA, typename S, int TOKENS, bool STAGE>
 DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows,
                   const Tiles& tiles, int count, int width, float (&o)[TOKENS][8]) {
     constexpr int RING = Shared<DELTA, TOKENS>::RING;
+    // Rows at once: they share u.
+    constexpr int TALL = !DELTA ? 2 : S::REST ? 4 : 2;
     const int dk = bank.dk, dv = bank.dv, after = sh.facts[AFTER];
     for (int i = 0; i < after; i++) {
         if (!sh.written[i]) continue;
@@ -640,40 +643,71 @@ DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, c
             }
         }
         if (!tiles.live) continue;
-        for (int r = tiles.first; r < dk; r += tiles.stride) {
-            float sum[8] = {};
+#pragma unroll 1
+        for (int r0 = tiles.first; r0 < dk; r0 += tiles.stride * TALL) {
+            float sum[TALL][8] = {};
             for (int j = sources.from; j < sources.to; j++) {
-                float s[8];
-                bank.load(sh.record.order[j], r, tiles.column, s);
+                Words<S> words[TALL] = {};
+#pragma unroll
+                for (int n = 0; n < TALL; n++) {
+                    const int r = r0 + n * tiles.stride;
+                    if (r < dk) bank.load_words(sh.record.order[j], r, tiles.column, words[n]);
+                }
                 const float factor = sh.factor[j];
 #pragma unroll
-                for (int c = 0; c < 8; c++) sum[c] += factor * s[c];
+                for (int n = 0; n < TALL; n++) {
+                    const int r = r0 + n * tiles.stride;
+                    if (r >= dk) break;
+                    float s[8];
+                    unpack(words[n], s);
 #pragma unroll
-                for (int t = 0; t < TOKENS; t++) {
-                    if (TOKENS > 1 && t >= count) break;
-                    const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
-                    const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r];
+                    for (int c = 0; c < 8; c++) sum[n][c] += factor * s[c];
 #pragma unroll
-                    for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
+                    for (int t = 0; t < TOKENS; t++) {
+                        if (TOKENS > 1 && t >= count) break;
+                        const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
+                        const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r];
+#pragma unroll
+                        for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
+                    }
                 }
             }
             if constexpr (DELTA) {
                 if (sources.from < sources.to) {
-                    for (int n = 0; n < lacks + count; n++) {
-                        const float y = rows.y[(RING - lacks + n) * dk + r];
-                        const float* u = rows.u + n * width + tiles.group * 8;
+#pragma unroll 2
+                    for (int lacked = 0; lacked < lacks + count; lacked++) {
+                        const float* y = rows.y + (RING - lacks + lacked) * dk;
+                        float u[8];
+                        load8(reinterpret_cast<const F32*>(rows.u + lacked * width + tiles.group * 8), u);
 #pragma unroll
-                        for (int c = 0; c < 8; c++) sum[c] -= y * u[c];
+                        for (int n = 0; n < TALL; n++) {
+                            const int r = r0 + n * tiles.stride;
+                            if (r >= dk) break;
+#pragma unroll
+                            for (int c = 0; c < 8; c++) sum[n][c] -= y[r] * u[c];
+                        }
                     }
                 }
             }
 #pragma unroll 1
             for (int s = new_from; s < new_to; s++) {
-                const float k = sh.after[s] * (DELTA ? rows.y[(RING + s) * dk + r] : rows.new_key(s, dk)[r]);
+                const float* write = DELTA ? rows.y + (RING + s) * dk : rows.new_key(s, dk);
+                const float* v = rows.v + s * dv + tiles.column;
 #pragma unroll
-                for (int c = 0; c < 8; c++) sum[c] += k * rows.v[s * dv + tiles.column + c];
+                for (int n = 0; n < TALL; n++) {
+                    const int r = r0 + n * tiles.stride;
+                    if (r >= dk) break;
+                    const float k = sh.after[s] * write[r];
+#pragma unroll
+                    for (int c = 0; c < 8; c++) sum[n][c] += k * v[c];
+                }
             }
-            bank.store(target, r, tiles.column, sum);
+#pragma unroll
+            for (int n = 0; n < TALL; n++) {
+                const int r = r0 + n * tiles.stride;
+                if (r >= dk) break;
+                bank.store(target, r, tiles.column, sum[n]);
+            }
         }
     }
     // R, where it has a place of its own: what was open, unless a slot has opened.
