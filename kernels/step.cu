@@ -13,8 +13,9 @@
 //
 // States are f32, or bf16 with 8 bits more in a second plane: reads take the first plane alone, 2 bytes an element.
 //
-// Where blocks are few, a block has the states of most places copied to shared memory before it knows what becomes of
-// them (STAGE), so that deciding costs no time.
+// Where blocks are few, a block has the states of most places copied to shared memory while one of its warps decides what
+// becomes of them (STAGE). A block walks its code once, and so waits for the code itself: loops are not unrolled but where
+// that puts loads in flight.
 //
 // Numerics: f32, decisions in f64 as far as they are sums; e^log from an f64 sum.
 // Shared memory: Shared and Rows, twin of StepForm::shared_bytes (src/cuda/abi.rs).
@@ -79,6 +80,32 @@ DEVICE void unpack(const Raw<StateBf16>& raw, float (&x)[8]) {
     for (int i = 0; i < 4; i++) x[2 * i] = low_bf16(pairs[i]), x[2 * i + 1] = high_bf16(pairs[i]);
 }
 
+// And all that is known of them.
+template <typename S>
+struct Words;
+template <>
+struct Words<StateF32> {
+    Raw<StateF32> first;
+};
+template <>
+struct Words<StateBf16> {
+    Raw<StateBf16> first;
+    uint2 rest;
+};
+DEVICE void unpack(const Words<StateF32>& words, float (&x)[8]) { unpack(words.first, x); }
+DEVICE void unpack(const Words<StateBf16>& words, float (&x)[8]) {
+    const uint4 raw = words.first.all;
+    const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
+#pragma unroll
+    for (int e = 0; e < 8; e++) {
+        const uint32_t high = e % 2 ? pairs[e / 2] & 0xffff0000u : pairs[e / 2] << 16;
+        const uint32_t word = e < 4 ? words.rest.x : words.rest.y;
+        // Sign and magnitude as one integer: the rest is added across exponents.
+        const int32_t low = static_cast<int32_t>(word << (24 - 8 * (e % 4))) >> 24;
+        x[e] = __uint_as_float(high + static_cast<uint32_t>(low) * 256u);
+    }
+}
+
 // States of one entry and value head. The first plane of `staged` places lies in shared memory too, [staged][dk][width],
 // columns from `from` on.
 template <typename S, bool STAGE>
@@ -98,23 +125,15 @@ struct Bank {
             if (place < staged) return held + (place * dk + row) * width + column - from;
         return states + at(place, row, column);
     }
-    // All that is known of eight elements.
+    // All that is known of eight elements: as it lies there, and as numbers.
+    METHOD void load_words(int place, int row, int column, Words<S>& words) const {
+        load_raw<false>(first(place, row, column), words.first);
+        if constexpr (S::REST) words.rest = *reinterpret_cast<const uint2*>(rest + at(place, row, column));
+    }
     METHOD void load(int place, int row, int column, float (&x)[8]) const {
-        if constexpr (S::REST) {
-            const uint4 raw = *reinterpret_cast<const uint4*>(first(place, row, column));
-            const uint2 more = *reinterpret_cast<const uint2*>(rest + at(place, row, column));
-            const uint32_t pairs[4] = {raw.x, raw.y, raw.z, raw.w};
-#pragma unroll
-            for (int e = 0; e < 8; e++) {
-                const uint32_t high = e % 2 ? pairs[e / 2] & 0xffff0000u : pairs[e / 2] << 16;
-                const uint32_t word = e < 4 ? more.x : more.y;
-                // Sign and magnitude as one integer: the rest is added across exponents.
-                const int32_t low = static_cast<int32_t>(word << (24 - 8 * (e % 4))) >> 24;
-                x[e] = __uint_as_float(high + static_cast<uint32_t>(low) * 256u);
-            }
-        } else {
-            load8(reinterpret_cast<const F32*>(first(place, row, column)), x);
-        }
+        Words<S> words;
+        load_words(place, row, column, words);
+        unpack(words, x);
     }
     METHOD void store(int place, int row, int column, const float (&x)[8]) const {
         const int64_t i = at(place, row, column);
@@ -166,9 +185,11 @@ struct Tiles {
 
 // Sum over the threads that share a thread's columns, of `width` columns: rows of `scratch` [WARPS][width], one a warp.
 DEVICE void to_scratch(const Tiles& tiles, float (&x)[8], float* scratch, int width) {
+#pragma unroll 1
+    for (int by = tiles.across; by < 32; by *= 2) {
 #pragma unroll
-    for (int i = 0; i < 8; i++)
-        for (int by = tiles.across; by < 32; by *= 2) x[i] += __shfl_xor_sync(ALL, x[i], by);
+        for (int i = 0; i < 8; i++) x[i] += __shfl_xor_sync(ALL, x[i], by);
+    }
     // Where a warp has fewer lanes than there are groups, it has no columns of the others.
     if (tiles.live && lane_index() < tiles.across)
         store8(reinterpret_cast<F32*>(scratch + warp_index() * width + tiles.group * 8), x);
@@ -193,21 +214,36 @@ struct Sources {
 template <typename S, bool STAGE>
 DEVICE void products(const Bank<S, STAGE>& bank, const Tiles& tiles, const Sources& sources, const float* keys,
                      int first, int rows, int ring, float* scratch, float* u, int width) {
+    // Rows in flight a thread.
+    constexpr int AHEAD = S::REST ? 4 : 2;
+#pragma unroll 1
     for (int batch = 0; batch < rows; batch += BATCH) {
         float sum[BATCH][8] = {};
         if (tiles.live) {
             for (int j = sources.from; j < sources.to; j++) {
                 const int lacks = ring - sources.pending[j] - first - batch, place = sources.place[j];
                 const float factor = sources.factor[j];
-                for (int r = tiles.first; r < bank.dk; r += tiles.stride) {
-                    float x[8];
-                    bank.load(place, r, tiles.column, x);
-                    const float* key = keys + (first + batch) * bank.dk + r;
+#pragma unroll 1
+                for (int r0 = tiles.first; r0 < bank.dk; r0 += tiles.stride * AHEAD) {
+                    Words<S> words[AHEAD] = {};
 #pragma unroll
-                    for (int c = 0; c < BATCH; c++) {
-                        const float k = c >= lacks && batch + c < rows ? factor * key[c * bank.dk] : 0.0f;
+                    for (int n = 0; n < AHEAD; n++) {
+                        const int r = r0 + n * tiles.stride;
+                        if (r < bank.dk) bank.load_words(place, r, tiles.column, words[n]);
+                    }
 #pragma unroll
-                        for (int i = 0; i < 8; i++) sum[c][i] += k * x[i];
+                    for (int n = 0; n < AHEAD; n++) {
+                        const int r = r0 + n * tiles.stride;
+                        if (r >= bank.dk) break;
+                        float x[8];
+                        unpack(words[n], x);
+                        const float* key = keys + (first + batch) * bank.dk + r;
+#pragma unroll
+                        for (int c = 0; c < BATCH; c++) {
+                            const float k = c >= lacks && batch + c < rows ? factor * key[c * bank.dk] : 0.0f;
+#pragma unroll
+                            for (int i = 0; i < 8; i++) sum[c][i] += k * x[i];
+                        }
                     }
                 }
             }
@@ -238,6 +274,7 @@ DEVICE void output(void* x, int64_t i, float value, int dtype) {
 
 DEVICE float warp_dot(const float* a, const float* b, int width) {
     float sum = 0;
+#pragma unroll 1
     for (int i = lane_index(); i < width; i += 32) sum += a[i] * b[i];
     return warp_sum(sum);
 }
@@ -321,6 +358,9 @@ struct Places {
     uint64_t low = 0;
     uint32_t high = 0;
 
+    METHOD bool has(int place) const {
+        return place < 64 ? low >> place & 1 : high >> (place - 64) & 1;
+    }
     METHOD void add(int place) {
         if (place < 64) low |= 1ull << place;
         else high |= 1u << (place - 64);
@@ -371,12 +411,15 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         since += sh.g[t];
         if (since < FORGOTTEN) squared = 0;
         double numerator = 0;
-        for (int s = start > 0 ? start : 0; s <= newest; s++)
-            numerator += exp(sh.gamma[newest] - sh.gamma[s]) * sh.dots[KK][t][s] * sh.dots[VV][t][s];
+        if constexpr (TOKENS > 1) {
+#pragma unroll 1
+            for (int s = start > 0 ? start : 0; s <= newest; s++)
+                numerator += exp(sh.gamma[newest] - sh.gamma[s]) * sh.dots[KK][t][s] * sh.dots[VV][t][s];
+        }
         if (start < 0 && squared > 0) {
             double carried = 0;
             for (int warp = 0; warp < WARPS; warp++) carried += sh.sums[warp][t];
-            numerator += (newest < 0 ? 1.0 : exp(held_log + sh.gamma[newest])) * carried;
+            numerator += (TOKENS == 1 || newest < 0 ? 1.0 : exp(held_log + sh.gamma[newest])) * carried;
         }
         const double energy = static_cast<double>(sh.dots[KK][t][t]) * sh.dots[VV][t][t], norms = energy * squared;
         double cosine = norms > 0 ? numerator * rsqrt(norms) : 0.0;
@@ -412,7 +455,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         }
         if (event != EXTEND) {
             start = newest = t, since = 0, squared = energy;
-        } else if (energy > 0 && t + 1 < count) {
+        } else if (TOKENS > 1 && energy > 0 && t + 1 < count) {
             const double decay = exp(since);
             squared = squared * decay * decay + 2.0 * numerator * decay + energy;
             if (squared < 0) squared = 0;
@@ -495,6 +538,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         of[half] = !only ? -1 : parts > 1 ? record.order[j] / part : 0;
         if (of[half] >= parts) of[half] = parts - 1;
     }
+#pragma unroll 1
     for (int n = 0; n < parts; n++) {
 #pragma unroll
         for (int half = 0; half < 2; half++) {
@@ -584,6 +628,8 @@ template <bool DELTA, typename S, int TOKENS, bool STAGE>
 DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows,
                   const Tiles& tiles, int count, int width, float (&o)[TOKENS][8]) {
     constexpr int RING = Shared<DELTA, TOKENS>::RING;
+    // Rows at once: they share u.
+    constexpr int TALL = !DELTA ? 2 : S::REST ? 4 : 2;
     const int dk = bank.dk, dv = bank.dv, after = sh.facts[AFTER];
     for (int i = 0; i < after; i++) {
         if (!sh.written[i]) continue;
@@ -597,39 +643,71 @@ DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, c
             }
         }
         if (!tiles.live) continue;
-        for (int r = tiles.first; r < dk; r += tiles.stride) {
-            float sum[8] = {};
+#pragma unroll 1
+        for (int r0 = tiles.first; r0 < dk; r0 += tiles.stride * TALL) {
+            float sum[TALL][8] = {};
             for (int j = sources.from; j < sources.to; j++) {
-                float s[8];
-                bank.load(sh.record.order[j], r, tiles.column, s);
+                Words<S> words[TALL] = {};
+#pragma unroll
+                for (int n = 0; n < TALL; n++) {
+                    const int r = r0 + n * tiles.stride;
+                    if (r < dk) bank.load_words(sh.record.order[j], r, tiles.column, words[n]);
+                }
                 const float factor = sh.factor[j];
 #pragma unroll
-                for (int c = 0; c < 8; c++) sum[c] += factor * s[c];
+                for (int n = 0; n < TALL; n++) {
+                    const int r = r0 + n * tiles.stride;
+                    if (r >= dk) break;
+                    float s[8];
+                    unpack(words[n], s);
 #pragma unroll
-                for (int t = 0; t < TOKENS; t++) {
-                    if (TOKENS > 1 && t >= count) break;
-                    const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
-                    const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r];
+                    for (int c = 0; c < 8; c++) sum[n][c] += factor * s[c];
 #pragma unroll
-                    for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
+                    for (int t = 0; t < TOKENS; t++) {
+                        if (TOKENS > 1 && t >= count) break;
+                        const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
+                        const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r];
+#pragma unroll
+                        for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
+                    }
                 }
             }
             if constexpr (DELTA) {
                 if (sources.from < sources.to) {
-                    for (int n = 0; n < lacks + count; n++) {
-                        const float y = rows.y[(RING - lacks + n) * dk + r];
-                        const float* u = rows.u + n * width + tiles.group * 8;
+#pragma unroll 2
+                    for (int lacked = 0; lacked < lacks + count; lacked++) {
+                        const float* y = rows.y + (RING - lacks + lacked) * dk;
+                        float u[8];
+                        load8(reinterpret_cast<const F32*>(rows.u + lacked * width + tiles.group * 8), u);
 #pragma unroll
-                        for (int c = 0; c < 8; c++) sum[c] -= y * u[c];
+                        for (int n = 0; n < TALL; n++) {
+                            const int r = r0 + n * tiles.stride;
+                            if (r >= dk) break;
+#pragma unroll
+                            for (int c = 0; c < 8; c++) sum[n][c] -= y[r] * u[c];
+                        }
                     }
                 }
             }
+#pragma unroll 1
             for (int s = new_from; s < new_to; s++) {
-                const float k = sh.after[s] * (DELTA ? rows.y[(RING + s) * dk + r] : rows.new_key(s, dk)[r]);
+                const float* write = DELTA ? rows.y + (RING + s) * dk : rows.new_key(s, dk);
+                const float* v = rows.v + s * dv + tiles.column;
 #pragma unroll
-                for (int c = 0; c < 8; c++) sum[c] += k * rows.v[s * dv + tiles.column + c];
+                for (int n = 0; n < TALL; n++) {
+                    const int r = r0 + n * tiles.stride;
+                    if (r >= dk) break;
+                    const float k = sh.after[s] * write[r];
+#pragma unroll
+                    for (int c = 0; c < 8; c++) sum[n][c] += k * v[c];
+                }
             }
-            bank.store(target, r, tiles.column, sum);
+#pragma unroll
+            for (int n = 0; n < TALL; n++) {
+                const int r = r0 + n * tiles.stride;
+                if (r >= dk) break;
+                bank.store(target, r, tiles.column, sum[n]);
+            }
         }
     }
     // R, where it has a place of its own: what was open, unless a slot has opened.
@@ -644,6 +722,7 @@ DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, c
 #pragma unroll
                 for (int c = 0; c < 8; c++) sum[c] *= factor;
             }
+#pragma unroll 1
             for (int s = start < 0 ? 0 : start; s < count; s++) {
                 const float k = sh.after[s] * rows.new_key(s, dk)[r];
 #pragma unroll
@@ -654,19 +733,31 @@ DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, c
     }
 }
 
-// Copies the states of places `first`..`last` to shared memory, those that `wanted` says of.
-template <typename S, typename Wanted>
-DEVICE void stage(const Bank<S, true>& bank, S* held, int first, int last, int columns, Wanted wanted) {
+// Copies the states of places `first`..`last` to shared memory, those of `wanted`, by `threads` threads of which this one is
+// `thread`.
+template <typename S>
+DEVICE void stage(const Bank<S, true>& bank, S* held, int first, int last, int columns, const Places& wanted, int thread,
+                  int threads) {
     constexpr int EACH = 16 / sizeof(S);
     const int across = columns / EACH, chunks = bank.dk * across;
-    for (int chunk = threadIdx.x; chunk < (chunks + THREADS - 1) / THREADS * THREADS; chunk += THREADS) {
+#pragma unroll 1
+    for (int chunk = thread; chunk < chunks; chunk += threads) {
         const int row = chunk / across, column = (chunk - row * across) * EACH;
-        for (int place = first; place < last; place++) {
-            if (wanted(place) && chunk < chunks)
-                copy_async_16(held + (place * bank.dk + row) * bank.width + column,
-                              bank.states + bank.at(place, row, bank.from + column), true);
-        }
+        S* to = held + (first * bank.dk + row) * bank.width + column;
+        const S* of = bank.states + bank.at(first, row, bank.from + column);
+#pragma unroll 2
+        for (int place = first; place < last; place++, to += bank.dk * bank.width, of += bank.dk * bank.dv)
+            if (wanted.has(place)) copy_async_16(to, of, true);
     }
+}
+
+// Element i of q, k or v as it lies there, and its value: a value that is asked for at once would be waited for at once.
+DEVICE uint32_t input_bits(const void* x, int64_t i, int dtype) {
+    return dtype == 2 ? static_cast<const uint32_t*>(x)[i] : static_cast<const uint16_t*>(x)[i];
+}
+DEVICE float input_value(uint32_t bits, int dtype) {
+    if (dtype == 2) return __uint_as_float(bits);
+    return dtype == 0 ? __uint_as_float(bits << 16) : f16_to_f32(static_cast<uint16_t>(bits));
 }
 
 // The entry of a sequence.
@@ -681,47 +772,81 @@ DEVICE void run(const StepParams& p) {
     const int64_t b = batch_row / static_cast<uint32_t>(p.value_heads);
     const int head = batch_row - static_cast<uint32_t>(b) * p.value_heads;
     const int entry = p.entries[b];
-    if (entry < 0 || entry >= p.bank.entries) return;
     const int dk = p.dk, dv = p.dv, count = p.tokens;
-    const int64_t row = static_cast<int64_t>(entry) * p.value_heads + head;
     const int key_head = head / (p.value_heads / p.heads);
     const int from = slice * p.width, to = from + p.width < dv ? from + p.width : dv;
     const bool leads = slice == 0, routed = !p.lambda;
+    // The record; the call's tokens. Token t is element first + t HV of a [B,T,HV] array. A thread's first load of
+    // each is under way before any is waited for, the entry's number too.
+    const int64_t first_token = b * p.time + p.from, first_at = first_token * p.value_heads + head;
+    constexpr int RECORD = static_cast<int>(sizeof(StepRecord) / 16);
+    static_assert(RECORD <= THREADS);
+    const auto key_at = [&](int i) {
+        const int t = TOKENS == 1 ? 0 : i / dk;
+        return ((first_token + t) * p.heads + key_head) * dk + i - t * dk;
+    };
+    const auto value_at = [&](int i) {
+        const int t = TOKENS == 1 ? 0 : i / dv;
+        return (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + i - t * dv;
+    };
+    uint4 of_record = {};
+    uint32_t of_q = 0, of_k = 0, of_v = 0;
+    float of_g[TOKENS], of_beta[TOKENS], tau = 0, lambda = 0;
+    if (thread < count * dk) {
+        of_q = input_bits(p.q, key_at(thread), p.dtype);
+        of_k = input_bits(p.k, key_at(thread), p.dtype);
+    }
+    if (thread < count * dv) of_v = input_bits(p.v, value_at(thread), p.dtype);
+    if (thread == 0) {
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
+            of_g[t] = p.g && t < count ? p.g[at] : 0.0f;
+            of_beta[t] = DELTA && t < count ? p.beta[at] : 1.0f;
+        }
+        tau = p.tau[head];
+    }
+    if (TOKENS == 1 && !routed && thread < p.capacity) lambda = p.lambda[first_at * p.lambda_columns + thread];
+    if (entry < 0 || entry >= p.bank.entries) return;
+    const int64_t row = static_cast<int64_t>(entry) * p.value_heads + head;
+    const StepRecord* record = p.bank.records + row;
+    float* const ring = DELTA ? p.bank.ring + row * (2 * STEP_RING * dk) : nullptr;
+    if (thread < RECORD) of_record = reinterpret_cast<const uint4*>(record)[thread];
     auto& sh = *reinterpret_cast<Shared<DELTA, TOKENS>*>(dynamic_shared());
     const Rows<DELTA, TOKENS> rows(dk, dv, p.width, STAGE ? p.staged * dk * p.width * static_cast<int>(sizeof(S)) : 0);
     Bank<S, STAGE> bank = bank_of<S, STAGE>(p.bank, row, p.capacity, dk, dv);
     const int part = STAGE && p.staged > 0 ? (p.staged + STAGES - 1) / STAGES : 1;
     if constexpr (STAGE) {
-        S* const held = static_cast<S*>(rows.held);
-        bank.held = held, bank.staged = p.staged, bank.from = from, bank.width = p.width;
-        for (int n = 0; n < STAGES / 2; n++) {
+        bank.held = static_cast<S*>(rows.held);
+        bank.staged = p.staged, bank.from = from, bank.width = p.width;
+    }
+    const auto stage_part = [&](int n, const Places& wanted, int first_thread) {
+        if constexpr (STAGE) {
+            const int begin = n * part < p.staged ? n * part : p.staged;
             const int end = (n + 1) * part < p.staged ? (n + 1) * part : p.staged;
-            stage(bank, held, n * part, end, to - from, [](int) { return true; });
+            stage(bank, static_cast<S*>(rows.held), begin, end, to - from, wanted, thread - first_thread,
+                  THREADS - first_thread);
             copies_commit();
         }
-        const char* states = reinterpret_cast<const char*>(bank.states + bank.base);
-        const int64_t bytes = static_cast<int64_t>(p.capacity + STEP_SPARE_PLACES) * dk * dv * sizeof(S);
-        int64_t at = static_cast<int64_t>(p.staged) * dk * dv * sizeof(S) + (slice * THREADS + thread) * 128ll;
-        for (; at < bytes; at += p.slices * THREADS * 128ll) prefetch(states + at);
-    }
+    };
 
-    // The record; the call's tokens. Token t is element first + t HV of a [B,T,HV] array.
-    const int64_t first_token = b * p.time + p.from, first_at = first_token * p.value_heads + head;
-    const StepRecord* record = p.bank.records + row;
-    for (int i = thread; i < static_cast<int>(sizeof(StepRecord) / 16); i += THREADS)
-        reinterpret_cast<uint4*>(&sh.record)[i] = reinterpret_cast<const uint4*>(record)[i];
-    for (int i = thread; i < count * dk; i += THREADS) {
-        const int t = i / dk;
-        const int64_t at = ((first_token + t) * p.heads + key_head) * dk + i - t * dk;
-        rows.q[i] = input(p.q, at, p.dtype);
-        rows.keys[RING * dk + i] = input(p.k, at, p.dtype);
+    // States, as many as the memory has to do until it is known which are wanted.
+    stage_part(0, {~0ull, ~0u}, 0);
+    if (thread < RECORD) reinterpret_cast<uint4*>(&sh.record)[thread] = of_record;
+    if (thread < count * dk) {
+        rows.q[thread] = input_value(of_q, p.dtype);
+        rows.keys[RING * dk + thread] = input_value(of_k, p.dtype);
     }
-    for (int i = thread; i < count * dv; i += THREADS) {
-        const int t = i / dv;
-        rows.v[i] = input(p.v, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + i - t * dv, p.dtype);
+    if (thread < count * dv) rows.v[thread] = input_value(of_v, p.dtype);
+#pragma unroll 1
+    for (int i = thread + THREADS; i < count * dk; i += THREADS) {
+        rows.q[i] = input(p.q, key_at(i), p.dtype);
+        rows.keys[RING * dk + i] = input(p.k, key_at(i), p.dtype);
     }
-    float* const ring = DELTA ? p.bank.ring + row * (2 * STEP_RING * dk) : nullptr;
+#pragma unroll 1
+    for (int i = thread + THREADS; i < count * dv; i += THREADS) rows.v[i] = input(p.v, value_at(i), p.dtype);
     if constexpr (DELTA) {
+#pragma unroll 4
         for (int i = thread; i < RING * dk; i += THREADS) {
             rows.keys[i] = ring[i];
             rows.y[i] = ring[RING * dk + i];
@@ -729,41 +854,33 @@ DEVICE void run(const StepParams& p) {
     }
     if (thread == 0) {
         double sum = 0;
-        for (int t = 0; t < count; t++) {
-            const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
-            sh.g[t] = p.g ? fmaxf(p.g[at], LEAST_G) : 0.0f;
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            if (t >= count) break;
+            sh.g[t] = p.g ? fmaxf(of_g[t], LEAST_G) : 0.0f;
             sh.gamma[t] = sum += sh.g[t];
-            sh.beta[t] = DELTA ? p.beta[at] : 1.0f;
+            sh.beta[t] = of_beta[t];
         }
-        sh.tau = p.tau[head];
+        sh.tau = tau;
     }
     if (!routed) {
-        for (int i = thread; i < count * p.capacity; i += THREADS) {
-            const int t = i / p.capacity, column = i - t * p.capacity;
-            const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
-            sh.score[t * MOST_SLOTS + column] = p.lambda[at * p.lambda_columns + column];
+        if constexpr (TOKENS == 1) {
+            if (thread < p.capacity) sh.score[thread] = lambda;
+        } else {
+            for (int i = thread; i < count * p.capacity; i += THREADS) {
+                const int t = i / p.capacity, column = i - t * p.capacity;
+                const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
+                sh.score[t * MOST_SLOTS + column] = p.lambda[at * p.lambda_columns + column];
+            }
         }
     }
     __syncthreads();
-    if constexpr (STAGE) {
-        // The rest, as far as slots stand there.
-        const int held_slots = sh.record.len;
-        const auto wanted = [&](int place) {
-            return __any_sync(ALL, (lane < held_slots && sh.record.order[lane] == place) ||
-                                       (lane + 32 < held_slots && sh.record.order[lane + 32] == place) ||
-                                       (held_slots > 0 && static_cast<int>(sh.record.open) == place));
-        };
-        for (int n = STAGES / 2; n < STAGES; n++) {
-            const int begin = n * part < p.staged ? n * part : p.staged;
-            const int end = (n + 1) * part < p.staged ? (n + 1) * part : p.staged;
-            stage(bank, static_cast<S*>(rows.held), begin, end, to - from, wanted);
-            copies_commit();
-        }
-    }
     if (p.qk_l2norm) {
+#pragma unroll 1
         for (int i = warp; i < 2 * count; i += WARPS) {
             float* x = i < count ? rows.q + i * dk : rows.new_key(i - count, dk);
             const float norm = 1.0f / sqrtf(warp_dot(x, x, dk) + L2NORM_EPS);
+#pragma unroll 1
             for (int c = lane; c < dk; c += 32) x[c] *= norm;
         }
         __syncthreads();
@@ -777,21 +894,32 @@ DEVICE void run(const StepParams& p) {
         if (before > 0) {
             const Tiles whole(0, dv);
             if (whole.live) {
-#pragma unroll 4
-                for (int r = whole.first; r < dk; r += whole.stride) {
-                    Raw<S> raw;
-                    load_raw<true>(bank.states + bank.at(sh.record.open, r, whole.column), raw);
-                    float x[8];
-                    unpack(raw, x);
+                constexpr int AHEAD = S::REST ? 8 : 4;
+#pragma unroll 1
+                for (int r0 = whole.first; r0 < dk; r0 += whole.stride * AHEAD) {
+                    Raw<S> raw[AHEAD];
 #pragma unroll
-                    for (int i = 0; i < 8; i++) sum[TOKENS] += x[i] * x[i];
+                    for (int n = 0; n < AHEAD; n++) {
+                        const int r = r0 + n * whole.stride;
+                        if (r < dk) load_raw<true>(bank.states + bank.at(sh.record.open, r, whole.column), raw[n]);
+                        else clear(raw[n]);
+                    }
 #pragma unroll
-                    for (int t = 0; t < TOKENS; t++) {
-                        if (TOKENS > 1 && t >= count) break;
-                        float dot = 0;
+                    for (int n = 0; n < AHEAD; n++) {
+                        const int r = r0 + n * whole.stride;
+                        if (r >= dk) break;
+                        float x[8];
+                        unpack(raw[n], x);
 #pragma unroll
-                        for (int i = 0; i < 8; i++) dot += x[i] * rows.v[t * dv + whole.column + i];
-                        sum[t] += rows.new_key(t, dk)[r] * dot;
+                        for (int i = 0; i < 8; i++) sum[TOKENS] += x[i] * x[i];
+#pragma unroll
+                        for (int t = 0; t < TOKENS; t++) {
+                            if (TOKENS > 1 && t >= count) break;
+                            float dot = 0;
+#pragma unroll
+                            for (int i = 0; i < 8; i++) dot += x[i] * rows.v[t * dv + whole.column + i];
+                            sum[t] += rows.new_key(t, dk)[r] * dot;
+                        }
                     }
                 }
             }
@@ -803,6 +931,7 @@ DEVICE void run(const StepParams& p) {
         }
     }
     // Products of the call's own tokens.
+#pragma unroll 1
     for (int i = warp; i < 3 * count * count; i += WARPS) {
         const int which = i / (count * count), t = i / count % count, s = i % count;
         if (s > t) continue;
@@ -828,6 +957,27 @@ DEVICE void run(const StepParams& p) {
         }
     }
     __syncthreads();
+    if constexpr (STAGE) {
+        // The rest of the states, as far as slots stand there, by the warps that do not decide.
+        if (warp == 0) {
+            for (int n = 1; n < STAGES; n++) copies_commit();
+        } else {
+            Places wanted;
+            if (lane < before) wanted.add(sh.record.order[lane]);
+            if (lane + 32 < before) wanted.add(sh.record.order[lane + 32]);
+            if (before > 0) wanted.add(sh.record.open);
+            wanted.share();
+#pragma unroll 1
+            for (int n = 1; n < STAGES; n++) stage_part(n, wanted, 32);
+            // What has no room there is brought nearer.
+#pragma unroll 1
+            for (int place = p.staged; place < p.capacity + STEP_SPARE_PLACES; place++) {
+                if (!wanted.has(place)) continue;
+#pragma unroll 1
+                for (int r = thread - 32; r < dk; r += THREADS - 32) prefetch(bank.states + bank.at(place, r, from));
+            }
+        }
+    }
     if (warp == 0) decide(p, sh, first_at, leads, STAGE ? STAGES : 1, part);
     else if constexpr (DELTA) {
         // Queries of slots that lack the call's tokens and 0, 1, .. of those before.
@@ -843,6 +993,7 @@ DEVICE void run(const StepParams& p) {
         }
     }
     if (routed) {
+#pragma unroll 1
         for (int i = warp; i < count * before; i += WARPS) {
             const int t = i / before, j = i % before;
             const float* sums = p.bank.keys + (row * (p.capacity + STEP_SPARE_PLACES) + sh.record.order[j]) * dk;
@@ -855,6 +1006,7 @@ DEVICE void run(const StepParams& p) {
     // Read weights: of slot s at token t where reads are given, and in sh.weight where they are routed.
     const Extents order{.newest_first = p.newest_first};
     if (routed) {
+#pragma unroll 1
         for (int i = thread; i < count * MOST_SLOTS; i += THREADS) {
             const int t = i / MOST_SLOTS, s = i % MOST_SLOTS, held = sh.len[t];
             const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
@@ -862,8 +1014,10 @@ DEVICE void run(const StepParams& p) {
             float weight = 0;
             if (s < held) {
                 float score = 0;
+#pragma unroll 1
                 for (int j = 0; j < before; j++)
                     if (sh.place[t * MOST_SLOTS + j] == s) score += sh.score[t * MOST_SLOTS + j];
+#pragma unroll 1
                 for (int r = 0; r <= t; r++)
                     if (sh.slot[t][r] == s) score += sh.dots[QK][t][r];
                 score = score / __uint2float_rn(sh.tokens[i]) * p.slope[head] + p.bias[head];
@@ -880,12 +1034,14 @@ DEVICE void run(const StepParams& p) {
     const auto weight = [&](int t, int s) {
         return routed ? sh.weight[t * MOST_SLOTS + s] : sh.score[t * MOST_SLOTS + column_of(order, s, sh.len[t])];
     };
+#pragma unroll 1
     for (int i = thread; i < count * MOST_SLOTS; i += THREADS) {
         const int t = i / MOST_SLOTS, j = i % MOST_SLOTS;
         if (j >= before) continue;
         const float decay = expf(static_cast<float>(sh.record.log[sh.record.order[j]] + sh.gamma[t]));
         sh.coefficient[i] = p.scale * weight(t, sh.place[i]) * decay;
     }
+#pragma unroll 1
     for (int i = thread; i < count * count; i += THREADS) {
         const int t = i / count, s = i % count;
         if (s > t) continue;
@@ -893,15 +1049,24 @@ DEVICE void run(const StepParams& p) {
         const float decay = expf(static_cast<float>(sh.gamma[t] - sh.gamma[s]));
         sh.pair[t][s] = p.scale * weight(t, sh.slot[t][s]) * decay * on;
     }
-    // All that others of this row and head may write has been read. Which block comes last is asked now, and known later.
-    uint32_t came_before = 0;
-    if (thread == ASKS && p.slices > 1) came_before = arrive(p.bank.arrived + row);
-    if constexpr (STAGE && S::REST) {
-        // Second planes of what is written: on their way while the first are read.
+    if constexpr ((STAGE && S::REST) || DELTA) {
+        // What is written: on its way while the other slots are read.
+#pragma unroll 1
         for (int i = 0; i < sh.facts[AFTER]; i++) {
             if (!sh.written[i]) continue;
-            for (int j = sh.old_from[i]; j < sh.old_to[i]; j++)
-                for (int r = thread; r < dk; r += THREADS) prefetch(bank.rest + bank.at(sh.record.order[j], r, from));
+#pragma unroll 1
+            for (int j = sh.old_from[i]; j < sh.old_to[i]; j++) {
+                const int place = sh.record.order[j];
+#pragma unroll 1
+                for (int r = thread; r < dk; r += THREADS) {
+                    if constexpr (S::REST)
+#pragma unroll 1
+                        for (int c = from; c < to; c += 128) prefetch(bank.rest + bank.at(place, r, c));
+                    if constexpr (!STAGE)
+#pragma unroll 1
+                        for (int c = from; c < to; c += 128 / sizeof(S)) prefetch(bank.states + bank.at(place, r, c));
+                }
+            }
         }
     }
     __syncthreads();
@@ -909,21 +1074,23 @@ DEVICE void run(const StepParams& p) {
     const Tiles tiles(from, to);
     float o[TOKENS][8] = {};
     if constexpr (STAGE) {
-        copies_wait_but<3>();
-        __syncthreads();
-        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 0, o);
-        copies_wait_but<2>();
-        __syncthreads();
-        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 1, o);
-        copies_wait_but<1>();
-        __syncthreads();
-        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 2, o);
-        copies_wait();
-        __syncthreads();
-        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 3, o);
+        static_assert(STAGES == 4);
+#pragma unroll 1
+        for (int n = 0; n < STAGES; n++) {
+            if (n == 0) copies_wait_but<3>();
+            else if (n == 1) copies_wait_but<2>();
+            else if (n == 2) copies_wait_but<1>();
+            else copies_wait();
+            __syncthreads();
+            read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, n, o);
+        }
     } else {
         read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 0, o);
     }
+    // All that others of this row and head may write has been read, and the fence has no copies to wait for. Which block
+    // comes last is asked now, and known later.
+    uint32_t came_before = 0;
+    if (thread == ASKS && p.slices > 1) came_before = arrive(p.bank.arrived + row);
     write<DELTA, S, TOKENS, STAGE>(bank, sh, rows, tiles, count, p.width, o);
 
     // o of the slots, and of the call's own tokens.
@@ -933,8 +1100,10 @@ DEVICE void run(const StepParams& p) {
         if (DELTA || t > 0) __syncthreads();
         to_scratch(tiles, o[t], rows.scratch, p.width);
         __syncthreads();
+#pragma unroll 1
         for (int c = thread; c < to - from; c += THREADS) {
             float sum = from_scratch(rows.scratch, p.width, c);
+#pragma unroll 1
             for (int s = 0; s <= t; s++) sum += sh.pair[t][s] * rows.v[s * dv + from + c];
             output(p.o, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + from + c, sum, p.dtype);
         }
@@ -957,12 +1126,16 @@ DEVICE void run(const StepParams& p) {
         }
     }
     float* const key_sums = p.bank.keys + row * (p.capacity + STEP_SPARE_PLACES) * dk;
+#pragma unroll 1
     for (int c = thread; routed && c < dk; c += THREADS) {
+#pragma unroll 1
         for (int i = 0; i < sh.facts[AFTER]; i++) {
             const int sources = sh.old_to[i] - sh.old_from[i];
             if (sources == 1 && sh.new_from[i] == sh.new_to[i]) continue;
             float sum = 0;
+#pragma unroll 1
             for (int j = sh.old_from[i]; j < sh.old_to[i]; j++) sum += key_sums[sh.record.order[j] * dk + c];
+#pragma unroll 1
             for (int s = sh.new_from[i]; s < sh.new_to[i]; s++) sum += rows.new_key(s, dk)[c];
             key_sums[sh.next.order[i] * dk + c] = sum;
         }
