@@ -159,13 +159,19 @@ DEVICE void make_plan(const Heads& heads, int tokens, int entry, const uint8_t* 
     __syncwarp();
     for (bool more = true; more;) {
         more = false;
-        for (int t = lane; t < C; t += 32) {
-            const int to = link[t];
-            if (to < FOUND) link[t] = link[to], more = true;
+        int next[C / 32];
+#pragma unroll
+        for (int i = 0; i < C / 32; i++) {
+            const int to = link[lane + 32 * i];
+            next[i] = to < FOUND ? link[to] : to;
+            more |= to < FOUND;
         }
+        __syncwarp();
+#pragma unroll
+        for (int i = 0; i < C / 32; i++) link[lane + 32 * i] = next[i];
         more = __any_sync(ALL, more);
+        __syncwarp();
     }
-    __syncwarp();
 
     // The items that begin the slots held after the chunk.
     uint32_t kept = 0;
