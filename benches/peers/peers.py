@@ -5,6 +5,7 @@
     python benches/peers/peers.py --out FOLDER --more                go on from what FOLDER holds of the same card and versions
     python benches/peers/peers.py --out FOLDER --device cpu          small sizes, to see that all of this runs: no measure of speed
     python benches/peers/peers.py --out FOLDER --report              table and plot of what is there
+    python benches/peers/peers.py --out FOLDER --readme README.md    verdict and table, put into that file
 
 Times `dla.torch.dla` (gated and gated delta rule, given and routed reads) and, of those that are installed,
 flash-linear-attention's log_linear_attn, chunk_gated_delta_rule and chunk_simple_gla, and PyTorch's causal attention. bf16, median
@@ -513,6 +514,41 @@ def table(report):
     return "\n".join(lines) + "\n"
 
 
+# Ours beside a peer of the same recurrence, and how it is asked for: at most so many times the peer's time.
+BESIDE = (
+    ("dla gated", "simple GLA", 1), ("dla delta", "Gated DeltaNet", 1), ("dla gated", "Gated DeltaNet", 1),
+    ("dla gated", "Log-Linear Attention", 1 / 8), ("dla gated", "softmax attention", 1),
+)
+
+
+def verdict(report):
+    """Markdown: ratios of times of this one run, and the sizes where each aim is missed."""
+    ms = {(row["peer"], row["size"], row["pass"]): row["ms"] for row in report["rows"] if "ms" in row}
+    lines = []
+    for name in PASSES[:2]:
+        sizes = sizes_of(name, report["device"])
+        lines += [f"{TITLES[name].split(',')[0]}, the peer's time over ours (above 1: ours is faster)", "",
+                  "| | " + " | ".join(sizes) + " |", "| --- " * (len(sizes) + 1) + "|"]
+        missed = []
+        for ours, peer, most in BESIDE:
+            cells = []
+            for size in sizes:
+                pair = [ms.get((which, size, name)) for which in (ours, peer)]
+                cells.append("not run" if None in pair else f"{pair[1] / pair[0]:.2f}")
+                if None not in pair and pair[0] > most * pair[1]:
+                    missed.append((peer, ours, size))
+            lines.append(f"| {peer} / {ours} | {' | '.join(cells)} |")
+        lines.append("")
+        for ours, peer, most in BESIDE:
+            at = [size for of, by, size in missed if (of, by) == (peer, ours)]
+            if at:
+                aim = "is faster than" if most == 1 else f"is not {1 / most:.0f} times as slow as"
+                lines.append(f"- {peer} {aim} {ours} at {', '.join(at)}")
+        if missed:
+            lines.append("")
+    return "\n".join(lines)
+
+
 def plot(report, path):
     try:
         import matplotlib
@@ -564,6 +600,7 @@ def main():
     parser.add_argument("--minutes", type=float, default=1e6, help="most for all")
     parser.add_argument("--more", action="store_true", help="keep what --out holds and do what is missing")
     parser.add_argument("--report", action="store_true", help="measure nothing")
+    parser.add_argument("--readme", type=pathlib.Path, help="measure nothing; put verdict and table between this file's marks")
     parser.add_argument("--child", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
@@ -572,6 +609,15 @@ def main():
     if options.out is None:
         parser.error("--out: missing")
     kept = options.out / "peers.json"
+    if options.readme:
+        sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "python" / "examples"))
+        from recall import put
+
+        report = json.loads(kept.read_text())
+        if report["device"] != "cuda":
+            sys.exit(f"{kept}: of a CPU: no measure of speed")
+        put(options.readme, "peers", f"{table(report)}\n{verdict(report)}")
+        return
     if options.report:
         report = json.loads(kept.read_text())
         save(report, options.out)

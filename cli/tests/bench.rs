@@ -162,6 +162,38 @@ fn a_sweep_goes_over_one_extent() {
     }
 }
 
+/// A PNG's width, height and pixels, three bytes each.
+fn pixels(path: &std::path::Path) -> (u32, u32, Vec<u8>) {
+    let file = std::io::BufReader::new(std::fs::File::open(path).expect("written"));
+    let mut reader = png::Decoder::new(file).read_info().expect("a PNG");
+    let mut bytes = vec![0; reader.output_buffer_size().expect("a size")];
+    let info = reader.next_frame(&mut bytes).expect("a whole PNG");
+    assert_eq!((info.color_type, info.bit_depth), (png::ColorType::Rgb, png::BitDepth::Eight));
+    bytes.truncate(info.buffer_size());
+    (info.width, info.height, bytes)
+}
+
+#[test]
+fn a_plot_is_a_png_where_its_name_says_so() {
+    let scratch = Scratch::new();
+    let fixed = ["bench", "--device", "cpu", "--shape", "1,70,1,1,8,8", "--repeats", "1"];
+    for (name, options) in [("bars.png", &[][..]), ("sweep.PNG", &["--sweep", "T", "--values", "20,70"])] {
+        let path = scratch.path(name);
+        let plot: [&std::ffi::OsStr; 2] = ["--plot".as_ref(), path.as_ref()];
+        dla(fixed.iter().chain(options).map(|arg| arg.as_ref()).chain(plot)).succeeds();
+        let (width, height, pixels) = pixels(&path);
+        let (width, top) = (width as usize, if name == "bars.png" { 32 } else { 26 });
+        assert!(width >= 900 && height > 100, "{name}: {width} x {height}");
+        assert_eq!(pixels[pixels.len() - 3..], [255; 3], "{name}: the last corner is white");
+        // The title stands alone at the top: it is drawn, with no font but the program's own.
+        let dark = pixels[..3 * width * top].chunks(3).filter(|pixel| pixel.iter().all(|x| *x < 96)).count();
+        assert!(dark > 100, "{name}: {dark} dark pixels in the title");
+        let colored = |color: [u8; 3]| pixels.chunks(3).filter(|pixel| **pixel == color).count();
+        let blue = colored([38, 110, 180]);
+        assert!(blue > 20, "{name}: {blue} pixels of a forward");
+    }
+}
+
 #[test]
 fn a_sweep_refuses_what_it_cannot_do() {
     for (options, status, expected) in [

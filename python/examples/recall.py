@@ -5,6 +5,7 @@
     python python/examples/recall.py --minutes 9 --jobs 4            what fits; the next call goes on from there
     python python/examples/recall.py --only 'recall64/.*gated' --seeds 0
     python python/examples/recall.py --report                        table and plots of what there is
+    python python/examples/recall.py --readme README.md              what of it the claims rest on, put into that file
     python python/examples/recall.py --list
 
 Results accumulate in --out (evidence/recall.json), one entry per experiment and seed; beside it recall.md and, with matplotlib, plots.
@@ -73,17 +74,23 @@ def mixers(style):
     }
 
 
-OTHERS = {"Log-Linear": dict(kind="log_linear"), "softmax attention": dict(kind="softmax")}
+OTHERS = {"softmax attention": dict(kind="softmax"), "Log-Linear": dict(kind="log_linear")}
 GATED, DELTA = mixers("gated"), mixers("delta")
+
+
+def with_capacity(style, m):
+    """The mixers whose accuracy over M is asked for, by name."""
+    names = ("mass, routed", "fixed segments, routed with logits", "mass, routed with logits", "density, given (the paper)",
+             "fixed segments, routed")
+    found = {}
+    for name in names:
+        spec = dict(mixers(style)[f"{style}, {name}"], capacity=m)
+        found[f"{style}, {name}, M = {m}"] = dict(spec, segments=m) if spec.get("segments") else spec
+    return found
+
+
 CAPACITIES = {
-    name.replace(":", f", M = {m}"): dict(spec, capacity=m, **({"segments": m} if "fixed" in name else {}))
-    for m in (8, 16)
-    for name, spec in (
-        ("gated, mass, routed:", ours()), ("gated, fixed segments, routed:", ours()),
-        ("gated, fixed segments, routed with logits:", ours(read="routed_logits")),
-        ("gated, mass, routed with logits:", ours(read="routed_logits")),
-        ("gated, density, given (the paper):", ours(merge="density", read="given")),
-    )
+    name: spec for style in ("gated", "delta") for m in (8, 16) for name, spec in with_capacity(style, m).items()
 }
 WHAT_MATTERS = {
     "gated, mass, routed, tau 0": ours(tau=0.0),
@@ -99,18 +106,31 @@ WHAT_MATTERS = {
 }
 
 
-def first(table, count):
-    return dict(list(table.items())[:count])
+def named(style, *names):
+    """Of a recurrence's mixers, those of these names, in this order."""
+    table = {**mixers(style), **CAPACITIES}
+    return {f"{style}, {name}": table[f"{style}, {name}"] for name in names}
+
+
+FIXED, LOGITS = "fixed segments, routed with logits", "mass, routed with logits"
+MAIN = ("mass, routed", "one state", FIXED, "density, given (the paper)")
+FEWER = tuple(f"{name}, M = {m}" for m in (16, 8) for name in ("mass, routed", FIXED))
+
+
+def claims(style):
+    """What the claims about recall rest on: first what decides them."""
+    return {**named(style, *MAIN), **(OTHERS if style == "gated" else {}), **named(style, *FEWER, LOGITS)}
 
 
 # What is trained, in the order in which it is taken: every line for all its seeds.
 EXPERIMENTS = {
     f"{setting}/{name}": (setting, spec)
     for setting, table in (
-        ("recall64", {**first(GATED, 5), **OTHERS}), ("recall64", first(DELTA, 5)), ("bytes", {**first(GATED, 4), **OTHERS}),
-        ("needles", {**first(GATED, 5), **OTHERS}), ("recall64", CAPACITIES), ("recall64", WHAT_MATTERS),
-        ("recall128", {**first(GATED, 5), **OTHERS}), ("bytes", first(DELTA, 4)), ("recall64", GATED), ("recall64", DELTA),
-        ("needles", first(DELTA, 5)), ("bytes", GATED),
+        ("recall64", claims("gated")), ("recall64", claims("delta")),
+        ("needles", {**named("gated", *MAIN), **OTHERS}), ("bytes", {**named("gated", *MAIN), **OTHERS}),
+        ("recall64", CAPACITIES), ("recall64", WHAT_MATTERS), ("recall128", {**named("gated", *MAIN, LOGITS), **OTHERS}),
+        ("bytes", named("delta", *MAIN, LOGITS)), ("needles", named("delta", *MAIN, LOGITS)), ("recall64", GATED), ("recall64", DELTA),
+        ("needles", GATED), ("bytes", GATED),
     )
     for name, spec in table.items()
 }
@@ -330,6 +350,85 @@ def table(report):
     return "\n".join(lines) + "\n"
 
 
+def as_set(report):
+    """The report without runs of other settings than SETTINGS' own (--tiny, --steps, --rate)."""
+    def own(run):
+        setting, spec = EXPERIMENTS.get(run["name"], (None, None))
+        wanted = json.loads(json.dumps([dict(SETTINGS.get(setting, {}), dtype=run["settings"]["dtype"]), spec]))
+        return [run["settings"], run["mixer"]] == wanted
+
+    return dict(report, runs=[run for run in report["runs"] if own(run)])
+
+
+def ordered(label, runs, value, ours, other, lower=False):
+    """A line: what one mixer came to beside another, or that one was not run. `lower` is better, else higher."""
+    lacking = [name for name in (ours, other) if name not in runs]
+    if lacking:
+        return f"- {label}: not run ({', '.join(lacking)})"
+    a, b = ([value(run) for run in runs[name]] for name in (ours, other))
+    x, y = ([-n for n in values] if lower else values for values in (a, b))
+    verdict = "not ahead"
+    if statistics.fmean(x) > statistics.fmean(y):
+        verdict = "ahead" if min(x) > max(y) else "ahead in the mean, but the seeds overlap"
+    counts = f"{len(a)} and {len(b)}" if len(a) != len(b) else str(len(a))
+    return f"- {label}: {ours} {spread(a)}, {other} {spread(b)}: {verdict} (seeds: {counts})"
+
+
+def summary(report):
+    """For the README, Markdown: the claims one by one, the table, and what was not run."""
+    report = as_set(report)
+    if not report["runs"]:
+        return "Nothing has been run: there are no figures of this crate's own.\n"
+    most = str(max(SETTINGS["recall64"]["test_pairs"]))
+    recall64 = grouped(report, "recall64")
+
+    def accuracy(run):
+        return run["accuracy"][most]
+
+    lines = [f"Accuracy at {most} pairs, heads of 16, chance below 0.001; mean (least to most of the seeds).", ""]
+    for style in ("gated", "delta"):
+        best = f"{style}, mass, routed"
+        if best in recall64:
+            values = [accuracy(run) for run in recall64[best]]
+            met = "reached" if statistics.fmean(values) >= 0.85 else "not reached"
+            lines.append(f"- {best}, M = 30: {spread(values)}; 0.85 was aimed at: {met}")
+        lines.append(ordered(f"{style}, many states and one", recall64, accuracy, best, f"{style}, one state"))
+        if style == "gated":
+            lines.append(ordered("the fixed binary schedule", recall64, accuracy, best, "Log-Linear"))
+        lines.append(ordered(f"{style}, the paper's rule", recall64, accuracy, best, f"{style}, density, given (the paper)"))
+        for m in (30, 16, 8):
+            of = "" if m == 30 else f", M = {m}"
+            lines.append(ordered(f"{style}, fixed segments at M = {m}", recall64, accuracy, best + of, f"{style}, {FIXED}{of}"))
+    in_bytes, beside = grouped(report, "bytes"), ("gated, mass, routed", "gated, one state")
+    lines.append(ordered("bits a byte", in_bytes, lambda run: run["bits_per_byte"], *beside, lower=True))
+    lines.append(ordered("bits a byte of the last quarter", in_bytes, lambda run: run["bits_by_quarter"][-1], *beside, lower=True))
+    lines += ["", table(dict(report, left_out=[])).rstrip(), ""]
+    short = []
+    for name in EXPERIMENTS:
+        seeds = len({run["seed"] for run in report["runs"] if run["name"] == name})
+        if seeds < 3:
+            short.append((name, seeds))
+    if short:
+        lines.append(f"Of {len(EXPERIMENTS)} experiments {len(EXPERIMENTS) - len(short)} have three seeds; the rest:")
+        lines.append("")
+        for setting in SETTINGS:
+            of = [f"{name.split('/', 1)[1]} ({seeds})" if seeds else name.split("/", 1)[1]
+                  for name, seeds in short if name.startswith(setting + "/")]
+            if of:
+                lines.append(f"- {setting}, not run or (seeds) short of three: " + "; ".join(of))
+    lines += [f"- failed: {entry['name']}, seed {entry['seed']}: {entry['why']}" for entry in report["left_out"]]
+    return "\n".join(lines) + "\n"
+
+
+def put(path, name, text):
+    """Puts text between a file's marks `<!-- NAME: begin -->` and `<!-- NAME: end -->`."""
+    whole, marks = path.read_text(), [f"<!-- {name}: {at} -->" for at in ("begin", "end")]
+    if any(whole.count(mark) != 1 for mark in marks) or whole.index(marks[0]) > whole.index(marks[1]):
+        sys.exit(f"{path}: expected the line {marks[0]}, then {marks[1]}, each once")
+    before, after = whole.split(marks[0])[0], whole.split(marks[1])[1]
+    path.write_text(f"{before}{marks[0]}\n\n{text.strip()}\n\n{marks[1]}{after}")
+
+
 def plots(report, path):
     try:
         import matplotlib
@@ -395,6 +494,7 @@ def main():
     parser.add_argument("--activations", type=pathlib.Path, help=f"keep activations of '{KEPT}', seed 0, here (safetensors)")
     parser.add_argument("--activation-tokens", type=int, default=3072)
     parser.add_argument("--report", action="store_true", help="run nothing")
+    parser.add_argument("--readme", type=pathlib.Path, help="run nothing; put the summary between this file's marks")
     parser.add_argument("--list", action="store_true", help="names of the experiments")
     parser.add_argument("--run", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -404,6 +504,9 @@ def main():
         return
     if not names:
         sys.exit(f"--only: no experiment's name has {options.only!r}; --list names them")
+    if options.readme:
+        put(options.readme, "recall", summary(load(options.out)))
+        return
     if not options.report:
         import torch
 

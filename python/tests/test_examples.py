@@ -181,3 +181,59 @@ def test_training_lowers_the_loss():
     assert len(result["memory"]) == 1 and len(result["memory"][0]["slot_tokens_sorted"]) == 4
     assert sum(result["memory"][0]["slot_tokens_sorted"]) == pytest.approx(12, abs=0.5)
     assert set(result["read_best"]) == {"2"}
+
+
+def made_up(name, seed, accuracy=None, bits=None, **settings):
+    """A run as recall.py keeps it."""
+    setting, spec = recall.EXPERIMENTS[name]
+    found = {"accuracy": {str(n): accuracy for n in recall.SETTINGS[setting].get("test_pairs", ["test"])}}
+    if bits:
+        found.update(bits_per_byte=bits, bits_by_quarter=[bits] * 4)
+    settings = {**recall.SETTINGS[setting], "dtype": "bfloat16", **settings}
+    machine = {"card": "a card", "torch": "2", "date": "2026-01-01"}
+    run = {"name": name, "seed": seed, "settings": settings, "mixer": spec, "machine": machine, "tokens_per_s": 5, **found}
+    return recall.json.loads(recall.json.dumps(run))
+
+
+def test_the_summary_says_what_was_run_and_what_was_not():
+    ours, one, fixed = (f"recall64/gated, {name}" for name in ("mass, routed", "one state", recall.FIXED))
+    runs = [made_up(ours, seed, accuracy) for seed, accuracy in enumerate((0.8, 0.9, 0.91))]
+    runs += [made_up(one, 0, 0.25), made_up(fixed, 0, 0.85), made_up(fixed, 1, 0.6)]
+    runs += [made_up("bytes/gated, mass, routed", 0, 1.0, 1.6), made_up("bytes/gated, one state", 0, 1.0, 1.5)]
+    runs.append(made_up("recall64/softmax attention", 0, 0.9, steps=3))  # --steps: not of the set
+    text = recall.summary({"runs": runs, "left_out": [{"name": one, "seed": 1, "why": "it fell over"}]})
+    for line in (
+        "- gated, mass, routed, M = 30: 0.870 (0.800 to 0.910); 0.85 was aimed at: reached",
+        "- gated, many states and one: gated, mass, routed 0.870 (0.800 to 0.910), gated, one state 0.250: ahead (seeds: 3 and 1)",
+        "- gated, fixed segments at M = 30: gated, mass, routed 0.870 (0.800 to 0.910), gated, fixed segments, routed with logits"
+        " 0.725 (0.600 to 0.850): ahead in the mean, but the seeds overlap (seeds: 3 and 2)",
+        "- gated, fixed segments at M = 8: not run (gated, mass, routed, M = 8, gated, fixed segments, routed with logits, M = 8)",
+        "- bits a byte: gated, mass, routed 1.600, gated, one state 1.500: not ahead (seeds: 1)",
+        f"- failed: {one}, seed 1: it fell over",
+    ):
+        assert line in text.splitlines(), (line, text)
+    short = next(line for line in text.splitlines() if line.startswith("- recall64, not run"))
+    assert "one state (1)" in short and "softmax attention;" in short and "gated, mass, routed;" not in short
+    assert "Nothing has been run" in recall.summary({"runs": runs[-1:], "left_out": []})
+
+
+def test_what_is_put_into_a_file_replaces_what_was_there(tmp_path):
+    path = tmp_path / "a.md"
+    path.write_text("one\n<!-- recall: begin -->\nold\n<!-- recall: end -->\ntwo\n")
+    for text in ("new\n", "newer\n"):
+        recall.put(path, "recall", text)
+    assert path.read_text() == "one\n<!-- recall: begin -->\n\nnewer\n\n<!-- recall: end -->\ntwo\n"
+    with pytest.raises(SystemExit, match="peers: begin"):
+        recall.put(path, "peers", "x")
+
+
+def test_what_decides_the_claims_is_taken_first():
+    names = list(recall.EXPERIMENTS)
+    first = names[: len(recall.claims("gated"))]
+    for name in ("mass, routed", "one state", "density, given (the paper)", recall.FIXED, f"{recall.FIXED}, M = 16", f"{recall.FIXED}, M = 8"):
+        assert f"recall64/gated, {name}" in first
+    assert "recall64/softmax attention" in first
+    assert {spec["segments"] for _, spec in map(recall.EXPERIMENTS.get, first) if "segments" in spec} == {8, 16, 30}
+    after = [name.split("/")[0] for name in names[len(first):]]
+    assert all(name.startswith("recall64/delta") for name in names[len(first): len(first) + len(recall.claims("delta"))])
+    assert after.index("needles") < after.index("bytes") < after.index("recall128")

@@ -3,6 +3,7 @@
 mod ceiling;
 mod cuda;
 mod decode;
+mod picture;
 mod plot;
 mod sweep;
 
@@ -99,7 +100,7 @@ pub struct Args {
     #[arg(long, value_name = "F.json")]
     json: Option<PathBuf>,
     /// Draw the milliseconds of every stage here; of a sweep, time and throughput
-    #[arg(long, value_name = "F.svg")]
+    #[arg(long, value_name = "F.svg|F.png")]
     plot: Option<PathBuf>,
 }
 
@@ -394,8 +395,8 @@ pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
         bail!("--size: expected one size on this device, got {}", shapes.len());
     };
     let recipe = args.recipe(shape, DtypeArg::F32)?;
-    let output = |path: &Option<PathBuf>| path.as_deref().map(Output::at).transpose();
-    let (json, svg) = (output(&args.json)?, output(&args.plot)?);
+    let json = args.json.as_deref().map(Output::at).transpose()?;
+    let picture = args.plot.as_deref().map(picture::Picture::at).transpose()?;
     let repeats = args.repeats.into();
 
     let bar = common.progress(3 + 2 * (1 + u64::from(args.repeats)), "draw the input");
@@ -458,8 +459,8 @@ pub fn run(args: &Args, common: &Common) -> anyhow::Result<()> {
         text.push('\n');
         json.write(text.as_bytes())?;
     }
-    if let Some(svg) = svg {
-        svg.write(plot::svg(&report)?.as_bytes())?;
+    if let Some(picture) = picture {
+        picture.write(&plot::Bars::of(&report))?;
     }
     Ok(())
 }

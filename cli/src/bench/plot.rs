@@ -1,9 +1,10 @@
 //! The report as bars.
 
-use anyhow::anyhow;
+use plotters::coord::Shift;
 use plotters::prelude::*;
 use plotters::style::text_anchor::{HPos, Pos, VPos};
 
+use super::picture::Drawing;
 use super::{Extents, Report, Row};
 
 const BAR: i32 = 20;
@@ -13,26 +14,37 @@ const LEFT: i32 = 150;
 const RIGHT: i32 = 220;
 const WIDTH: i32 = 900;
 
-/// One bar a stage and one a pass, as long as its milliseconds, as an SVG.
-pub fn svg(report: &Report) -> anyhow::Result<String> {
-    // A step is a measure of another size: it stays in the table.
-    let rows: Vec<&Row> = report.rows.iter().filter(|row| row.pass != "step").collect();
-    let height = TOP + rows.len() as i32 * (BAR + GAP) + GAP;
-    let mut svg = String::new();
-    {
-        let root = SVGBackend::with_string(&mut svg, (WIDTH as u32, height as u32)).into_drawing_area();
-        draw(&root, report, &rows).map_err(|error| anyhow!("the plot cannot be drawn: {error}"))?;
-    }
-    Ok(svg)
+/// One bar a stage and one a pass, as long as its milliseconds.
+pub struct Bars<'a> {
+    report: &'a Report,
+    rows: Vec<&'a Row>,
 }
 
-type Area<'a> = DrawingArea<SVGBackend<'a>, plotters::coord::Shift>;
+impl<'a> Bars<'a> {
+    pub fn of(report: &'a Report) -> Self {
+        // A step is a measure of another size: it stays in the table.
+        Bars { report, rows: report.rows.iter().filter(|row| row.pass != "step").collect() }
+    }
+}
 
-fn draw(
-    root: &Area,
+impl Drawing for Bars<'_> {
+    fn size(&self) -> (u32, u32) {
+        (WIDTH as u32, (TOP + self.rows.len() as i32 * (BAR + GAP) + GAP) as u32)
+    }
+
+    fn draw<B: DrawingBackend>(
+        &self,
+        root: &DrawingArea<B, Shift>,
+    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+        draw(root, self.report, &self.rows)
+    }
+}
+
+fn draw<B: DrawingBackend>(
+    root: &DrawingArea<B, Shift>,
     report: &Report,
     rows: &[&Row],
-) -> Result<(), DrawingAreaErrorKind<<SVGBackend<'static> as DrawingBackend>::ErrorType>> {
+) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
     root.fill(&WHITE)?;
     let style = |size: i32| TextStyle::from(("sans-serif", size).into_font()).color(&BLACK);
     let Extents { batch, time, heads, value_heads, dk, dv } = report.shape;
@@ -71,5 +83,5 @@ fn draw(
         let text = format!("{:.2} ms, {:.1} GFLOP/s", row.ms, row.gflop_s);
         root.draw(&Text::new(text, (LEFT + length + GAP, top + BAR / 2), value))?;
     }
-    root.present()
+    Ok(())
 }

@@ -2,12 +2,13 @@
 
 use std::fmt::Write;
 
-use anyhow::{anyhow, ensure};
+use anyhow::ensure;
 use dla::check::Recipe;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 use serde::Serialize;
 
+use super::picture::{Drawing, Picture};
 use super::{Args, DtypeArg, Extents, Timed, ceiling, cuda, name, processor, rows};
 use crate::common::Common;
 use crate::cost::Work;
@@ -115,7 +116,7 @@ pub fn run(args: &Args, sweep: Sweep, gpu: bool, common: &Common) -> anyhow::Res
         recipes.push((value, sweep.recipe(args, dtype, value)?));
     }
     let json = args.json.as_deref().map(Output::at).transpose()?;
-    let svg = args.plot.as_deref().map(Output::at).transpose()?;
+    let picture = args.plot.as_deref().map(Picture::at).transpose()?;
     let mut report = Report {
         version: env!("CARGO_PKG_VERSION"),
         sweep: name(&sweep),
@@ -146,8 +147,8 @@ pub fn run(args: &Args, sweep: Sweep, gpu: bool, common: &Common) -> anyhow::Res
         text.push('\n');
         json.write(text.as_bytes())?;
     }
-    if let Some(svg) = svg {
-        svg.write(plot(&report)?.as_bytes())?;
+    if let Some(picture) = picture {
+        picture.write(&Curves::of(&report))?;
     }
     Ok(())
 }
@@ -273,45 +274,51 @@ const COLORS: [RGBColor; 4] =
 
 type Curve<'a> = (&'a str, RGBColor, Vec<&'a Point>);
 
-fn plot(report: &Report) -> anyhow::Result<String> {
-    let curves: Vec<Curve> = SERIES
-        .iter()
-        .zip(COLORS)
-        .map(|((pass, stage, label), color)| {
-            let of = report.points.iter().filter(|p| p.pass == *pass && p.stage == *stage);
-            (*label, color, of.collect::<Vec<_>>())
-        })
-        .filter(|(_, _, points)| !points.is_empty())
-        .collect();
-    let mut svg = String::new();
-    draw(&mut svg, report, &curves).map_err(|error| anyhow!("the plot cannot be drawn: {error}"))?;
-    Ok(svg)
+/// Time with its floor, and throughput, side by side.
+struct Curves<'a> {
+    report: &'a Report,
+    curves: Vec<Curve<'a>>,
 }
 
-type Failure = DrawingAreaErrorKind<<SVGBackend<'static> as DrawingBackend>::ErrorType>;
+impl<'a> Curves<'a> {
+    fn of(report: &'a Report) -> Self {
+        let curves = SERIES.iter().zip(COLORS).map(|((pass, stage, label), color)| {
+            let of = report.points.iter().filter(|p| p.pass == *pass && p.stage == *stage);
+            (*label, color, of.collect::<Vec<_>>())
+        });
+        Curves { report, curves: curves.filter(|(_, _, points)| !points.is_empty()).collect() }
+    }
+}
 
-fn draw(svg: &mut String, report: &Report, curves: &[Curve]) -> Result<(), Failure> {
-    let root = SVGBackend::with_string(svg, (1100, 460)).into_drawing_area();
-    root.fill(&WHITE)?;
-    let title = format!(
-        "{}: {} {} M = {}, {} reads, {}",
-        report.card, report.recurrence, report.merge, report.capacity, report.read, report.dtype
-    );
-    let root = root.titled(&title, ("sans-serif", 18))?;
-    let (left, right) = root.split_horizontally(550);
-    panel(&left, report, curves, "ms (dashed: floor)", |p| (p.ms, Some(p.floor_ms)))?;
-    panel(&right, report, curves, "million tokens x heads a second", |p| (p.million_token_heads_s, None))?;
-    root.present()
+impl Drawing for Curves<'_> {
+    fn size(&self) -> (u32, u32) {
+        (1100, 460)
+    }
+
+    fn draw<B: DrawingBackend>(
+        &self,
+        root: &DrawingArea<B, Shift>,
+    ) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
+        let Curves { report, curves } = self;
+        root.fill(&WHITE)?;
+        let title = format!(
+            "{}: {} {} M = {}, {} reads, {}",
+            report.card, report.recurrence, report.merge, report.capacity, report.read, report.dtype
+        );
+        let (left, right) = root.titled(&title, ("sans-serif", 18))?.split_horizontally(550);
+        panel(&left, report, curves, "ms (dashed: floor)", |p| (p.ms, Some(p.floor_ms)))?;
+        panel(&right, report, curves, "million tokens x heads a second", |p| (p.million_token_heads_s, None))
+    }
 }
 
 /// One value over what is swept, both axes logarithmic; with a floor where there is one.
-fn panel(
-    area: &DrawingArea<SVGBackend, Shift>,
+fn panel<B: DrawingBackend>(
+    area: &DrawingArea<B, Shift>,
     report: &Report,
     curves: &[Curve],
     label: &str,
     of: impl Fn(&Point) -> (f64, Option<f64>),
-) -> Result<(), Failure> {
+) -> Result<(), DrawingAreaErrorKind<B::ErrorType>> {
     let points = || curves.iter().flat_map(|(_, _, points)| points.iter());
     let around = |values: &mut dyn Iterator<Item = f64>| {
         let positive = values.filter(|x| *x > 0.0 && x.is_finite());
