@@ -47,6 +47,7 @@ SMALL_ERROR = {"E": (1, 80, 2, 16)}
 PASSES = ("forward", "forward_backward", "error", "decode")
 CAPACITY = 30
 SOFTMAX_CACHE = 8192
+NO_TIME = "no time left"
 SETS = 2  # inputs, taken in turn
 WARM_UP, REPEATS = 3, 11
 FLUSH_BYTES = 256 << 20
@@ -510,7 +511,10 @@ def table(report):
             if cells:
                 lines.append(f"| {peer} | " + " | ".join(cells.get(size, "") for size in sizes) + " |")
         lines.append("")
-    lines += [f"left out: {row['peer']}, {row['size']}, {row['pass']}: {row['why']}" for row in report["left_out"]]
+    late = [row for row in report["left_out"] if row["why"] == NO_TIME]
+    lines += [f"left out: {row['peer']}, {row['size']}, {row['pass']}: {row['why']}" for row in report["left_out"] if row not in late]
+    if late:
+        lines.append(f"left out: {len(late)} more, for which no time was left (`--more` goes on)")
     return "\n".join(lines) + "\n"
 
 
@@ -654,7 +658,7 @@ def main():
             entry = {"peer": peer, "size": size, "pass": name}
             seconds = min(options.seconds, end - clock.monotonic())
             if seconds <= 0:
-                found = {"why": "no time left"}
+                found = {"why": NO_TIME}
             else:
                 if peer not in children:
                     children[peer] = Child(peer, options.device)
