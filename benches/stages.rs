@@ -73,6 +73,45 @@ fn step(c: &mut Criterion) {
     group.finish();
 }
 
+/// Whole calls over tokens, slots, share of tokens that open a slot and size of a head.
+fn sweep(c: &mut Criterion) {
+    let base = || Recipe {
+        time: 512,
+        heads: 2,
+        value_heads: 2,
+        dk: 64,
+        dv: 64,
+        ..case(Recurrence::Gated, Read::Given).recipe
+    };
+    let mut recipes = vec![];
+    recipes.extend([128, 512, 2048].map(|time| (format!("T={time}"), Recipe { time, ..base() })));
+    recipes.extend([1, 8, 64].map(|capacity| {
+        let mut recipe = base();
+        recipe.options.capacity = capacity;
+        (format!("M={capacity}"), recipe)
+    }));
+    recipes
+        .extend([0.01, 0.1].map(|rate| (format!("rate={rate}"), Recipe { boundary_rate: rate, ..base() })));
+    recipes
+        .extend([16, 128].map(|width| (format!("heads={width}"), Recipe { dk: width, dv: width, ..base() })));
+    let mut group = c.benchmark_group("sweep");
+    group.sample_size(10).measurement_time(Duration::from_secs(1)).warm_up_time(Duration::from_millis(200));
+    for (name, recipe) in recipes {
+        let case = recipe.draw(1);
+        let problem = case.problem().expect("a drawn case is valid");
+        let events = cpu::Engine.forward(&problem).expect("a drawn case is valid").events;
+        let upstream = case.upstream();
+        group.throughput(Throughput::Elements((recipe.time * recipe.value_heads) as u64));
+        group.bench_function(BenchmarkId::new("forward", &name), |b| {
+            b.iter(|| cpu::Engine.forward(&problem).expect("a drawn case is valid"));
+        });
+        group.bench_function(BenchmarkId::new("backward", &name), |b| {
+            b.iter(|| cpu::Engine.backward(&problem, &events, &upstream).expect("a drawn case is valid"));
+        });
+    }
+    group.finish();
+}
+
 /// Rows of a server's cache, all slots held.
 fn decode(c: &mut Criterion) {
     let mut group = c.benchmark_group("decode");
@@ -102,5 +141,5 @@ fn decode(c: &mut Criterion) {
     group.finish();
 }
 
-criterion_group!(benches, stages, step, decode);
+criterion_group!(benches, stages, sweep, step, decode);
 criterion_main!(benches);
