@@ -81,6 +81,9 @@ impl<'a> Arrays<'a> {
     }
 }
 
+/// Launches a pass on a set of inputs.
+type Launch<'a> = &'a dyn Fn(usize) -> Result<(), Error>;
+
 fn duration(ms: f64) -> Duration {
     Duration::from_secs_f64(ms / 1e3)
 }
@@ -149,7 +152,7 @@ fn bench(c: &mut Criterion, engine: &Engine, name: &str, recipe: &Recipe, stages
         .measurement_time(Duration::from_millis(600));
     group.throughput(Throughput::Elements(per_token as u64));
     // A failed call ends the process with its message: what else is there to measure.
-    let passes: [(&str, &dyn Fn(usize) -> Result<(), Error>); 2] = [
+    let passes: [(&str, Launch); 2] = [
         ("forward", &|set| forward(set, None)),
         ("forward + backward", &|set| forward(set, None).and_then(|()| backward(set))),
     ];
