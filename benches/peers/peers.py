@@ -190,7 +190,9 @@ class LogLinear:
         self.op = importlib.import_module("fla.ops.log_linear_attn").chunk_log_linear_attn
 
     def call(self, x):
-        return self.op(x["q"], x["k"], x["v"], x["g"], x["level_scales"])[0]
+        # Its kernel multiplies the scales into scores of q's dtype and does not compile with others; its own scale is 1.
+        scales = x["level_scales"].to(x["q"].dtype)
+        return self.op(x["q"], x["k"], x["v"], x["g"], scales, scale=x["q"].shape[3] ** -0.5)[0]
 
     def exact(self, x, low):
         import torch
@@ -391,6 +393,12 @@ def error(peer, shape, device):
     return {"relative_error": {name: off(x, results[1][name]) for name, x in results[0].items()}}
 
 
+def said(reason):
+    """An error's first line, and its last: compilers begin with the place and end with the cause."""
+    lines = [line.strip() for line in str(reason).splitlines() if line.strip()] or [""]
+    return " ... ".join(dict.fromkeys((lines[0][:200], lines[-1][:200])))
+
+
 def child(options):
     """One peer: every size and pass that stdin names, a line of JSON each; a line back as each is done."""
     import torch
@@ -409,8 +417,7 @@ def child(options):
             else:
                 found = measure(peer, shape, name, timer, options.device)
         except Exception as reason:  # whatever a peer raises is a reason to leave it out, not to stop
-            why = (str(reason).splitlines() or [""])[0][:200]
-            found = {"why": f"{type(reason).__name__}: {why}"}
+            found = {"why": f"{type(reason).__name__}: {said(reason)}"}
         if options.device == "cuda":
             torch.cuda.empty_cache()  # the other peers need it
         print("\n" + MARK + json.dumps(found), flush=True)

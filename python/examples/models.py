@@ -46,19 +46,22 @@ def levels(time):
 
 
 class LogLinear(DynamicLinearAttention):
-    """Log-Linear Attention (arXiv 2506.04761), gated: flash-linear-attention's kernel on a GPU where it is installed, else the
-    masked matrix itself."""
+    """Log-Linear Attention (arXiv 2506.04761), gated: flash-linear-attention's kernel on a GPU where it is installed and takes heads
+    of such a size, else the masked matrix itself."""
 
     MASKED_TIME = 1024
 
     def mix(self, q, k, v, g, beta, lam, route, **_):
         q, k = F.normalize(q.float(), dim=-1).to(q.dtype), F.normalize(k.float(), dim=-1).to(k.dtype)
-        if q.is_cuda and self.kernel() is not None:
-            return self.kernel()(q, k, v, g, lam[..., : levels(q.shape[1])])[0].to(v.dtype), None
+        kernel = self.kernel() if q.is_cuda and q.shape[3] % 64 == 0 and v.shape[3] % 64 == 0 else None
+        if kernel is not None:
+            # The kernel multiplies the scales into scores of q's dtype; its own scale is 1.
+            scales = lam[..., : levels(q.shape[1])].to(q.dtype)
+            return kernel(q, k, v, g, scales, scale=q.shape[3] ** -0.5)[0].to(v.dtype), None
         time = q.shape[1]
         if time > self.MASKED_TIME:
             raise NotImplementedError(
-                f"Log-Linear Attention of {time} tokens: expected flash-linear-attention on a GPU beyond {self.MASKED_TIME}"
+                f"Log-Linear Attention of {time} tokens: expected flash-linear-attention on a GPU and heads of multiples of 64 beyond {self.MASKED_TIME}"
             )
         at = torch.arange(time, device=q.device)
         level = torch.frexp((at[:, None] ^ at).float()).exponent.long()  # bits of the difference

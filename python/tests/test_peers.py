@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 PEERS = ROOT / "benches" / "peers" / "peers.py"
 sys.path.insert(0, str(PEERS.parent))
@@ -34,6 +36,31 @@ def test_the_verdict_is_of_what_was_run():
     slower = report()
     slower["rows"][0]["ms"] = 4.0
     assert "- Log-Linear Attention is not 8 times as slow as dla gated at S1" in peers.verdict(slower).splitlines()
+
+
+def test_a_reason_has_the_cause_too():
+    assert peers.said(ValueError("at 1:2:\n  some code\n  ^\ntypes differ\n")) == "at 1:2: ... types differ"
+    assert peers.said(ValueError("short")) == "short" and peers.said(ValueError()) == ""
+
+
+def test_log_linear_is_called_as_its_reference_computes():
+    """By a stand-in for its kernel that takes what the kernel takes."""
+    torch = pytest.importorskip("torch")
+    low = peers.draw((1, 48, 2, 16), 3, "cpu")
+
+    def op(q, k, v, g, scales, scale=1.0):
+        assert scales.dtype == q.dtype == v.dtype == torch.bfloat16
+        exact = {name: x.double() for name, x in low.items()}
+        return (recurrence(dict(exact, level_scales=scales.double())) * scale * q.shape[3] ** 0.5,)
+
+    def recurrence(x):
+        return peers.LogLinear.exact(None, x, low)
+
+    peer = peers.LogLinear.__new__(peers.LogLinear)
+    peer.op = op
+    expected = recurrence({name: x.double() for name, x in low.items()})
+    error = (peer.call(low) - expected).norm() / expected.norm()
+    assert error < 4e-3, error
 
 
 def test_it_is_put_between_the_marks(tmp_path):
