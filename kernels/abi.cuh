@@ -426,7 +426,7 @@ struct GroupSumParams {
     const void* q;     // [B,T,H,dk], read under qk_l2norm
     const void* k;
     const float* d_q;  // [W, HV, C, dk]
-    const float* d_k;
+    const float* d_k;  // or null: dk is not written
     void* dq;          // [B,T,H,dk] out
     void* dk;          // [B,T,H,dk] out
     int64_t from, to;

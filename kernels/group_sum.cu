@@ -1,6 +1,6 @@
 // group_sum: what value heads of a group give to the q and k that they share, summed in f32 in the heads' order; through
-// qk_l2norm, y = f x, f = (|x|^2 + eps)^-1/2: dx = f (dy - y (y . dy)); rounded once. One block of 256 threads per chunk of
-// the window and key head, a warp a token.
+// qk_l2norm, y = f x, f = (|x|^2 + eps)^-1/2: dx = f (dy - y (y . dy)); rounded once. Of q alone where dk has been left by what
+// computed it. One block of 256 threads per chunk of the window and key head, a warp a token.
 //
 // head_sums: sums over all tokens that chunks have left in parts (of dslope, dbias, dtau), in f64. One block of 256 threads
 // per value head: every 256th chunk is a thread's, then threads in pairs, always in the same order.
@@ -24,6 +24,7 @@ DEVICE void group_sum(const GroupSumParams& p) {
         const int64_t at = chunk.row.key_at(chunk.first + t) * dk + column;
 #pragma unroll
         for (int which = 0; which < 2; which++) {
+            if (which && !p.d_k) continue;
             const float* const from = (which ? p.d_k : p.d_q) + (chunk.kept * C + t) * dk + column;
             float sum[8] = {};
             for (int head = 0; head < group && inside; head++) {

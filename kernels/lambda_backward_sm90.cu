@@ -7,8 +7,9 @@
 // from what every slice of dk leaves of q_t . (S_j do_t) (scan_queries_sm90).
 //
 // One block of 256 threads per chunk of 64 tokens and value head. Sums over slices by place, then over the places of a slot,
-// always in the same order. Shared memory (bytes): 64 (8 (S + 1) + S) for S places, 1,088 more. Floor: bytes; it reads 4 S dk / 8 a
-// token: at S3, M = 30 1.1 GB, 0.36 ms where it comes from memory, and a window's may still be in L2. Not timed.
+// always in the same order. Shared memory (bytes): 64 (8 (S + 4) + S) for S places, 1,088 more. Floor: bytes; it reads 4 S dk / 8 a
+// token: at S3, M = 30 1.1 GB, 0.36 ms where it comes from memory, and a window's may still be in L2. Measured on an H100 when places
+// were read one at a time and slices after the first barrier: 0.87 ms; not timed since.
 
 #include "common/chunk.cuh"
 
@@ -17,12 +18,13 @@ namespace {
 
 DEVICE void lambda_backward_sm90(const LambdaBackwardSm90Params& p) {
     constexpr int C = Bf16::CHUNK;
+    constexpr int MINE = C * 32 / 4 / THREADS;  // fours of places of a thread, of 32 places at most
     const Extents& e = p.extents;
     const WindowChunk chunk = chunk_of_block(e, blockIdx.x, p.from, p.to, C);
     if (chunk.len == 0) return;
     const Row& row = chunk.row;
     const int64_t first = chunk.first, index = chunk.kept;
-    const int len = chunk.len, capacity = e.capacity, slots = p.slots, pitch = slots + 1;
+    const int len = chunk.len, capacity = e.capacity, slots = p.slots, quads = slots / 4, pitch = slots + 4;
     const int warp = warp_index(), lane = lane_index(), thread = threadIdx.x;
 
     Carve carve{dynamic_shared()};
@@ -52,33 +54,35 @@ DEVICE void lambda_backward_sm90(const LambdaBackwardSm90Params& p) {
         const float norm = norm_factor(static_cast<const Bf16*>(p.q) + row.key_at(first + t) * e.dk, e.dk, p.qk_l2norm);
         if (lane == 0) factor[t] = p.scale * norm;
     }
+    // Sums over slices, as the weights stand: by 16 tokens, four places, half, row.
+    const auto token_of = [&](int i) { return i / 16 / quads * 16 + i % 16; };
+    const auto live = [&](int i) { return i < C * quads && token_of(i) < len; };
+    const int64_t step = p.places * e.value_heads * C * slots;
+    const float* from = p.d_reads + index * C * slots + thread * 4;
+    float4 sums[MINE] = {}, squares[MINE] = {};
+#pragma unroll 4
+    for (int slice = 0; slice < p.slices; slice++, from += step)
+#pragma unroll
+        for (int n = 0; n < MINE; n++) {
+            if (!live(n * THREADS + thread)) continue;
+            const float4 x = *reinterpret_cast<const float4*>(from + n * THREADS * 4);
+            float4 &sum = sums[n], &of_slices = squares[n];
+            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
+            of_slices.x += x.x * x.x, of_slices.y += x.y * x.y, of_slices.z += x.z * x.z, of_slices.w += x.w * x.w;
+        }
     __syncthreads();
     if (thread < len) factor[thread] *= expf(value(gamma[thread]));
     __syncthreads();
-
-    // As the weights stand: by 16 tokens, four places, half, row.
-    const int64_t step = p.places * e.value_heads * C * slots;
-    const int quads = slots / 4;
-    for (int i = thread; i < C * quads; i += THREADS) {
-        const int g = i % 8, half = i / 8 % 2, quad = i / 16 % quads, t = i / 16 / quads * 16 + half * 8 + g;
-        if (t >= len) continue;
-        const float* from = p.d_reads + index * C * slots + i * 4;
-        float4 sum = make_float4(0, 0, 0, 0), squares = make_float4(0, 0, 0, 0);
-#pragma unroll 4
-        for (int slice = 0; slice < p.slices; slice++, from += step) {
-            const float4 x = *reinterpret_cast<const float4*>(from);
-            sum.x += x.x, sum.y += x.y, sum.z += x.z, sum.w += x.w;
-            squares.x += x.x * x.x, squares.y += x.y * x.y, squares.z += x.z * x.z, squares.w += x.w * x.w;
-        }
-        const float* const decay = entry_factor + quad * 4;
-        float* const to = by_place + t * pitch + quad * 4;
-        float* const to_squares = squares_of + t * pitch + quad * 4;
-        const float sums[4] = {sum.x, sum.y, sum.z, sum.w}, of_slices[4] = {squares.x, squares.y, squares.z, squares.w};
 #pragma unroll
-        for (int n = 0; n < 4; n++) {
-            const float x = factor[t] * decay[n];
-            to[n] = sums[n] * x, to_squares[n] = of_slices[n] * (x * x);
-        }
+    for (int n = 0; n < MINE; n++) {
+        const int i = n * THREADS + thread;
+        if (!live(i)) continue;
+        const int t = token_of(i), quad = i / 16 % quads;
+        const float4 decay = *reinterpret_cast<const float4*>(entry_factor + quad * 4);
+        const float x = factor[t] * decay.x, y = factor[t] * decay.y, z = factor[t] * decay.z, w = factor[t] * decay.w;
+        *reinterpret_cast<float4*>(by_place + t * pitch + quad * 4) = make_float4(sums[n].x * x, sums[n].y * y, sums[n].z * z, sums[n].w * w);
+        *reinterpret_cast<float4*>(squares_of + t * pitch + quad * 4) =
+            make_float4(squares[n].x * (x * x), squares[n].y * (y * y), squares[n].z * (z * z), squares[n].w * (w * w));
     }
     __syncthreads();
 
@@ -89,8 +93,16 @@ DEVICE void lambda_backward_sm90(const LambdaBackwardSm90Params& p) {
         for (int i = lane; i < p.lambda_columns || i < capacity; i += 32) {
             // Slot i, and where it stands.
             float sum = 0, of_slices = 0;
-            for (int place = 0; place < slots; place++)
-                if (slot_of[t * slots + place] == i) sum += by_place[t * pitch + place], of_slices += squares_of[t * pitch + place];
+#pragma unroll 4
+            for (int quad = 0; quad < quads; quad++) {
+                const uint32_t at = *reinterpret_cast<const uint32_t*>(slot_of + t * slots + quad * 4);
+                const float4 x = *reinterpret_cast<const float4*>(by_place + t * pitch + quad * 4);
+                const float4 y = *reinterpret_cast<const float4*>(squares_of + t * pitch + quad * 4);
+                const float of_places[4] = {x.x, x.y, x.z, x.w}, their_squares[4] = {y.x, y.y, y.z, y.w};
+#pragma unroll
+                for (int n = 0; n < 4; n++)
+                    if (static_cast<int>(at >> 8 * n & 0xff) == i) sum += of_places[n], of_slices += their_squares[n];
+            }
             const bool present = i < count;
             const int column = present ? column_of(e, i, count) : i;
             if (present) {

@@ -441,6 +441,12 @@ impl Backward {
         self.hopper.as_ref().map_or(self.geometry.bank_bytes(), |hopper| hopper.bank_bytes(&self.geometry))
     }
 
+    /// Whether Hopper's scan leaves dK as it is asked for: nothing more is added to it, no heads share a key, no norm is between.
+    fn keys_at_once(&self) -> bool {
+        let adds = self.routed || self.through_open || self.soft.is_some();
+        self.hopper.is_some() && !adds && !self.qk_l2norm && self.shape.heads == self.shape.value_heads
+    }
+
     /// Whether sequences are packed. One sequence of all tokens is not, whatever says so.
     fn packed(&self) -> bool {
         self.shape.sequences != self.shape.batch
@@ -485,7 +491,7 @@ impl Backward {
         let d_total = take(portable, &[8, slices, places, heads])?;
         let d_v = take(soft || open, &[4, places, heads, chunk, g.dv])?;
         let d_q = take(always, &[4, places, heads, chunk, g.dk])?;
-        let d_k = take(always, &[4, places, heads, chunk, g.dk])?;
+        let d_k = take(!self.keys_at_once(), &[4, places, heads, chunk, g.dk])?;
         let d_slots = take(routed, &[4, places, heads, chunk, capacity])?;
         let key_bank = take(routed, &[4, places, heads, capacity, g.dk])?;
         let exits = take(routed, &[places, heads, 64 + chunk])?;
@@ -1170,7 +1176,7 @@ impl<'a> Pass<'a> {
         launcher.launch(BackwardKernel::SegmentLogBackward, rows, &params)
     }
 
-    /// Gradients of q and k: over a group's value heads, through their norm.
+    /// Gradients of q and k, where that is not given already: over a group's value heads, through their norm.
     fn group_sum(&self, window: &Range<usize>, launcher: &mut impl Launcher) -> Result<()> {
         let layout = &self.plan.layout;
         let params = GroupSumParams {
@@ -1178,7 +1184,7 @@ impl<'a> Pass<'a> {
             q: self.inputs.q,
             k: self.inputs.k,
             d_q: self.at(layout.d_q),
-            d_k: self.at(layout.d_k),
+            d_k: if self.plan.keys_at_once() { 0 } else { self.at(layout.d_k) },
             dq: self.gradients.q,
             dk: self.gradients.k,
             from: window.start as i64,

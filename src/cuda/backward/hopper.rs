@@ -148,13 +148,13 @@ impl Hopper {
                 (scan.name(), "scan_backward_sm90", scan.threads(), scan.shared_bytes())
             }
             LambdaBackwardSm90 => {
-                let shared_bytes = 64 * (8 * (slots + 1) + slots) + 1_088;
+                let shared_bytes = 64 * (8 * (slots + 4) + slots) + 1_088;
                 ("lambda_backward_sm90".to_owned(), "lambda_backward_sm90", 256, shared_bytes)
             }
-            EndAnchorsSm90 => ("end_anchors_sm90".to_owned(), "g_backward_sm90", 256, 2_048),
-            AnchorsSm90 => ("anchors_sm90".to_owned(), "g_backward_sm90", 256, 2_048),
+            EndAnchorsSm90 => ("end_anchors_sm90".to_owned(), "g_backward_sm90", 256, 64),
+            AnchorsSm90 => ("anchors_sm90".to_owned(), "g_backward_sm90", 256, 64),
             GFlowSm90 => ("g_flow_sm90".to_owned(), "g_backward_sm90", 256, 0),
-            GBackwardSm90 => ("g_backward_sm90".to_owned(), "g_backward_sm90", 256, 2_048 + 48 * MOST_CHUNKS),
+            GBackwardSm90 => ("g_backward_sm90".to_owned(), "g_backward_sm90", 256, 64 + 56 * MOST_CHUNKS),
             _ => return None,
         })
     }
@@ -377,9 +377,13 @@ impl Pass<'_> {
     ) -> Result<()> {
         let (layout, at) = (&self.plan.layout, &self.plan.layout.hopper);
         let which = usize::from(exchanged);
-        let in_f32 = exchanged || self.plan.soft.is_some() || self.plan.through_open;
+        let in_f32 = match exchanged {
+            true => !self.plan.keys_at_once(),
+            false => self.plan.soft.is_some() || self.plan.through_open,
+        };
         let out = match (exchanged, in_f32) {
-            (true, _) => self.at(layout.d_k),
+            (true, true) => self.at(layout.d_k),
+            (true, false) => self.gradients.k,
             (false, true) => self.at(layout.d_v),
             (false, false) => self.gradients.v,
         };
