@@ -105,6 +105,11 @@ class Block(nn.Module):
         return x + self.down(F.silu(gate) * up)
 
 
+def places(targets):
+    """Of targets [B,T], the places that are asked for, among B x T."""
+    return (targets != -100).flatten().nonzero().squeeze(1)
+
+
 class Model(nn.Module):
     """Embedding, blocks, norm, and logits by the embedding's transpose."""
 
@@ -141,11 +146,14 @@ class Model(nn.Module):
             x = block(x)
         return self.norm(x)
 
-    def loss(self, tokens, targets):
-        """Cross entropy of the targets that are asked for, and their logits and values. Other logits are never made."""
-        asked = targets != -100
-        logits = F.linear(self.hidden(tokens)[asked], self.embedding.weight).float()
-        return F.cross_entropy(logits, targets[asked]), logits, targets[asked]
+    def loss(self, tokens, targets, asked=None):
+        """Cross entropy of the targets that are asked for, and their logits and values. Other logits are never made. `asked`: the
+        places of those targets among all, where they are known."""
+        if asked is None:
+            asked = places(targets)
+        logits = F.linear(self.hidden(tokens).flatten(0, 1)[asked], self.embedding.weight).float()
+        wanted = targets.flatten()[asked]
+        return F.cross_entropy(logits, wanted), logits, wanted
 
     def layers_of_ours(self):
         return [block.mix for block in self.blocks if isinstance(block.mix, Dla)]

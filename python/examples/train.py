@@ -6,7 +6,7 @@ import time as clock
 
 import tasks
 import torch
-from models import Model
+from models import Model, places
 
 
 def learning_rate(step, steps, peak, warm_up):
@@ -58,6 +58,35 @@ class Task:
             yield "test", of(lambda g: tasks.windows(g, self.text[1], size, s["time"], self.device))
 
 
+class Graphed:
+    """A function of tensors whose shapes stay as they are: called plainly a few times, then captured in a CUDA graph and replayed.
+    Steps of so small a model are bound by launches otherwise."""
+
+    PLAIN = 3
+
+    def __init__(self, function):
+        self.function, self.calls, self.graph = function, 0, None
+        self.stream = torch.cuda.Stream()
+
+    def __call__(self, *given):
+        self.calls += 1
+        if self.calls <= self.PLAIN:
+            self.stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(self.stream):
+                found = self.function(*given)
+            torch.cuda.current_stream().wait_stream(self.stream)
+            return found
+        if self.graph is None:
+            self.given = [x.clone() for x in given]
+            self.graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(self.graph, stream=self.stream):
+                self.found = self.function(*self.given)
+        for kept, x in zip(self.given, given):
+            kept.copy_(x)
+        self.graph.replay()
+        return self.found
+
+
 def train(settings, spec, seed, device="cpu", until=math.inf, say=lambda text: None):
     """settings: recall.py, SETTINGS; spec: a mixer of recall.py, MIXERS. `until`: time.monotonic() to be done by; training that
     would pass it raises TimeoutError. Returns the result, to be written as JSON, and the model."""
@@ -70,12 +99,15 @@ def train(settings, spec, seed, device="cpu", until=math.inf, say=lambda text: N
     ).draw(seed).to(device)
     plain = [x for x in model.parameters() if x.ndim < 2 or getattr(x, "_no_weight_decay", False)]
     kept = {id(x) for x in plain}
+    on_gpu = torch.device(device).type == "cuda"
+    # A graph's kernels read the rate from memory.
+    rate = torch.tensor(settings["rate"], device=device) if on_gpu else settings["rate"]
     optimizer = torch.optim.AdamW(
         [
             {"params": [x for x in model.parameters() if id(x) not in kept], "weight_decay": 0.1},
             {"params": plain, "weight_decay": 0.0},
         ],
-        lr=settings["rate"], betas=(0.9, 0.98), fused=torch.device(device).type == "cuda",
+        lr=rate, betas=(0.9, 0.98), fused=on_gpu, capturable=on_gpu,
     )
     half = settings["dtype"] == "bfloat16"
 
@@ -83,8 +115,19 @@ def train(settings, spec, seed, device="cpu", until=math.inf, say=lambda text: N
         return torch.autocast(torch.device(device).type, torch.bfloat16) if half else contextlib.nullcontext()
 
     def synchronize():
-        if torch.device(device).type == "cuda":
+        if on_gpu:
             torch.cuda.synchronize()
+
+    def update(tokens, targets, asked):
+        with cast():
+            loss, _, _ = model.loss(tokens, targets, asked)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        return loss.detach()
+
+    step_of = Graphed(update) if on_gpu else update
 
     generator, curve, steps = task.generator(seed), [], settings["steps"]
     training_from = None
@@ -92,15 +135,14 @@ def train(settings, spec, seed, device="cpu", until=math.inf, say=lambda text: N
         if step == min(10, steps // 2):  # what comes first is slower
             synchronize()
             training_from = (clock.monotonic(), step)
+        now = learning_rate(step, steps, settings["rate"], settings["warm_up"])
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, settings["rate"], settings["warm_up"])
+            if on_gpu:
+                group["lr"].fill_(now)
+            else:
+                group["lr"] = now
         tokens, targets = task.batch(generator)
-        with cast():
-            loss, _, _ = model.loss(tokens, targets)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
+        loss = step_of(tokens, targets, places(targets))
         if step % max(steps // 20, 1) == 0 or step == steps - 1:
             value = loss.item()
             curve.append([step, round(value, 4)])
