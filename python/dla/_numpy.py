@@ -116,7 +116,7 @@ def _prepare(q, k, v, g, beta, lam, route, scale, capacity, tau, merge, state, c
     )
     settings = _call.options(
         q.shape[-1] if q.ndim else 1, delta=beta is not None, routed=slope is not None, merge=merge, slot_order=order,
-        capacity=capacity, qk_l2norm=l2norm, tau=float(tau), scale=scale, soft=soft,
+        capacity=capacity, qk_l2norm=l2norm, tau=tau, scale=scale, soft=soft,
     )
     if state is not None:
         dtypes = (np.float32, np.uint32, np.uint32, np.uint32, np.float32, np.float32)

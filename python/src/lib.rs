@@ -512,19 +512,7 @@ impl Prepared {
         let (wanted, d_first) = of_backward(&self.written(outputs)?);
         let (place, arguments) = (self.place(stream, workspace), twelve(&all));
         let (settings, extents) = (self.settings, self.extents);
-        backward(
-            py,
-            settings,
-            place,
-            extents,
-            arguments,
-            six(&all),
-            d_o,
-            d_last,
-            kept,
-            wanted,
-            d_first,
-        )?;
+        backward(py, settings, place, extents, arguments, six(&all), d_o, d_last, kept, wanted, d_first)?;
         Ok(true)
     }
 }

@@ -61,7 +61,7 @@ _STATE_DTYPES = (torch.float32, torch.int32, torch.int32, torch.int32, torch.flo
 _f32 = torch.float32
 
 
-def _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, state):
+def _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, state, called="initial_state"):
     """The eighteen tensors in the dtypes that the operator takes, and the tau of every head. What is no tensor stays."""
     if not isinstance(q, torch.Tensor):
         raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
@@ -87,7 +87,7 @@ def _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, state):
     if state is None:
         state = _NO_STATE
     elif not isinstance(state, (tuple, list)) or len(state) != 6:
-        raise TypeError(f"state: expected a State, got {_told(state)}")
+        raise TypeError(f"{called}: expected a State, got {_told(state)}")
     return (
         q, k, v, _float(g), _float(beta), _float(lam), slope, bias, logits, per_head, events, cu_seqlens, *state
     ), number
@@ -178,7 +178,7 @@ def dla(
 
     Returns o [B,T,HV,dv], dtype of q, and the final `State`, or None where it is not wanted.
     """
-    soft = None if soft is None else tuple(soft)
+    soft = tuple(soft) if isinstance(soft, list) else soft
     tensors, number = _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, initial_state)
 
     def options():
@@ -193,7 +193,11 @@ def dla(
             "eager forward", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, soft, output_final_state,
             return_log, enabled, *described,
         )
-        plan = _op.planned(key)
+        try:
+            plan = _op.planned(key)
+        except TypeError:
+            # An option that cannot be looked up: the check has its name.
+            plan = None
         if plan is None:
             checked = _check(tensors, number, **options())
             differentiated = enabled and any(x is not None and x.requires_grad for x in tensors)
@@ -232,9 +236,11 @@ def step(
 
     Returns o [B,1,HV,dv] and the state.
     """
-    if q.ndim == 4 and q.shape[1] != 1:
+    if isinstance(q, torch.Tensor) and q.ndim == 4 and q.shape[1] != 1:
         raise ValueError(f"q: expected shape [B,T,H,dk] with T = 1 for a step, got {tuple(q.shape)}")
-    tensors, number = _convert(q, k, v, g, beta, lam, route, tau, events, None, state)
+    if state is None:
+        raise TypeError("state: expected a State, got None")
+    tensors, number = _convert(q, k, v, g, beta, lam, route, tau, events, None, state, "state")
 
     def options():
         return dict(
@@ -244,7 +250,11 @@ def step(
     described = _op.plainly_described(tensors)
     if described is not None:
         key = ("eager step", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, *described)
-        plan = _op.planned(key)
+        try:
+            plan = _op.planned(key)
+        except TypeError:
+            # An option that cannot be looked up: the check has its name.
+            plan = None
         if plan is None:
             plan = _op.remember(key, _op.StepPlan(tensors, *_check(tensors, number, **options()), False))
         (o,) = plan.run(tensors)

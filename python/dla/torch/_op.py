@@ -271,6 +271,16 @@ def _tau(number, heads, device):
     return found
 
 
+def _site(x):
+    """Device of a tensor, its index, whether it is a GPU."""
+    return x.device, x.device.index, x.is_cuda
+
+
+def _maker(dtype, device):
+    """Makes tensors not filled, by shape: of one without elements, sooner than torch.empty."""
+    return torch.empty(0, dtype=dtype, device=device).new_empty
+
+
 class _Prepared:
     """What calls of the same tensors' shapes and options share: where they run, and the library's own record of them.
 
@@ -284,15 +294,14 @@ class _Prepared:
         self.options = options = _options(codes, numbers)
         self.shape = e = _extents(q, v, tensors[5], tensors[8], tensors[11], options.capacity)
         self.present = tuple(i for i, x in enumerate(tensors) if x is not None)
-        self.device, self.index, self.cuda = q.device, q.device.index, q.is_cuda
+        self.device, self.index, self.cuda = _site(q)
         with torch.no_grad():
-            # Without elements: from them, others of their dtype are made sooner than by torch.empty.
-            models = {x: torch.empty(0, dtype=x, device=q.device) for x in {dtype for _, _, dtype in written}}
-            self.room = torch.empty(0, dtype=torch.uint8, device=q.device)
+            makers = {x: _maker(x, q.device) for x in {torch.uint8, *(dtype for _, _, dtype in written)}}
             self.tau = _tau(numbers[0], e.value_heads, q.device) if self.cuda and tensors[9] is None else None
-        self.outputs = [(models[dtype].new_empty, shape) for _, shape, dtype in written]
+        self.room = makers[torch.uint8]
+        self.outputs = [(makers[dtype], shape) for _, shape, dtype in written]
         self.places = tuple(i for i, _, _ in written)
-        sizes = [(i, shape.numel() * dtype.itemsize) for i, shape, dtype in ((i, torch.Size(s), d) for i, s, d in written)]
+        sizes = [(i, torch.Size(shape).numel() * dtype.itemsize) for i, shape, dtype in written]
         given = [(i, x.nbytes) for i, x in enumerate(tensors) if x is not None]
         beside = [(i, x.nbytes) for i, x in enumerate(upstream) if x is not None]
         native = Prepared(
@@ -318,7 +327,7 @@ class _Prepared:
         if size is None:
             size = self.bytes = self.query(stream)
         # Free for what comes later on this stream: the allocator keeps to the stream's order.
-        workspace = self.room.new_empty(size)
+        workspace = self.room(size)
         return self.call(stream, (workspace.data_ptr(), size), *arrays)
 
 
@@ -330,7 +339,7 @@ class Plan(_Prepared):
         options = _options(codes, numbers)
         e = _extents(tensors[0], tensors[2], tensors[5], tensors[8], tensors[11], options.capacity)
         # What the backward takes of the forward is there as well.
-        keeps = differentiated and tensors[0].is_cuda
+        keeps = differentiated and _site(tensors[0])[2]
         self.keeps = (keeps and (options.soft or final_state), keeps and options.routed)
         per_token = e.per_token()
         shapes = [
