@@ -203,9 +203,12 @@ def dla(
             differentiated = enabled and any(x is not None and x.requires_grad for x in tensors)
             plan = _op.remember(key, _op.Plan(tensors, *checked, output_final_state, return_log, differentiated))
         if plan.differentiated:
-            o, drift, log, weights, *last = _op.Direct.apply(plan, *[x for x in tensors if x is not None])
+            outputs = _op.direct(plan, *[x for x in tensors if x is not None])
         else:
-            o, drift, log, weights, *last = plan.run(tensors)
+            outputs = plan.run(tensors)
+        if not output_final_state and not return_log:
+            return outputs[0], None
+        o, drift, log, weights, *last = plan.ten(outputs)
     else:
         codes, numbers = _check(tensors, number, **options())
         o, drift, log, weights, *last = torch.ops.dla.forward(*tensors, codes, numbers, output_final_state)

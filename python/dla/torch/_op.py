@@ -153,7 +153,7 @@ def _forward(*args):
         ("forward", *codes, *numbers, final_state, *described(tensors)),
         lambda: Plan(tensors, codes, numbers, final_state, True, True),
     )
-    return _whole(tensors[0], plan.run(tuple(tensors)))
+    return _whole(tensors[0], plan.ten(plan.run(tuple(tensors))))
 
 
 def _forward_fake(*args):
@@ -284,16 +284,17 @@ def _maker(dtype, device):
 class _Prepared:
     """What calls of the same tensors' shapes and options share: where they run, and the library's own record of them.
 
-    `present`: places of the tensors that there are; `upstream`: what a backward takes beside them; `written`: place, shape
-    and dtype of all that a call writes.
+    `present`: places of the tensors that there are, in the order in which calls give them (who gives all eighteen, None among
+    them, gives them by place); `upstream`: what a backward takes beside them; `written`: place, shape and dtype of all that
+    a call writes.
     """
 
-    def __init__(self, kind, tensors, codes, numbers, written, upstream=()):
+    def __init__(self, kind, tensors, codes, numbers, written, upstream=(), present=None):
         q, v = tensors[0], tensors[2]
         self.codes, self.numbers = codes, numbers
         self.options = options = _options(codes, numbers)
         self.shape = e = _extents(q, v, tensors[5], tensors[8], tensors[11], options.capacity)
-        self.present = tuple(i for i, x in enumerate(tensors) if x is not None)
+        self.present = present or tuple(i for i, x in enumerate(tensors) if x is not None)
         self.device, self.index, self.cuda = _site(q)
         with torch.no_grad():
             makers = {x: _maker(x, q.device) for x in {torch.uint8, *(dtype for _, _, dtype in written)}}
@@ -302,7 +303,7 @@ class _Prepared:
         self.outputs = [(makers[dtype], shape) for _, shape, dtype in written]
         self.places = tuple(i for i, _, _ in written)
         sizes = [(i, torch.Size(shape).numel() * dtype.itemsize) for i, shape, dtype in written]
-        given = [(i, x.nbytes) for i, x in enumerate(tensors) if x is not None]
+        given = [(i, tensors[i].nbytes) for i in self.present]
         beside = [(i, x.nbytes) for i, x in enumerate(upstream) if x is not None]
         native = Prepared(
             (options.codes, options.numbers), (1, self.index) if self.cuda else (0, 0), (_DTYPES[q.dtype], tuple(e)),
@@ -355,14 +356,24 @@ class Plan(_Prepared):
         written = [(i, shape, _OUTPUT_DTYPES[i] or dtype) for i, shape in enumerate(shapes) if shape is not None]
         super().__init__("forward", tensors, codes, numbers, written)
         self.differentiated = differentiated
-        self.silent = tuple(i for i in (1, 2, 3, 5, 6, 7) if shapes[i] is not None)
+        # Among what is written: what has no gradient, the log and what else is kept, what may have one.
+        self.silent = tuple(n for n, i in enumerate(self.places) if i in (1, 2, 3, 5, 6, 7))
+        at = {i: n for n, i in enumerate(self.places)}
+        # The backward replays the log. The caller's own is among the tensors.
+        self.log = None if 10 in self.present or not differentiated else at[2]
+        self.kept = tuple(at[i] if keep else None for i, keep in zip((1, 3), self.keeps))
+        self.upstream = tuple(at.get(i) for i in (0, 4, 8, 9))
         self.backwards = {}
 
     def run(self, tensors):
-        """`tensors`: those that are present, in order, or all. Ten outputs, None where there is none."""
+        """`tensors`: those that are present, in order, or all. What is written."""
         outputs = tuple([empty(shape) for empty, shape in self.outputs])
         if not self.launch(tensors, outputs):
             self.launch(tuple([_ready(x) for x in tensors]), outputs)
+        return outputs
+
+    def ten(self, outputs):
+        """Of what is written, the ten outputs, None where there is none."""
         found = [None] * 10
         for i, x in zip(self.places, outputs):
             found[i] = x
@@ -373,10 +384,10 @@ class BackwardPlan(_Prepared):
     """A backward that gives the gradients `wanted`; of what is given beside the tensors (the gradients of o and of the
     state, what was kept of the forward) only whether it is there matters here."""
 
-    def __init__(self, tensors, codes, numbers, wanted, upstream):
+    def __init__(self, tensors, codes, numbers, wanted, upstream, present=None):
         of = (*tensors[:10], tensors[12], tensors[16], tensors[17])
         written = [(i, x.shape, x.dtype) for i, (x, want) in enumerate(zip(of, wanted)) if want and x is not None]
-        super().__init__("backward", tensors, codes, numbers, written, upstream)
+        super().__init__("backward", tensors, codes, numbers, written, upstream, present)
 
     def run(self, tensors, upstream):
         """`tensors`: those that are present, in order, or all; six `upstream`. Thirteen gradients, None where not wanted."""
@@ -420,34 +431,53 @@ class Direct(torch.autograd.Function):
     def forward(ctx, plan, *tensors):
         outputs = plan.run(tensors)
         ctx.plan = plan
-        # The backward replays the log; that it was given or computed is all one.
-        drift, weights = plan.keeps
-        ctx.save_for_backward(outputs[2], outputs[1] if drift else None, outputs[3] if weights else None, *tensors)
+        log, (drift, weights) = plan.log, plan.kept
+        ctx.save_for_backward(
+            *tensors, *(() if log is None else (outputs[log],)), None if drift is None else outputs[drift],
+            None if weights is None else outputs[weights],
+        )
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(outputs[i] for i in plan.silent))
-        return tuple(outputs)
+        ctx.mark_non_differentiable(*[outputs[i] for i in plan.silent])
+        return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *d):
-        plan, (log, drift, lam, *saved) = ctx.plan, ctx.saved_tensors
-        tensors, needs = [None] * 18, [False] * 18
-        for i, x, need in zip(plan.present, saved, ctx.needs_input_grad[1:]):
-            tensors[i], needs[i] = x, need
-        tensors[10] = log
-        wanted, upstream = _asked(tensors, plan.codes, plan.numbers, needs, *d)
+        # once_differentiable asks for a mode that is off already where nobody differentiates twice.
+        return _twice_refused(ctx, *d) if torch.is_grad_enabled() else _direct_backward(ctx, *d)
+
+
+def _direct_backward(ctx, *d):
+    plan, (*tensors, drift, lam) = ctx.plan, ctx.saved_tensors
+    d_o, d_states, d_open, d_keys = [None if i is None else d[i] for i in plan.upstream]
+    needs = ctx.needs_input_grad
+    own = None
+    if not torch.compiler.is_compiling():
+        key = (needs, d_states is None, d_open is None, d_keys is None)
+        own = plan.backwards.get(key)
+    if own is None or d_o is None:
+        present = plan.present if plan.log is None else (*plan.present, 10)
+        all_needs, whole = [False] * 18, [None] * 18
+        for i, need in zip(plan.present, needs[1:]):
+            all_needs[i] = need
+        for i, x in zip(present, tensors):
+            whole[i] = x
+        none = (None,) * 3
+        wanted, upstream = _asked(whole, plan.codes, plan.numbers, all_needs, d_o, *none, d_states, *none, d_open, d_keys)
+        d_o = upstream[0]
         if torch.compiler.is_compiling():
-            found = torch.ops.dla.backward(*upstream, drift, lam, *tensors, plan.codes, plan.numbers, wanted)
-            found = [x if want else None for x, want in zip(found, wanted)]
-        else:
-            upstream = (*upstream, drift, lam)
-            key = (*wanted, *[x is None for x in upstream])
-            own = plan.backwards.get(key)
-            if own is None:
-                own = plan.backwards[key] = BackwardPlan(tensors, plan.codes, plan.numbers, wanted, upstream)
-            found = own.run(tuple(tensors), upstream)
-        found = _of_tensors(found)
-        return (None, *(found[i] for i in plan.present))
+            found = torch.ops.dla.backward(*upstream, drift, lam, *whole, plan.codes, plan.numbers, wanted)
+            found = _of_tensors([x if want else None for x, want in zip(found, wanted)])
+            return (None, *(found[i] for i in plan.present))
+        if own is None:
+            own = BackwardPlan(whole, plan.codes, plan.numbers, wanted, (*upstream, drift, lam), present)
+            plan.backwards[key] = own
+    found = _of_tensors(own.run(tuple(tensors), (d_o, d_states, d_open, d_keys, drift, lam)))
+    return (None, *[found[i] for i in plan.present])
+
+
+_twice_refused = torch.autograd.function.once_differentiable(_direct_backward)
+# Function.apply without its questions of functorch, which are answered: there is none.
+direct = super(torch.autograd.Function, Direct).apply
 
 
 for _name, _kernel, _fake in (
