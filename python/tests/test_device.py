@@ -337,7 +337,7 @@ def emulated_torch(device, monkeypatch):
 
     monkeypatch.setattr(_op, "_site", lambda x: (x.device, 0, True))
     monkeypatch.setattr(_op, "_maker", lambda dtype, device: lambda shape: memory((shape,) if isinstance(shape, int) else shape, dtype))
-    monkeypatch.setattr(_op, "_tau", lambda number, heads, device: moved(torch.full((heads,), number)))
+    monkeypatch.setattr(_op, "_tau", lambda number, heads, device, may_make: moved(torch.full((heads,), number)))
     monkeypatch.setattr(_op, "_raw_stream", lambda index: 0)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0)
     yield torch, dla.torch, moved

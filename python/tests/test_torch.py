@@ -296,6 +296,30 @@ def test_a_known_plan_is_of_the_same_call_alone():
     assert (first == o).all() and (call(case, given)[0] == o).all()
 
 
+def test_tensors_that_outlived_their_transform():
+    case = Case(43, delta=False, routed=False, time=5)
+    given = tensors(case, "cpu")
+    expected, kept = call(case, given)[0], []
+
+    def keep(x):
+        kept.append(x * 1)
+        return kept[0].sum()
+
+    torch.func.grad(keep)(given["v"])
+    assert (call(case, {**given, "v": kept[0]})[0] == expected).all()
+    q = given["q"].clone().requires_grad_()
+    found = [torch.autograd.grad(call(case, {**given, "q": q, "v": v})[0].sum(), q)[0] for v in (kept[0], given["v"])]
+    assert (found[0] == found[1]).all()
+
+
+def test_twice_is_refused():
+    case = Case(44, delta=False, routed=False, time=5)
+    given = tensors(case, "cpu", grad=True)
+    (d,) = torch.autograd.grad(call(case, given)[0].square().sum(), given["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        d.sum().backward()
+
+
 STYLES = [("delta", "routed_logits", "mass"), ("mamba2", "given", "density"), ("delta", "routed", "mass")]
 
 

@@ -201,7 +201,7 @@ def dla(
         if plan is None:
             checked = _check(tensors, number, **options())
             differentiated = enabled and any(x is not None and x.requires_grad for x in tensors)
-            plan = _op.remember(key, _op.Plan(tensors, *checked, output_final_state, return_log, differentiated))
+            plan = _op.remember(key, _op.Plan(tensors, *checked, output_final_state, return_log, differentiated, True))
         if plan.differentiated:
             outputs = _op.direct(plan, *[x for x in tensors if x is not None])
         else:
@@ -259,7 +259,7 @@ def step(
             # An option that cannot be looked up: the check has its name.
             plan = None
         if plan is None:
-            plan = _op.remember(key, _op.StepPlan(tensors, *_check(tensors, number, **options()), False))
+            plan = _op.remember(key, _op.StepPlan(tensors, *_check(tensors, number, **options()), False, True))
         (o,) = plan.run(tensors)
     else:
         codes, numbers = _check(tensors, number, **options())

@@ -94,6 +94,8 @@ def _whole(q, outputs):
 
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 _modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+# A tensor that outlived its transform is a plain one by its type.
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
 
 # Plans of calls. Where shapes are ever new, all are forgotten at once.
 _plans = {}
@@ -140,7 +142,7 @@ def plainly_described(tensors):
     for x in tensors:
         if x is None:
             found.append(None)
-        elif type(x) in _PLAIN:
+        elif type(x) in _PLAIN and not _wrapped(x):
             found += (x.shape, x.dtype, x.device, x.requires_grad)
         else:
             return None
@@ -258,16 +260,20 @@ _taus = {}
 _MOST_TAUS = 256
 
 
-def _tau(number, heads, device):
-    """A tensor of `heads` times the number, or None: the library fills its own."""
+def _tau(number, heads, device, may_make):
+    """A tensor of `heads` times the number, or None: the library fills its own. `may_make`: this is no compiled graph's call,
+    whose memory is not ours to keep."""
     key = (number, heads, device)
     found = _taus.get(key)
-    # A capture would not fill it now.
-    if found is None and len(_taus) < _MOST_TAUS and not torch.cuda.is_current_stream_capturing():
-        found = torch.full((heads,), number, dtype=torch.float32, device=device)
+    if found is not None or not may_make or len(_taus) >= _MOST_TAUS:
+        return found
+    with torch.cuda.device(device):
+        # A capture would not fill it now.
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        found = _taus[key] = torch.full((heads,), number, dtype=torch.float32, device=device)
         # Other streams read it too.
-        torch.cuda.current_stream(device).synchronize()
-        _taus[key] = found
+        torch.cuda.current_stream().synchronize()
     return found
 
 
@@ -286,10 +292,10 @@ class _Prepared:
 
     `present`: places of the tensors that there are, in the order in which calls give them (who gives all eighteen, None among
     them, gives them by place); `upstream`: what a backward takes beside them; `written`: place, shape and dtype of all that
-    a call writes.
+    a call writes; `eager`: the direct path's.
     """
 
-    def __init__(self, kind, tensors, codes, numbers, written, upstream=(), present=None):
+    def __init__(self, kind, tensors, codes, numbers, written, upstream=(), present=None, eager=False):
         q, v = tensors[0], tensors[2]
         self.codes, self.numbers = codes, numbers
         self.options = options = _options(codes, numbers)
@@ -298,7 +304,7 @@ class _Prepared:
         self.device, self.index, self.cuda = _site(q)
         with torch.no_grad():
             makers = {x: _maker(x, q.device) for x in {torch.uint8, *(dtype for _, _, dtype in written)}}
-            self.tau = _tau(numbers[0], e.value_heads, q.device) if self.cuda and tensors[9] is None else None
+            self.tau = _tau(numbers[0], e.value_heads, q.device, eager) if self.cuda and tensors[9] is None else None
         self.room = makers[torch.uint8]
         self.outputs = [(makers[dtype], shape) for _, shape, dtype in written]
         self.places = tuple(i for i, _, _ in written)
@@ -336,7 +342,7 @@ class Plan(_Prepared):
     """A forward. `want_log`: the log, drift and routed read weights are results too; `differentiated`: a backward may take
     them."""
 
-    def __init__(self, tensors, codes, numbers, final_state, want_log, differentiated):
+    def __init__(self, tensors, codes, numbers, final_state, want_log, differentiated, eager=False):
         options = _options(codes, numbers)
         e = _extents(tensors[0], tensors[2], tensors[5], tensors[8], tensors[11], options.capacity)
         # What the backward takes of the forward is there as well.
@@ -354,7 +360,7 @@ class Plan(_Prepared):
             shapes[9] = None
         dtype = tensors[0].dtype
         written = [(i, shape, _OUTPUT_DTYPES[i] or dtype) for i, shape in enumerate(shapes) if shape is not None]
-        super().__init__("forward", tensors, codes, numbers, written)
+        super().__init__("forward", tensors, codes, numbers, written, eager=eager)
         self.differentiated = differentiated
         # Among what is written: what has no gradient, the log and what else is kept, what may have one.
         self.silent = tuple(n for n, i in enumerate(self.places) if i in (1, 2, 3, 5, 6, 7))
@@ -387,7 +393,8 @@ class BackwardPlan(_Prepared):
     def __init__(self, tensors, codes, numbers, wanted, upstream, present=None):
         of = (*tensors[:10], tensors[12], tensors[16], tensors[17])
         written = [(i, x.shape, x.dtype) for i, (x, want) in enumerate(zip(of, wanted)) if want and x is not None]
-        super().__init__("backward", tensors, codes, numbers, written, upstream, present)
+        # Only the direct path has an order of its own.
+        super().__init__("backward", tensors, codes, numbers, written, upstream, present, present is not None)
 
     def run(self, tensors, upstream):
         """`tensors`: those that are present, in order, or all; six `upstream`. Thirteen gradients, None where not wanted."""
@@ -405,13 +412,13 @@ class BackwardPlan(_Prepared):
 class StepPlan(_Prepared):
     """A step, which changes its state in place. `want_log`: drift and the log are results too."""
 
-    def __init__(self, tensors, codes, numbers, want_log):
+    def __init__(self, tensors, codes, numbers, want_log, eager=False):
         q, v = tensors[0], tensors[2]
         per_token = (q.shape[0], q.shape[1], v.shape[2])
         written = [(0, (*per_token, v.shape[3]), q.dtype)]
         if want_log:
             written += [(1, per_token, torch.float32), (2, per_token, torch.uint8)]
-        super().__init__("step", tensors, codes, numbers, written)
+        super().__init__("step", tensors, codes, numbers, written, eager=eager)
 
     def run(self, tensors):
         """`tensors`: all eighteen. o, and with the log drift and events."""
