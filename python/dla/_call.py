@@ -40,6 +40,28 @@ class Options(NamedTuple):
         return self.numbers[2] != 0.0
 
 
+def _several(x) -> str:
+    return f"{len(x)} of them" if isinstance(x, (tuple, list)) else type(x).__name__
+
+
+def route(given) -> tuple:
+    """Slope, bias and logits, or None for each."""
+    if given is None:
+        return (None, None, None)
+    if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+        raise TypeError(f"route: expected (slope, bias) or (slope, bias, logits), got {_several(given)}")
+    return (*given, None)[:3]
+
+
+def state(name: str, given) -> tuple:
+    """The six arrays of a state that is given."""
+    if not isinstance(given, (tuple, list)) or len(given) != len(STATE):
+        raise TypeError(f"{name}: expected a State, got {_several(given)}")
+    if given[0] is None:
+        raise ValueError("state.states: missing")
+    return tuple(given)
+
+
 def _number(name: str, x) -> float:
     if isinstance(x, str):
         raise TypeError(f"{name}: expected a number, got {x!r}")

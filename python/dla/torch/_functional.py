@@ -71,9 +71,7 @@ def _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, state, calle
         q, k, v = (x.to(dtype) if isinstance(x, torch.Tensor) else x for x in (q, k, v))
     slope = bias = logits = per_head = None
     if route is not None:
-        if not isinstance(route, (tuple, list)) or len(route) not in (2, 3):
-            raise TypeError(f"route: expected (slope, bias) or (slope, bias, logits), got {_told(route)}")
-        slope, bias, logits = (*route, None)[:3]
+        slope, bias, logits = _call.route(route)
         slope, bias, logits = _float(slope), _float(bias), _float(logits)
     if isinstance(tau, torch.Tensor):
         number = 0.0
@@ -84,10 +82,7 @@ def _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, state, calle
         raise TypeError(f"tau: expected a number or a tensor, got {type(tau).__name__}")
     if cu_seqlens is not None and getattr(cu_seqlens, "dtype", None) is torch.int32:
         cu_seqlens = cu_seqlens.to(torch.int64)
-    if state is None:
-        state = _NO_STATE
-    elif not isinstance(state, (tuple, list)) or len(state) != 6:
-        raise TypeError(f"{called}: expected a State, got {_told(state)}")
+    state = _NO_STATE if state is None else _call.state(called, state)
     return (
         q, k, v, _float(g), _float(beta), _float(lam), slope, bias, logits, per_head, events, cu_seqlens, *state
     ), number
@@ -99,10 +94,6 @@ _any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
 
 def _float(x):
     return x if x is None or getattr(x, "dtype", _f32) is _f32 else x.to(_f32)
-
-
-def _told(x):
-    return f"{len(x)} of them" if isinstance(x, (tuple, list)) else type(x).__name__
 
 
 def _check(tensors, number, **options):
