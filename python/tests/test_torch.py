@@ -12,6 +12,7 @@ from conftest import Case, assert_close, cases, error
 from test_numpy import GRADIENTS, SPELLED
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+import torch.utils.checkpoint  # noqa: E402
 
 import dla.torch as D  # noqa: E402
 from dla.torch import _functional, _op  # noqa: E402
@@ -312,6 +313,34 @@ def test_tensors_that_outlived_their_transform():
     assert (found[0] == found[1]).all()
 
 
+@device
+def test_checkpointing_and_hooks_of_saved_tensors(device):
+    """What the backward takes may come back as other tensors, laid out otherwise."""
+    case = Case(45, delta=True, routed=True, time=40)
+    given = tensors(case, device, grad=True)
+    expected = torch.autograd.grad(call(case, given)[0].square().sum(), list(given.values()))
+
+    def work(*values):
+        return call(case, dict(zip(given, values)))[0]
+
+    o = torch.utils.checkpoint.checkpoint(work, *given.values(), use_reentrant=False)
+    found = torch.autograd.grad(o.square().sum(), list(given.values()))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.cpu(), lambda x: torch.stack([x, x], -1)[..., 0].to(device)):
+        o = work(*given.values())
+    hooked = torch.autograd.grad(o.square().sum(), list(given.values()))
+    for name, x, y, z in zip(given, expected, found, hooked):
+        assert (x == y).all() and (x == z).all(), f"d{name}"
+
+
+def test_forward_mode_is_refused():
+    case = Case(46, delta=False, routed=False, time=5)
+    given = tensors(case, "cpu")
+    with torch.autograd.forward_ad.dual_level():
+        v = torch.autograd.forward_ad.make_dual(given["v"], torch.ones_like(given["v"]))
+        with pytest.raises(NotImplementedError, match="v: not expected with a tangent"):
+            call(case, {**given, "v": v})
+
+
 def test_twice_is_refused():
     case = Case(44, delta=False, routed=False, time=5)
     given = tensors(case, "cpu", grad=True)
@@ -487,7 +516,7 @@ def test_the_calls_own_time():
     codes, numbers = _functional._check(
         arguments, number, merge="density", slot_order="oldest_first", capacity=30, qk_l2norm=False, scale=None, soft=None
     )
-    q, plan = given["q"], _op.Plan(arguments, codes, numbers, False, False, False)
+    q, plan = given["q"], _op.Plan(arguments, codes, numbers, False, False, False, True)
     outputs = tuple(empty(shape) for empty, shape in plan.outputs)
     stream = torch.cuda.current_stream().cuda_stream
     workspace = torch.empty(plan.query(stream), dtype=torch.uint8, device="cuda")

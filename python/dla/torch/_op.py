@@ -1,6 +1,7 @@
 """The operators `dla::forward`, `dla::backward` and `dla::step` of torch.library, on CPU and CUDA tensors."""
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _call
 from .._native import Prepared
@@ -129,6 +130,14 @@ def described(tensors):
     return found
 
 
+def _refuse_tangents(tensors):
+    """The dispatcher would drop them without a word."""
+    names = (*_call.ARGUMENTS, *(f"state.{name}" for name in _call.STATE))
+    for name, x in zip(names, tensors):
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name}: not expected with a tangent; there are no forward-mode derivatives")
+
+
 def plainly_described(tensors):
     """The same, and which want a gradient, where nothing but eager autograd looks at these tensors: no compiler, mode,
     transform or subclass; else None."""
@@ -138,6 +147,8 @@ def plainly_described(tensors):
         or _transform() is not None
     ):
         return None
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
     found = []
     for x in tensors:
         if x is None:
