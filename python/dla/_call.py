@@ -62,7 +62,7 @@ def state(name: str, given) -> tuple:
     return tuple(given)
 
 
-def _number(name: str, x) -> float:
+def number(name: str, x) -> float:
     if isinstance(x, str):
         raise TypeError(f"{name}: expected a number, got {x!r}")
     try:
@@ -86,15 +86,15 @@ def options(dk, *, delta, routed, merge, slot_order, capacity, qk_l2norm, tau, s
         raise ValueError(f"capacity: expected 1 to 64 slots, got {capacity!r}")
     if soft is not None and not (isinstance(soft, (tuple, list)) and len(soft) == 2):
         raise TypeError(f"soft: expected (temperature, whether through the drift), got {soft!r}")
-    temperature, through_drift = (0.0, False) if soft is None else (_number("soft", soft[0]), bool(soft[1]))
-    tau = _number("tau", tau)
+    temperature, through_drift = (0.0, False) if soft is None else (number("soft", soft[0]), bool(soft[1]))
+    tau = number("tau", tau)
     if soft is not None and not (temperature > 0.0 and math.isfinite(temperature)):
         raise ValueError(f"soft: expected a finite temperature above 0, got {temperature!r}")
     if math.isnan(tau):
         raise ValueError("tau: expected a number, got nan")
     if scale is None:
         scale = 1.0 / math.sqrt(dk) if dk > 0 else 1.0
-    elif not math.isfinite(_number("scale", scale)):
+    elif not math.isfinite(number("scale", scale)):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
     return Options(
         (int(delta), merges[merge], int(routed), orders[slot_order], capacity, int(bool(qk_l2norm)), int(through_drift)),

@@ -223,7 +223,7 @@ def test_errors_name_the_argument(path, monkeypatch):
     refused(TypeError, "q: expected a tensor", {"q": [1.0]})
     for name in ("k", "v", "g", "lam"):
         refused(TypeError, f"{name}: expected a tensor, got list", {name: [1.0]})
-    refused(TypeError, "tau: expected a number or a tensor", tau="0.6")
+    refused(TypeError, "tau: expected a number", tau="0.6")
     refused(TypeError, "scale: expected a number", scale="1")
     refused(TypeError, "merge: expected a string", merge=["mass"])
     refused(TypeError, "soft: expected", soft=0.1)
@@ -289,6 +289,7 @@ def test_a_known_plan_is_of_the_same_call_alone():
     ):
         with pytest.raises((TypeError, ValueError), match=text):
             call(case, {**given, **change})
+    assert (call(case, given, tau=np.float32(0.6))[0] == call(case, given, tau=float(np.float32(0.6)))[0]).all()
     # Whether it wants a gradient is no check's affair, and yet another plan.
     o, _ = call(case, {**given, "v": given["v"].clone().requires_grad_()})
     assert o.requires_grad and not call(case, given)[0].requires_grad

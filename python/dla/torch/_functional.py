@@ -76,10 +76,8 @@ def _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, state, calle
     if isinstance(tau, torch.Tensor):
         number = 0.0
         per_head = _float(tau.expand(v.shape[2]) if tau.ndim == 0 and isinstance(v, torch.Tensor) and v.ndim == 4 else tau)
-    elif isinstance(tau, (float, int)):
-        number = float(tau)
     else:
-        raise TypeError(f"tau: expected a number or a tensor, got {type(tau).__name__}")
+        number = tau if type(tau) is float else _call.number("tau", tau)
     if cu_seqlens is not None and getattr(cu_seqlens, "dtype", None) is torch.int32:
         cu_seqlens = cu_seqlens.to(torch.int64)
     state = _NO_STATE if state is None else _call.state(called, state)

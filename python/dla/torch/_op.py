@@ -141,11 +141,7 @@ def _refuse_tangents(tensors):
 def plainly_described(tensors):
     """The same, and which want a gradient, where nothing but eager autograd looks at these tensors: no compiler, mode,
     transform or subclass; else None."""
-    if (
-        torch.compiler.is_compiling()
-        or _modes() > 0
-        or _transform() is not None
-    ):
+    if torch.compiler.is_compiling() or _modes() > 0 or _transform() is not None:
         return None
     if forward_ad._current_level >= 0:
         _refuse_tangents(tensors)
