@@ -287,7 +287,7 @@ pub(crate) unsafe fn forward(parsed: &Parsed<'_>, arguments: &Arguments, results
     let (inputs, outputs) = (raw_inputs(parsed, arguments, tau), rest.outputs(results, base));
     // SAFETY: the plan is of this engine's GPU; the arrays have the bytes that their extents say; the rest the caller
     // of the C function answers for.
-    unsafe { stream.engine.launch(&plan, &inputs, &outputs, (base, plan.workspace_bytes()), None) }?;
+    unsafe { stream.engine.launch(&plan, &inputs, &outputs, (base, rest.bytes), None) }?;
     Ok(())
 }
 
@@ -411,7 +411,7 @@ pub(crate) unsafe fn backward(
     let base = workspace(parsed, bytes)?;
     raw.inputs.tau = stream.tau(parsed, arguments, tau, room.map(|at| base + at as u64))?;
     let RawBackward { inputs, forward, upstream, gradients } = &raw;
-    let room = (base, plan.workspace_bytes());
+    let room = (base, bytes);
     // SAFETY: as in `forward`; that the log is of these arguments the caller of the C function answers for.
     unsafe { stream.engine.launch_replay(&plan, inputs, forward, upstream, gradients, room) }?;
     Ok(())
@@ -439,7 +439,7 @@ pub(crate) unsafe fn step(
     let base = workspace(parsed, rest.bytes)?;
     let tau = stream.tau(parsed, arguments, tau, rest.tau.map(|at| base + at as u64))?;
     let (inputs, outputs) = (raw_inputs(parsed, arguments, tau), rest.outputs(results, base));
-    let room = (base, plan.workspace_bytes());
+    let room = (base, rest.bytes);
     // SAFETY: as in `forward`.
     unsafe { stream.engine.launch_step(&plan, &inputs, &outputs, &raw_cache(cache), room) }?;
     Ok(())

@@ -40,24 +40,61 @@ class Options(NamedTuple):
         return self.numbers[2] != 0.0
 
 
+def _several(x) -> str:
+    return f"{len(x)} of them" if isinstance(x, (tuple, list)) else type(x).__name__
+
+
+def route(given) -> tuple:
+    """Slope, bias and logits, or None for each."""
+    if given is None:
+        return (None, None, None)
+    if not isinstance(given, (tuple, list)) or len(given) not in (2, 3):
+        raise TypeError(f"route: expected (slope, bias) or (slope, bias, logits), got {_several(given)}")
+    return (*given, None)[:3]
+
+
+def state(name: str, given) -> tuple:
+    """The six arrays of a state that is given."""
+    if not isinstance(given, (tuple, list)) or len(given) != len(STATE):
+        raise TypeError(f"{name}: expected a State, got {_several(given)}")
+    if given[0] is None:
+        raise ValueError("state.states: missing")
+    return tuple(given)
+
+
+def number(name: str, x) -> float:
+    if isinstance(x, str):
+        raise TypeError(f"{name}: expected a number, got {x!r}")
+    try:
+        return float(x)
+    except TypeError:
+        raise TypeError(f"{name}: expected a number, got {type(x).__name__}") from None
+
+
 def options(dk, *, delta, routed, merge, slot_order, capacity, qk_l2norm, tau, scale, soft) -> Options:
     """Options from what the frameworks' functions take. `tau` is a number; `soft` None or (temperature, through drift)."""
     merges = {"density": 0, "mass": 1}
     orders = {"oldest_first": 0, "newest_first": 1}
+    for name, x in (("merge", merge), ("slot_order", slot_order)):
+        if not isinstance(x, str):
+            raise TypeError(f"{name}: expected a string, got {type(x).__name__}")
     if merge not in merges:
         raise ValueError(f"merge: expected one of {', '.join(merges)}, got {merge!r}")
     if slot_order not in orders:
         raise ValueError(f"slot_order: expected one of {', '.join(orders)}, got {slot_order!r}")
     if isinstance(capacity, bool) or not isinstance(capacity, int) or not 1 <= capacity <= 64:
         raise ValueError(f"capacity: expected 1 to 64 slots, got {capacity!r}")
-    temperature, through_drift = (0.0, False) if soft is None else soft
+    if soft is not None and not (isinstance(soft, (tuple, list)) and len(soft) == 2):
+        raise TypeError(f"soft: expected (temperature, whether through the drift), got {soft!r}")
+    temperature, through_drift = (0.0, False) if soft is None else (number("soft", soft[0]), bool(soft[1]))
+    tau = number("tau", tau)
     if soft is not None and not (temperature > 0.0 and math.isfinite(temperature)):
         raise ValueError(f"soft: expected a finite temperature above 0, got {temperature!r}")
     if math.isnan(tau):
         raise ValueError("tau: expected a number, got nan")
     if scale is None:
         scale = 1.0 / math.sqrt(dk) if dk > 0 else 1.0
-    elif not math.isfinite(scale):
+    elif not math.isfinite(number("scale", scale)):
         raise ValueError(f"scale: expected a finite number, got {scale!r}")
     return Options(
         (int(delta), merges[merge], int(routed), orders[slot_order], capacity, int(bool(qk_l2norm)), int(through_drift)),

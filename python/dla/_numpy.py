@@ -102,9 +102,8 @@ def _prepare(q, k, v, g, beta, lam, route, scale, capacity, tau, merge, state, c
     if q.dtype.name not in _call.DTYPES:
         raise TypeError(f"q: expected dtype {', '.join(_call.DTYPES)}, got {q.dtype.name}")
     k, v = _array("k", k, q.dtype), _array("v", v, q.dtype)
-    route = (None, None, None) if route is None else (*route, None, None)[:3]
     names = _call.ARGUMENTS[6:9]
-    slope, bias, logits = (_array(name, x, np.float32) for name, x in zip(names, route))
+    slope, bias, logits = (_array(name, x, np.float32) for name, x in zip(names, _call.route(route)))
     if (slope is None) != (bias is None):
         raise ValueError(f"{names[0] if slope is None else names[1]}: missing; reads are routed")
     per_head = None
@@ -116,11 +115,12 @@ def _prepare(q, k, v, g, beta, lam, route, scale, capacity, tau, merge, state, c
     )
     settings = _call.options(
         q.shape[-1] if q.ndim else 1, delta=beta is not None, routed=slope is not None, merge=merge, slot_order=order,
-        capacity=capacity, qk_l2norm=l2norm, tau=float(tau), scale=scale, soft=soft,
+        capacity=capacity, qk_l2norm=l2norm, tau=tau, scale=scale, soft=soft,
     )
     if state is not None:
         dtypes = (np.float32, np.uint32, np.uint32, np.uint32, np.float32, np.float32)
-        state = tuple(_array(f"state.{name}", x, dtype) for name, x, dtype in zip(_call.STATE, state, dtypes))
+        given = zip(_call.STATE, _call.state("initial_state", state), dtypes)
+        state = tuple(_array(f"state.{name}", x, dtype) for name, x, dtype in given)
     shape = [None if x is None else x.shape for x in arguments]
     extents = _call.extents(shape, None if state is None else [None if x is None else x.shape for x in state], settings)
     return _Prepared(settings, extents, q.dtype, arguments, state)

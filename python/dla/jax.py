@@ -214,10 +214,17 @@ def _words(offsets):
 def _as(name, x, dtype):
     if x is None:
         return None
-    x = jnp.asarray(x)
+    x = _array(name, x)
     if x.dtype != dtype:
         raise TypeError(f"{name}: expected dtype {jnp.dtype(dtype).name}, got {x.dtype.name}")
     return x
+
+
+def _array(name, x):
+    try:
+        return jnp.asarray(x)
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected an array, got {type(x).__name__}") from None
 
 
 def forward(
@@ -225,22 +232,25 @@ def forward(
     initial_state=None, cu_seqlens=None, use_qk_l2norm_in_kernel=False, slot_order="oldest_first", events=None, soft=None,
 ) -> Forward:
     """All tokens of all sequences, with the event log; arguments as `dla`'s."""
-    q = jnp.asarray(q)
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x is None:
+            raise TypeError(f"{name}: missing")
+    q, v = _array("q", q), _array("v", v)
     if q.dtype.name not in _call.DTYPES:
         raise TypeError(f"q: expected dtype {', '.join(_call.DTYPES)}, got {q.dtype.name}")
     f32 = jnp.float32
-    route = (None, None, None) if route is None else (*route, None, None)[:3]
+    route = _call.route(route)
     if (route[0] is None) != (route[1] is None):
         raise ValueError(f"{_call.ARGUMENTS[6 if route[0] is None else 7]}: missing; reads are routed")
     number, per_head = 0.0, None
     if isinstance(tau, (int, float)):
         number = float(tau)
     else:
-        per_head = jnp.asarray(tau, f32)
-        if per_head.ndim == 0:
+        per_head = _array("tau", tau).astype(f32)
+        if per_head.ndim == 0 and v.ndim == 4:
             per_head = jnp.broadcast_to(per_head, (v.shape[2],))
     if cu_seqlens is not None:
-        cu_seqlens = jnp.asarray(cu_seqlens)
+        cu_seqlens = _array("cu_seqlens", cu_seqlens)
         if cu_seqlens.dtype not in (jnp.int32, jnp.int64):
             raise TypeError(f"cu_seqlens: expected dtype int32 or int64, got {cu_seqlens.dtype.name}")
     operands = [
@@ -249,7 +259,7 @@ def forward(
         cu_seqlens,
     ]
     u32 = jnp.uint32
-    state = (None,) * 6 if initial_state is None else tuple(initial_state)
+    state = (None,) * 6 if initial_state is None else _call.state("initial_state", initial_state)
     operands += [_as(f"state.{n}", x, t) for n, x, t in zip(_call.STATE, state, (f32, u32, u32, u32, f32, f32))]
     options = _call.options(
         q.shape[-1] if q.ndim else 1, delta=beta is not None, routed=route[0] is not None, merge=merge,

@@ -5,7 +5,9 @@ mod xla;
 
 use dla_capi::*;
 use pyo3::exceptions::{PyMemoryError, PyNotImplementedError, PyRuntimeError, PyTypeError, PyValueError};
+use pyo3::intern;
 use pyo3::prelude::*;
+use pyo3::types::PyTuple;
 use std::ffi::{CStr, c_void};
 use std::ptr::null;
 
@@ -295,6 +297,226 @@ fn step(
     unlocked(py, || unsafe { dla_step(&options, &call, &states, &results) })
 }
 
+/// What the kernels read 16 bytes at a time must begin at such an address.
+const ALIGNMENT: usize = 16;
+
+/// Address of what has no elements: it is there all the same.
+const EMPTY: usize = 256;
+
+/// An array's place among those of its kind, and its bytes.
+type Place = (usize, usize);
+
+/// A call whose arrays' places and bytes are known: from one to the next only addresses are new. Tensors are objects
+/// with `is_contiguous` and `data_ptr`, in tuples.
+#[pyclass(frozen, module = "dla._native")]
+struct Prepared {
+    settings: OptionsTuple,
+    /// Device, ordinal.
+    on: (i32, i32),
+    extents: ExtentsTuple,
+    /// Of the twelve arguments and the state's six.
+    given: Vec<Place>,
+    /// Address of tau of every head where it is not given; 0: that of the settings.
+    tau: usize,
+    /// Of d_o, the final state's three gradients, the forward's drift and routed read weights.
+    upstream: Vec<Place>,
+    /// Of what the call writes: a forward's ten results, a step's four, a backward's thirteen gradients.
+    written: Vec<Place>,
+}
+
+/// Puts the addresses of `tensors` at their places: of as many tensors as there are places, or of all. Where one is not
+/// contiguous, or `aligned` and is not, false.
+fn put(to: &mut [Pair], tensors: &Bound<'_, PyTuple>, places: &[Place], aligned: bool) -> PyResult<bool> {
+    let py = tensors.py();
+    let all = tensors.len() == to.len();
+    for (order, &(place, bytes)) in places.iter().enumerate() {
+        let x = tensors.get_borrowed_item(if all { place } else { order })?;
+        let address: usize = x.call_method0(intern!(py, "data_ptr"))?.extract()?;
+        if aligned
+            && (!address.is_multiple_of(ALIGNMENT)
+                || !x.call_method0(intern!(py, "is_contiguous"))?.extract::<bool>()?)
+        {
+            return Ok(false);
+        }
+        to[place] = (if address == 0 { EMPTY } else { address }, bytes);
+    }
+    Ok(true)
+}
+
+/// Places alone, for a question of bytes.
+fn marked<const N: usize>(places: &[Place]) -> [Pair; N] {
+    let mut to = [(0, 0); N];
+    for &(place, bytes) in places {
+        to[place] = (EMPTY, bytes);
+    }
+    to
+}
+
+fn six(all: &[Pair; 18]) -> Option<[Pair; 6]> {
+    let state: [Pair; 6] = std::array::from_fn(|i| all[12 + i]);
+    state.iter().any(|&pair| pair != (0, 0)).then_some(state)
+}
+
+fn twelve(all: &[Pair; 18]) -> [Pair; 12] {
+    std::array::from_fn(|i| all[i])
+}
+
+/// A forward's ten results: o, drift, events, lambda, and the final state where there is one.
+fn of_forward(all: &[Pair; 10]) -> ([Pair; 4], Option<[Pair; 6]>) {
+    let last: [Pair; 6] = std::array::from_fn(|i| all[4 + i]);
+    (std::array::from_fn(|i| all[i]), last.iter().any(|&pair| pair != (0, 0)).then_some(last))
+}
+
+/// d_o, the final state's gradients where there is one, what was kept.
+fn of_upstream(all: &[Pair; 6]) -> (Pair, Option<[Pair; 3]>, [Pair; 2]) {
+    let last = [all[1], all[2], all[3]];
+    (all[0], last.iter().any(|&pair| pair != (0, 0)).then_some(last), [all[4], all[5]])
+}
+
+/// Ten gradients, and those of the initial state where one is wanted.
+fn of_backward(all: &[Pair; 13]) -> ([Pair; 10], Option<[Pair; 3]>) {
+    let first = [all[10], all[11], all[12]];
+    (std::array::from_fn(|i| all[i]), first.iter().any(|&pair| pair != (0, 0)).then_some(first))
+}
+
+impl Prepared {
+    fn place(&self, stream: usize, workspace: Pair) -> PlaceTuple {
+        (self.on.0, self.on.1, stream, workspace)
+    }
+
+    fn with_tau(&self, mut all: [Pair; 18]) -> [Pair; 18] {
+        if self.tau != 0 && all[9] == (0, 0) {
+            all[9] = (self.tau, self.extents.1[3] * 4);
+        }
+        all
+    }
+
+    fn asked(&self) -> [Pair; 18] {
+        self.with_tau(marked(&self.given))
+    }
+
+    /// Where the tensors are; nothing where one must be copied first.
+    fn all(&self, tensors: &Bound<'_, PyTuple>) -> PyResult<Option<[Pair; 18]>> {
+        let mut all = [(0, 0); 18];
+        Ok(put(&mut all, tensors, &self.given, true)?.then(|| self.with_tau(all)))
+    }
+
+    fn written<const N: usize>(&self, tensors: &Bound<'_, PyTuple>) -> PyResult<[Pair; N]> {
+        let mut all = [(0, 0); N];
+        put(&mut all, tensors, &self.written, false)?;
+        Ok(all)
+    }
+}
+
+#[pymethods]
+impl Prepared {
+    #[new]
+    #[allow(clippy::too_many_arguments)]
+    fn new(
+        settings: OptionsTuple,
+        on: (i32, i32),
+        extents: ExtentsTuple,
+        given: Vec<Place>,
+        tau: usize,
+        upstream: Vec<Place>,
+        written: Vec<Place>,
+    ) -> PyResult<Self> {
+        let within = |places: &[Place], most| places.iter().all(|&(place, _)| place < most);
+        if !within(&given, 18) || !within(&upstream, 6) || !within(&written, 13) {
+            return Err(PyValueError::new_err("places: expected those of arguments and results"));
+        }
+        Ok(Prepared { settings, on, extents, given, tau, upstream, written })
+    }
+
+    fn forward_workspace(&self, py: Python<'_>, stream: usize) -> PyResult<usize> {
+        let (all, (results, last)) = (self.asked(), of_forward(&marked(&self.written)));
+        let place = self.place(stream, (0, 0));
+        forward_workspace(py, self.settings, place, self.extents, twelve(&all), results, last)
+    }
+
+    /// As the function; false, and nothing done, where a tensor must be copied first.
+    fn forward(
+        &self,
+        py: Python<'_>,
+        stream: usize,
+        workspace: Pair,
+        tensors: &Bound<'_, PyTuple>,
+        outputs: &Bound<'_, PyTuple>,
+    ) -> PyResult<bool> {
+        let Some(all) = self.all(tensors)? else { return Ok(false) };
+        let (results, last) = of_forward(&self.written(outputs)?);
+        let place = self.place(stream, workspace);
+        forward(py, self.settings, place, self.extents, twelve(&all), six(&all), results, last)?;
+        Ok(true)
+    }
+
+    fn step_workspace(&self, py: Python<'_>, stream: usize) -> PyResult<usize> {
+        let place = self.place(stream, (0, 0));
+        let results = marked(&self.written);
+        step_workspace(py, self.settings, place, self.extents, twelve(&self.asked()), results)
+    }
+
+    /// As `forward`.
+    fn step(
+        &self,
+        py: Python<'_>,
+        stream: usize,
+        workspace: Pair,
+        tensors: &Bound<'_, PyTuple>,
+        outputs: &Bound<'_, PyTuple>,
+    ) -> PyResult<bool> {
+        let Some(all) = self.all(tensors)? else { return Ok(false) };
+        let place = self.place(stream, workspace);
+        let states = six(&all).unwrap_or_default();
+        step(py, self.settings, place, self.extents, twelve(&all), states, self.written(outputs)?)?;
+        Ok(true)
+    }
+
+    fn backward_workspace(&self, py: Python<'_>, stream: usize) -> PyResult<usize> {
+        let all = self.asked();
+        let (d_o, d_last, kept) = of_upstream(&marked(&self.upstream));
+        let (wanted, d_first) = of_backward(&marked(&self.written));
+        let (place, arguments) = (self.place(stream, (0, 0)), twelve(&all));
+        let (settings, extents) = (self.settings, self.extents);
+        backward_workspace(
+            py,
+            settings,
+            place,
+            extents,
+            arguments,
+            six(&all),
+            d_o,
+            d_last,
+            kept,
+            wanted,
+            d_first,
+        )
+    }
+
+    /// As `forward`; `upstream`: those of its six that there are, in order, or all.
+    fn backward(
+        &self,
+        py: Python<'_>,
+        stream: usize,
+        workspace: Pair,
+        tensors: &Bound<'_, PyTuple>,
+        upstream: &Bound<'_, PyTuple>,
+        outputs: &Bound<'_, PyTuple>,
+    ) -> PyResult<bool> {
+        let Some(all) = self.all(tensors)? else { return Ok(false) };
+        let mut given = [(0, 0); 6];
+        if !put(&mut given, upstream, &self.upstream, true)? {
+            return Ok(false);
+        }
+        let (d_o, d_last, kept) = of_upstream(&given);
+        let (wanted, d_first) = of_backward(&self.written(outputs)?);
+        let (place, arguments) = (self.place(stream, workspace), twelve(&all));
+        let (settings, extents) = (self.settings, self.extents);
+        backward(py, settings, place, extents, arguments, six(&all), d_o, d_last, kept, wanted, d_first)?;
+        Ok(true)
+    }
+}
+
 /// Raises where no GPU can be used, and says what is missing.
 #[pyfunction]
 fn check_cuda(py: Python<'_>) -> PyResult<()> {
@@ -310,6 +532,7 @@ fn xla_handlers() -> Vec<(&'static str, usize)> {
 #[pymodule]
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
+    module.add_class::<Prepared>()?;
     module.add_function(wrap_pyfunction!(forward_workspace, module)?)?;
     module.add_function(wrap_pyfunction!(forward, module)?)?;
     module.add_function(wrap_pyfunction!(backward_workspace, module)?)?;

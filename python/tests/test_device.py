@@ -335,17 +335,11 @@ def emulated_torch(device, monkeypatch):
         y.copy_(x)
         return y
 
-    def site(self, where):
-        self.device, self.index, self.cuda, self.bytes = where, 0, True, None
-
-    def empty(shape, *, dtype, device):
-        return memory((shape,) if isinstance(shape, int) else tuple(shape), dtype)
-
-    monkeypatch.setattr(_op._Site, "__init__", site)
+    monkeypatch.setattr(_op, "_site", lambda x: (x.device, 0, True))
+    monkeypatch.setattr(_op, "_maker", lambda dtype, device: lambda shape: memory((shape,) if isinstance(shape, int) else shape, dtype))
+    monkeypatch.setattr(_op, "_tau", lambda number, heads, device, may_make: moved(torch.full((heads,), number)))
     monkeypatch.setattr(_op, "_raw_stream", lambda index: 0)
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 0)
-    monkeypatch.setattr(_op, "_plans", {})
-    monkeypatch.setattr(torch, "empty", empty)
     yield torch, dla.torch, moved
     _op._plans.clear()
 

@@ -130,6 +130,13 @@ def test_errors_name_the_argument():
         dla.jax.dla(positional[0], positional[1][:, :3], *positional[2:], **keywords)
     with pytest.raises(TypeError, match="g: expected dtype float32"):
         dla.jax.dla(*positional[:3], positional[3].astype(jnp.bfloat16), *positional[4:], **keywords)
+    for name, wrong in (
+        ("q", "x"), ("k", None), ("v", "x"), ("lam", "x"), ("route", 3), ("tau", "x"), ("scale", "1"), ("soft", 0.1),
+        ("initial_state", 3), ("cu_seqlens", "x"), ("events", "x"),
+    ):
+        named = dict(zip(("q", "k", "v", "g", "beta", "lam"), positional)) | keywords | {name: wrong}
+        with pytest.raises((TypeError, ValueError), match=f"^{name}: "):
+            dla.jax.dla(**named)
     if jax.default_backend() == "cpu":
         with pytest.raises(Exception, match="g: expected at most 0"):
             jax.block_until_ready(dla.jax.dla(*positional[:3], -positional[3], *positional[4:], **keywords))

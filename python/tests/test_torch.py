@@ -12,9 +12,9 @@ from conftest import Case, assert_close, cases, error
 from test_numpy import GRADIENTS, SPELLED
 
 torch = pytest.importorskip("torch", reason="torch is not installed")
+import torch.utils.checkpoint  # noqa: E402
 
 import dla.torch as D  # noqa: E402
-from dla import _call  # noqa: E402
 from dla.torch import _functional, _op  # noqa: E402
 
 DEVICES = ["cpu"]
@@ -209,7 +209,10 @@ def test_a_split_over_heads_is_the_same_bits(device):
         assert (call(case, part)[0] == whole[:, :, group]).all()
 
 
-def test_errors_name_the_argument():
+@pytest.mark.parametrize("path", ["plain", "dispatched"])
+def test_errors_name_the_argument(path, monkeypatch):
+    if path == "dispatched":
+        monkeypatch.setattr(_op, "plainly_described", lambda tensors: None)
     case = Case(29, delta=False, routed=False, time=5)
     given = tensors(case, "cpu")
 
@@ -218,6 +221,15 @@ def test_errors_name_the_argument():
             call(case, {**given, **(change or {})}, **named)
 
     refused(TypeError, "q: expected a tensor", {"q": [1.0]})
+    for name in ("k", "v", "g", "lam"):
+        refused(TypeError, f"{name}: expected a tensor, got list", {name: [1.0]})
+    refused(TypeError, "tau: expected a number", tau="0.6")
+    refused(TypeError, "scale: expected a number", scale="1")
+    refused(TypeError, "merge: expected a string", merge=["mass"])
+    refused(TypeError, "soft: expected", soft=0.1)
+    refused(TypeError, "initial_state: expected a State", initial_state=given["q"])
+    refused(TypeError, "cu_seqlens: expected a tensor, got list", cu_seqlens=[0, 5])
+    refused(TypeError, "events: expected a tensor, got list", events=[0])
     refused(TypeError, "q: expected dtype", {"q": given["q"].double()})
     refused(TypeError, "k: expected dtype torch.float32, as q", {"k": given["k"].half()})
     refused(ValueError, r"v: expected shape \[B,T,HV,dv\]", {"v": given["v"][:, :3]})
@@ -226,10 +238,116 @@ def test_errors_name_the_argument():
     refused(ValueError, "lam: expected a tensor of cpu, as q", {"lam": given["lam"].to("meta")})
     refused(ValueError, "capacity: expected 1 to 64", capacity=0)
     refused(ValueError, "slot_order: expected one of", slot_order="random")
+    with pytest.raises(TypeError, match="route: expected"):
+        D.dla(given["q"], given["k"], given["v"], route=given["q"])
+    with pytest.raises(TypeError, match="state: expected a State"):
+        D.step(*(given[n][:, :1] for n in ("q", "k", "v")), lam=given["lam"][:, :1], state=None)
     refused(TypeError, "cu_seqlens: expected dtype", cu_seqlens=torch.tensor([0.0, 5.0]))
     refused(TypeError, "events: expected dtype torch.uint8", events=torch.zeros(2, 5, 4))
     refused(TypeError, "state.len: expected dtype torch.int32",
             initial_state=D.empty_state(2, *case.shape)._replace(len=torch.zeros(2, 4)))
+
+
+@device
+@pytest.mark.parametrize("kind", cases())
+def test_the_eager_path_is_the_operators(kind, device, monkeypatch):
+    """What plain eager tensors take and what goes by the dispatcher: the same bits, gradients and states."""
+    case = Case(41, **kind, time=70)
+    found = {}
+    for path in ("plain", "dispatched"):
+        if path == "dispatched":
+            monkeypatch.setattr(_op, "plainly_described", lambda tensors: None)
+        given = tensors(case, device, grad=True)
+        o, state, log = call(case, given, output_final_state=True, return_log=True)
+        do = torch.tensor(case.do, device=device)
+        loss = (o * do).sum() + state.states.sum()
+        gradients = torch.autograd.grad(loss, list(given.values()), retain_graph=True)
+        alone = torch.autograd.grad(loss, given["k"])
+        # Without gradients, and without a log, nothing of it changes; nor on a second call, whose plan is known.
+        with torch.no_grad():
+            bare = [call(case, given)[0] for _ in range(2)]
+        assert not bare[0].requires_grad and o.requires_grad and state.states.requires_grad
+        assert not log.events.requires_grad and not state.len.requires_grad
+        found[path] = [o, *(x for x in (*state, *log) if x is not None), *gradients, *alone, *bare]
+        if not kind["packed"]:
+            detached = {name: x.detach() for name, x in given.items()}
+            found[path] += [x for x in (steps(case, detached, device)[0], *steps(case, detached, device)[1]) if x is not None]
+    assert len(found["plain"]) == len(found["dispatched"])
+    for i, (x, y) in enumerate(zip(found["plain"], found["dispatched"])):
+        assert x.dtype == y.dtype and x.shape == y.shape and (x == y).all(), f"result {i}"
+    assert all((x == found["plain"][0]).all() for x in bare)
+
+
+def test_a_known_plan_is_of_the_same_call_alone():
+    """A call that was good once is checked again where anything that a plan depends on is another."""
+    case = Case(42, delta=False, routed=False, time=5)
+    given = tensors(case, "cpu")
+    call(case, given)
+    for change, text in (
+        ({"k": given["k"].half()}, "k: expected dtype"), ({"lam": given["lam"][:, :4]}, "lam: expected shape"),
+        ({"g": given["g"].to("meta")}, "g: expected a tensor of cpu"),
+    ):
+        with pytest.raises((TypeError, ValueError), match=text):
+            call(case, {**given, **change})
+    assert (call(case, given, tau=np.float32(0.6))[0] == call(case, given, tau=float(np.float32(0.6)))[0]).all()
+    # Whether it wants a gradient is no check's affair, and yet another plan.
+    o, _ = call(case, {**given, "v": given["v"].clone().requires_grad_()})
+    assert o.requires_grad and not call(case, given)[0].requires_grad
+    with torch.inference_mode():
+        first = call(case, given)[0]
+    assert (first == o).all() and (call(case, given)[0] == o).all()
+
+
+def test_tensors_that_outlived_their_transform():
+    case = Case(43, delta=False, routed=False, time=5)
+    given = tensors(case, "cpu")
+    expected, kept = call(case, given)[0], []
+
+    def keep(x):
+        kept.append(x * 1)
+        return kept[0].sum()
+
+    torch.func.grad(keep)(given["v"])
+    assert (call(case, {**given, "v": kept[0]})[0] == expected).all()
+    q = given["q"].clone().requires_grad_()
+    found = [torch.autograd.grad(call(case, {**given, "q": q, "v": v})[0].sum(), q)[0] for v in (kept[0], given["v"])]
+    assert (found[0] == found[1]).all()
+
+
+@device
+def test_checkpointing_and_hooks_of_saved_tensors(device):
+    """What the backward takes may come back as other tensors, laid out otherwise."""
+    case = Case(45, delta=True, routed=True, time=40)
+    given = tensors(case, device, grad=True)
+    expected = torch.autograd.grad(call(case, given)[0].square().sum(), list(given.values()))
+
+    def work(*values):
+        return call(case, dict(zip(given, values)))[0]
+
+    o = torch.utils.checkpoint.checkpoint(work, *given.values(), use_reentrant=False)
+    found = torch.autograd.grad(o.square().sum(), list(given.values()))
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.cpu(), lambda x: torch.stack([x, x], -1)[..., 0].to(device)):
+        o = work(*given.values())
+    hooked = torch.autograd.grad(o.square().sum(), list(given.values()))
+    for name, x, y, z in zip(given, expected, found, hooked):
+        assert (x == y).all() and (x == z).all(), f"d{name}"
+
+
+def test_forward_mode_is_refused():
+    case = Case(46, delta=False, routed=False, time=5)
+    given = tensors(case, "cpu")
+    with torch.autograd.forward_ad.dual_level():
+        v = torch.autograd.forward_ad.make_dual(given["v"], torch.ones_like(given["v"]))
+        with pytest.raises(NotImplementedError, match="v: not expected with a tangent"):
+            call(case, {**given, "v": v})
+
+
+def test_twice_is_refused():
+    case = Case(44, delta=False, routed=False, time=5)
+    given = tensors(case, "cpu", grad=True)
+    (d,) = torch.autograd.grad(call(case, given)[0].square().sum(), given["q"], create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        d.sum().backward()
 
 
 STYLES = [("delta", "routed_logits", "mass"), ("mamba2", "given", "density"), ("delta", "routed", "mass")]
@@ -399,15 +517,11 @@ def test_the_calls_own_time():
     codes, numbers = _functional._check(
         arguments, number, merge="density", slot_order="oldest_first", capacity=30, qk_l2norm=False, scale=None, soft=None
     )
-    options, q = _op._options(codes, numbers), given["q"]
-    e = _op._extents(q, given["v"], lam, None, None, 30)
-    outputs = _op._forward_outputs(q, e, options, False)
-    pairs, results = [_op._pair(x) for x in arguments[:12]], [_op._pair(x) for x in outputs[:4]]
-    extents, site = (1, list(e)), _op._Site(q.device)
-    workspace = torch.empty(
-        _call.forward_workspace(options, site._place(), extents, pairs, results, None), dtype=torch.uint8, device="cuda"
-    )
-    place = site._place(_op._pair(workspace))
+    q, plan = given["q"], _op.Plan(arguments, codes, numbers, False, False, False, True)
+    outputs = tuple(empty(shape) for empty, shape in plan.outputs)
+    stream = torch.cuda.current_stream().cuda_stream
+    workspace = torch.empty(plan.query(stream), dtype=torch.uint8, device="cuda")
+    place = (workspace.data_ptr(), workspace.nbytes)
 
     def microseconds(function):
         """Least mean of a batch of calls, with the GPU never behind: it is waited for before each batch."""
@@ -420,7 +534,7 @@ def test_the_calls_own_time():
             best = min(best, (time.perf_counter() - begin) / 20 * 1e6)
         return best
 
-    native = microseconds(lambda: _call.forward(options, place, extents, pairs, None, results, None))
+    native = microseconds(lambda: plan.call(stream, place, arguments, outputs))
     plain = microseconds(lambda: D.dla(*given.values(), lam=lam))
     state = D.empty_state(1, 1, 30, 64, 64, device="cuda")
     token = [x[:, :1] for x in given.values()]

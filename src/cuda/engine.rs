@@ -179,7 +179,7 @@ impl Engine {
         let stages = Stages::new(plan, inputs, outputs, workspace.0);
         let side = self.side.lock().unwrap_or_else(PoisonError::into_inner);
         match timeline {
-            None => forward::forked(&stages, self.raw_stream(), &side),
+            None => forward::launched(&stages, self.raw_stream(), &side),
             Some(timeline) => forward::timed(&stages, self.raw_stream(), timeline),
         }
     }

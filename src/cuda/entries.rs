@@ -151,7 +151,7 @@ impl Entries {
         outputs: &RawOutputs,
     ) -> Result<()> {
         self.engine.bind()?;
-        raw::check_step(plan, self.engine.ordinal(), Some(entries), inputs, outputs)?;
+        raw::check_step(plan, self.engine.ordinal(), Some(entries), inputs, outputs, (0, 0))?;
         plan.launch(&self.pool.bank, entries, inputs, outputs, self.engine.raw_stream())
     }
 
@@ -535,7 +535,7 @@ impl CacheStepPlan {
     ) -> Result<()> {
         let sequences = self.step.shape.sequences;
         let ordinal = engine.ordinal();
-        raw::check_step(&self.step, ordinal, None, inputs, outputs)?;
+        raw::check_step(&self.step, ordinal, None, inputs, outputs, workspace)?;
         raw::check_step_cache(&self.step, ordinal, cache, workspace, self.workspace_bytes())?;
         if sequences == 0 {
             return Ok(());

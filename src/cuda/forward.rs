@@ -14,8 +14,21 @@ use crate::problem::{OutputGradients, Problem};
 use crate::tensor::{Buffer, Data, Tensor};
 use cudarc::driver::sys::CUstream;
 
-/// The stages on `main`; beside it the chain of segment, a window ahead of what reads its log.
-pub(super) fn forked(stages: &Stages<'_>, main: CUstream, side: &SideStream) -> Result<()> {
+/// The stages on `main`; beside it the chain of segment, a window ahead of what reads its log, where that is worth the two
+/// streams' waiting for each other.
+pub(super) fn launched(stages: &Stages<'_>, main: CUstream, side: &SideStream) -> Result<()> {
+    let window = stages.windows().next();
+    let Some(window) = window.filter(|_| stages.are_short()) else { return forked(stages, main, side) };
+    stages.segment_gram(main)?;
+    stages.gammas(main)?;
+    stages.route_sums(main)?;
+    stages.segment(window.clone(), main)?;
+    stages.route(window.clone(), main)?;
+    stages.prepare(window.clone(), main)?;
+    stages.scan(window, main)
+}
+
+fn forked(stages: &Stages<'_>, main: CUstream, side: &SideStream) -> Result<()> {
     let beside = side.fork(main)?;
     stages.segment_gram(beside)?;
     stages.gammas(main)?;

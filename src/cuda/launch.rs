@@ -16,6 +16,9 @@ use cudarc::driver::sys::CUstream;
 use std::ops::Range;
 use std::sync::Arc;
 
+/// Tokens of all value heads of a call whose stages follow each other on one stream: launching them takes longer than they do.
+const MOST_SHORT: usize = 1024;
+
 /// A plan with the addresses of one call.
 pub(super) struct Stages<'a> {
     plan: &'a Plan,
@@ -70,6 +73,12 @@ impl<'a> Stages<'a> {
     pub(super) fn windows(&self) -> impl Iterator<Item = Range<usize>> + use<> {
         let (window, time) = (self.plan.window, self.plan.shape.time);
         (0..time.max(1)).step_by(window).map(move |from| from..from + window)
+    }
+
+    /// Whether every stage is over about as soon as it is launched: a second stream would win nothing.
+    pub(super) fn are_short(&self) -> bool {
+        let shape = &self.plan.shape;
+        self.plan.window >= shape.time && shape.tokens() * shape.value_heads <= MOST_SHORT
     }
 
     /// Whether prepare needs the log, and so comes after it.

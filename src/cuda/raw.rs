@@ -232,7 +232,7 @@ pub(super) fn check(
         ]
     });
     for address in arguments.into_iter().chain(caches) {
-        check_address(&address, ordinal)?;
+        check_address(&address, ordinal, workspace)?;
     }
     if let (Some(initial), Some(last)) = (inputs.cache, outputs.cache)
         && some_rows
@@ -246,13 +246,14 @@ pub(super) fn check(
     Ok(())
 }
 
-/// Checks every address of a step; without a list of entries row b is entry b.
+/// Checks every address of a step; without a list of entries row b is entry b. `room`: its workspace, or nothing.
 pub(super) fn check_step(
     plan: &StepPlan,
     ordinal: usize,
     entries: Option<DevicePointer>,
     inputs: &RawInputs,
     outputs: &RawOutputs,
+    room: (DevicePointer, usize),
 ) -> Result<()> {
     let routed = plan.read == Read::Routed;
     let capacity = plan.shape.capacity;
@@ -288,7 +289,7 @@ pub(super) fn check_step(
         argument("events", outputs.events, 1, true),
         argument("lambda", when(routed, outputs.lambda), 4, routed),
     ] {
-        check_address(&address, ordinal)?;
+        check_address(&address, ordinal, room)?;
     }
     Ok(())
 }
@@ -321,7 +322,7 @@ pub(super) fn check_step_cache(
         argument("cache_open", cache.open, WIDE),
     ];
     for address in arrays.into_iter().chain(routed.then(|| argument("cache_keys", cache.keys, 4))) {
-        check_address(&address, ordinal)?;
+        check_address(&address, ordinal, workspace)?;
     }
     Ok(())
 }
@@ -430,7 +431,7 @@ pub(super) fn check_backward(
         ]
     });
     for address in arguments.into_iter().chain(caches).chain(cache_gradients) {
-        check_address(&address, ordinal)?;
+        check_address(&address, ordinal, (*workspace, workspace_bytes))?;
     }
     Ok(())
 }
@@ -441,7 +442,7 @@ pub(super) fn check_decisions(
     ordinal: usize,
     inputs: &RawInputs,
     outputs: &RawOutputs,
-    workspace: DevicePointer,
+    workspace: (DevicePointer, usize),
 ) -> Result<()> {
     let routed = plan.read == Read::Routed;
     check_columns(inputs, routed, plan.shape.capacity)?;
@@ -454,7 +455,7 @@ pub(super) fn check_decisions(
         required,
     };
     let arguments = [
-        argument("workspace", workspace, WIDE, true, true),
+        argument("workspace", workspace.0, WIDE, true, true),
         argument("q", inputs.q, WIDE, tokens, true),
         argument("k", inputs.k, WIDE, tokens, true),
         argument("v", inputs.v, WIDE, tokens, true),
@@ -480,7 +481,7 @@ pub(super) fn check_decisions(
         ]
     });
     for address in arguments.into_iter().chain(routes.into_iter().filter(|_| routed)).chain(caches) {
-        check_address(&address, ordinal)?;
+        check_address(&address, ordinal, workspace)?;
     }
     Ok(())
 }
@@ -499,7 +500,8 @@ fn check_columns(inputs: &RawInputs, routed: bool, capacity: usize) -> Result<()
     Ok(())
 }
 
-fn check_address(address: &Address, ordinal: usize) -> Result<()> {
+/// `room`: address and bytes of the workspace. What lies in it is where it is: the driver is asked of its beginning alone.
+fn check_address(address: &Address, ordinal: usize, room: (DevicePointer, usize)) -> Result<()> {
     let &Address { name, address, alignment, elements, required } = address;
     if !elements {
         return Ok(());
@@ -513,6 +515,9 @@ fn check_address(address: &Address, ordinal: usize) -> Result<()> {
     }
     if address % alignment != 0 {
         return Err(Error::Misaligned { name, alignment, given: address });
+    }
+    if address > room.0 && address - room.0 < room.1 as u64 {
+        return Ok(());
     }
     let mut found: i32 = -1;
     let attribute = sys::CUpointer_attribute::CU_POINTER_ATTRIBUTE_DEVICE_ORDINAL;

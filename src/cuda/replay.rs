@@ -151,7 +151,7 @@ impl ReplayPlan {
                 lambda: forward.lambda,
                 cache: None,
             };
-            raw::check_decisions(plan, engine.ordinal(), &inputs, &outputs, base)?;
+            raw::check_decisions(plan, engine.ordinal(), &inputs, &outputs, workspace)?;
             forward::decide(&Stages::new(plan, &inputs, &outputs, base), engine.raw_stream())?;
         }
         // SAFETY: as the caller says; what was not kept is in the workspace, of the extents of this call.

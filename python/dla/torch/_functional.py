@@ -58,27 +58,40 @@ def empty_state(
 _STATE_DTYPES = (torch.float32, torch.int32, torch.int32, torch.int32, torch.float32, torch.float32)
 
 
-def _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, state):
-    """The eighteen tensors in the dtypes that the operator takes, and the tau of every head."""
+_f32 = torch.float32
+
+
+def _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, state, called="initial_state"):
+    """The eighteen tensors in the dtypes that the operator takes, and the tau of every head. What is no tensor stays."""
     if not isinstance(q, torch.Tensor):
         raise TypeError(f"q: expected a tensor, got {type(q).__name__}")
-    if torch.is_autocast_enabled(q.device.type):
+    # The first question is the quicker one; a compiler knows the second.
+    if (torch.compiler.is_compiling() or _any_autocast()) and torch.is_autocast_enabled(q.device.type):
         dtype = torch.get_autocast_dtype(q.device.type)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
-    slope, bias, logits = (None, None, None) if route is None else (*route, None, None)[:3]
-    number, per_head = 0.0, None
+        q, k, v = (x.to(dtype) if isinstance(x, torch.Tensor) else x for x in (q, k, v))
+    slope = bias = logits = per_head = None
+    if route is not None:
+        slope, bias, logits = _call.route(route)
+        slope, bias, logits = _float(slope), _float(bias), _float(logits)
     if isinstance(tau, torch.Tensor):
-        per_head = tau.expand(v.shape[2]) if tau.ndim == 0 and v.ndim == 4 else tau
+        number = 0.0
+        per_head = _float(tau.expand(v.shape[2]) if tau.ndim == 0 and isinstance(v, torch.Tensor) and v.ndim == 4 else tau)
     else:
-        number = float(tau)
-    if cu_seqlens is not None and cu_seqlens.dtype == torch.int32:
+        number = tau if type(tau) is float else _call.number("tau", tau)
+    if cu_seqlens is not None and getattr(cu_seqlens, "dtype", None) is torch.int32:
         cu_seqlens = cu_seqlens.to(torch.int64)
-    f32 = torch.float32
-    floats = [
-        x if x is None or x.dtype is f32 else x.to(f32) for x in (g, beta, lam, slope, bias, logits, per_head)
-    ]
-    state = (None,) * 6 if state is None else state
-    return (q, k, v, *floats, events, cu_seqlens, *state), number
+    state = _NO_STATE if state is None else _call.state(called, state)
+    return (
+        q, k, v, _float(g), _float(beta), _float(lam), slope, bias, logits, per_head, events, cu_seqlens, *state
+    ), number
+
+
+_NO_STATE = (None,) * 6
+_any_autocast = getattr(torch._C, "_is_any_autocast_enabled", lambda: True)
+
+
+def _float(x):
+    return x if x is None or getattr(x, "dtype", _f32) is _f32 else x.to(_f32)
 
 
 def _check(tensors, number, **options):
@@ -154,28 +167,39 @@ def dla(
 
     Returns o [B,T,HV,dv], dtype of q, and the final `State`, or None where it is not wanted.
     """
-    soft = None if soft is None else tuple(soft)
+    soft = tuple(soft) if isinstance(soft, list) else soft
     tensors, number = _convert(q, k, v, g, beta, lam, route, tau, events, cu_seqlens, initial_state)
-    options = dict(
-        merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=soft
-    )
-    if _op.is_plain(tensors):
-        given = [x for x in tensors if x is not None]
-        differentiated = torch.is_grad_enabled() and any([x.requires_grad for x in given])
+
+    def options():
+        return dict(
+            merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=soft
+        )
+
+    described = _op.plainly_described(tensors)
+    if described is not None:
+        enabled = torch.is_grad_enabled()
         key = (
             "eager forward", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, soft, output_final_state,
-            return_log, differentiated, *_op.described(tensors),
+            return_log, enabled, *described,
         )
-        plan = _op.remembered(
-            key,
-            lambda: _op.Plan(tensors, *_check(tensors, number, **options), output_final_state, return_log, differentiated),
-        )
-        if differentiated:
-            o, drift, log, weights, *last = _op.Direct.apply(plan, *given)
+        try:
+            plan = _op.planned(key)
+        except TypeError:
+            # An option that cannot be looked up: the check has its name.
+            plan = None
+        if plan is None:
+            checked = _check(tensors, number, **options())
+            differentiated = enabled and any(x is not None and x.requires_grad for x in tensors)
+            plan = _op.remember(key, _op.Plan(tensors, *checked, output_final_state, return_log, differentiated, True))
+        if plan.differentiated:
+            outputs = _op.direct(plan, *[x for x in tensors if x is not None])
         else:
-            o, drift, log, weights, *last = plan.run(given)
+            outputs = plan.run(tensors)
+        if not output_final_state and not return_log:
+            return outputs[0], None
+        o, drift, log, weights, *last = plan.ten(outputs)
     else:
-        codes, numbers = _check(tensors, number, **options)
+        codes, numbers = _check(tensors, number, **options())
         o, drift, log, weights, *last = torch.ops.dla.forward(*tensors, codes, numbers, output_final_state)
     routed = route is not None
     state = State(*last[:5], last[5] if routed else None) if output_final_state else None
@@ -204,20 +228,30 @@ def step(
 
     Returns o [B,1,HV,dv] and the state.
     """
-    if q.ndim == 4 and q.shape[1] != 1:
+    if isinstance(q, torch.Tensor) and q.ndim == 4 and q.shape[1] != 1:
         raise ValueError(f"q: expected shape [B,T,H,dk] with T = 1 for a step, got {tuple(q.shape)}")
-    tensors, number = _convert(q, k, v, g, beta, lam, route, tau, events, None, state)
-    options = dict(
-        merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=None
-    )
-    if _op.is_plain(tensors):
-        key = (
-            "eager step", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, *_op.described(tensors)
+    if state is None:
+        raise TypeError("state: expected a State, got None")
+    tensors, number = _convert(q, k, v, g, beta, lam, route, tau, events, None, state, "state")
+
+    def options():
+        return dict(
+            merge=merge, slot_order=slot_order, capacity=capacity, qk_l2norm=use_qk_l2norm_in_kernel, scale=scale, soft=None
         )
-        plan = _op.remembered(key, lambda: _op.StepPlan(tensors, *_check(tensors, number, **options)))
-        o, _, _ = plan.run([x for x in tensors if x is not None])
+
+    described = _op.plainly_described(tensors)
+    if described is not None:
+        key = ("eager step", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, *described)
+        try:
+            plan = _op.planned(key)
+        except TypeError:
+            # An option that cannot be looked up: the check has its name.
+            plan = None
+        if plan is None:
+            plan = _op.remember(key, _op.StepPlan(tensors, *_check(tensors, number, **options()), False, True))
+        (o,) = plan.run(tensors)
     else:
-        codes, numbers = _check(tensors, number, **options)
+        codes, numbers = _check(tensors, number, **options())
         with torch.no_grad():
             o, _, _ = torch.ops.dla.step(*tensors[:11], *tensors[12:], codes, numbers)
     return o, state

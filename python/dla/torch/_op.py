@@ -1,8 +1,10 @@
 """The operators `dla::forward`, `dla::backward` and `dla::step` of torch.library, on CPU and CUDA tensors."""
 
 import torch
+from torch.autograd import forward_ad
 
 from .. import _call
+from .._native import Prepared
 
 # Arguments in the order of _call.ARGUMENTS, then the state's arrays in that of _call.STATE.
 _ARGUMENTS = """Tensor q, Tensor k, Tensor v, Tensor? g, Tensor? beta, Tensor? lam, Tensor? slope, Tensor? bias,
@@ -46,13 +48,6 @@ def _ready(x):
     return x.clone() if x.data_ptr() % _ALIGNMENT else x
 
 
-def _pair(x):
-    if x is None:
-        return _call.ABSENT
-    # A tensor without elements is there all the same.
-    return (x.data_ptr() or 256, x.nbytes)
-
-
 def _options(codes, numbers):
     return _call.Options(tuple(codes), tuple(numbers))
 
@@ -66,41 +61,6 @@ def _extents(q, v, lam, logits, cu_seqlens, capacity):
         capacity if lam is None else lam.shape[3],
         capacity if logits is None else logits.shape[3],
     )
-
-
-_HOST = (0, 0, 0, _call.ABSENT)
-
-
-class _Site:
-    """Where calls of the same shapes run: the host, or a GPU, with the workspace that each takes there."""
-
-    def __init__(self, device):
-        self.device, self.index, self.cuda = device, device.index, device.type == "cuda"
-        self.bytes = None
-
-    def _place(self, workspace=_call.ABSENT):
-        index = self.index
-        stream = _raw_stream(index) if _raw_stream else torch.cuda.current_stream(self.device).cuda_stream
-        return (1, index, stream, workspace)
-
-    def launch(self, options, extents, pairs, query, call, asked, given):
-        """`query` with `asked` says the workspace, once; `call` takes `given`."""
-        if not self.cuda:
-            call(options, _HOST, extents, pairs, *given)
-            return
-        # The library makes the GPU's context current; what was current is so again afterwards.
-        if torch._C._cuda_getDevice() != self.index:
-            with torch.cuda.device(self.device):
-                self._launch(options, extents, pairs, query, call, asked, given)
-        else:
-            self._launch(options, extents, pairs, query, call, asked, given)
-
-    def _launch(self, options, extents, pairs, query, call, asked, given):
-        if self.bytes is None:
-            self.bytes = query(options, self._place(), extents, pairs, *asked)
-        # Free for what comes later on this stream: the allocator keeps to the stream's order.
-        workspace = torch.empty(self.bytes, dtype=torch.uint8, device=self.device)
-        call(options, self._place((workspace.data_ptr(), self.bytes)), extents, pairs, *given)
 
 
 # Of o (None: that of q), drift, events, lam, states, len, tokens, drift sums, open, keys.
@@ -133,25 +93,67 @@ def _whole(q, outputs):
     )
 
 
+_PLAIN = (torch.Tensor, torch.nn.Parameter)
+_modes, _transform = torch._C._len_torch_dispatch_stack, torch._C._functorch.peek_interpreter_stack
+# A tensor that outlived its transform is a plain one by its type.
+_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+
 # Plans of calls. Where shapes are ever new, all are forgotten at once.
 _plans = {}
 _MOST_PLANS = 4096
 
 
+planned = _plans.get
+
+
+def remember(key, plan):
+    """Keeps the plan of a call that is known by `key`."""
+    if len(_plans) >= _MOST_PLANS:
+        _plans.clear()
+    _plans[key] = plan
+    return plan
+
+
 def remembered(key, make):
     """The plan of a call that is known by `key`."""
-    plan = _plans.get(key)
-    if plan is None:
-        plan = make()
-        if len(_plans) >= _MOST_PLANS:
-            _plans.clear()
-        _plans[key] = plan
-    return plan
+    return planned(key) or remember(key, make())
 
 
 def described(tensors):
     """What of the tensors a plan depends on."""
-    return [x if x is None else (x.shape, x.dtype, x.device) for x in tensors]
+    found = []
+    for x in tensors:
+        if x is None:
+            found.append(None)
+        else:
+            found += (x.shape, x.dtype, x.device)
+    return found
+
+
+def _refuse_tangents(tensors):
+    """The dispatcher would drop them without a word."""
+    names = (*_call.ARGUMENTS, *(f"state.{name}" for name in _call.STATE))
+    for name, x in zip(names, tensors):
+        if isinstance(x, torch.Tensor) and forward_ad.unpack_dual(x).tangent is not None:
+            raise NotImplementedError(f"{name}: not expected with a tangent; there are no forward-mode derivatives")
+
+
+def plainly_described(tensors):
+    """The same, and which want a gradient, where nothing but eager autograd looks at these tensors: no compiler, mode,
+    transform or subclass; else None."""
+    if torch.compiler.is_compiling() or _modes() > 0 or _transform() is not None:
+        return None
+    if forward_ad._current_level >= 0:
+        _refuse_tangents(tensors)
+    found = []
+    for x in tensors:
+        if x is None:
+            found.append(None)
+        elif type(x) in _PLAIN and not _wrapped(x):
+            found += (x.shape, x.dtype, x.device, x.requires_grad)
+        else:
+            return None
+    return found
 
 
 def _forward(*args):
@@ -160,7 +162,7 @@ def _forward(*args):
         ("forward", *codes, *numbers, final_state, *described(tensors)),
         lambda: Plan(tensors, codes, numbers, final_state, True, True),
     )
-    return _whole(tensors[0], plan.run([x for x in tensors if x is not None]))
+    return _whole(tensors[0], plan.ten(plan.run(tuple(tensors))))
 
 
 def _forward_fake(*args):
@@ -181,12 +183,12 @@ def _backward_outputs(tensors, wanted):
 
 def _backward(d_o, d_states, d_open, d_keys, kept_drift, kept_lam, *args):
     *tensors, codes, numbers, wanted = args
-    given = (d_states, d_open, d_keys, kept_drift, kept_lam)
+    given = (d_o, d_states, d_open, d_keys, kept_drift, kept_lam)
     plan = remembered(
         ("backward", *codes, *numbers, *wanted, *[x is None for x in given], *described(tensors)),
         lambda: BackwardPlan(tensors, codes, numbers, wanted, given),
     )
-    found = plan.run([x for x in tensors if x is not None], d_o, *given)
+    found = plan.run(tuple(tensors), given)
     none = tensors[0].new_empty
     return tuple(none(0, dtype=torch.float32) if x is None else x for x in found)
 
@@ -209,9 +211,9 @@ def _step(*args):
     *tensors, codes, numbers = args
     tensors = [*tensors[:11], None, *tensors[11:]]
     plan = remembered(
-        ("step", *codes, *numbers, *described(tensors)), lambda: StepPlan(tensors, codes, numbers)
+        ("step", *codes, *numbers, *described(tensors)), lambda: StepPlan(tensors, codes, numbers, True)
     )
-    return plan.run([x for x in tensors if x is not None])
+    return plan.run(tuple(tensors))
 
 
 def _step_fake(*args):
@@ -259,125 +261,180 @@ def _of_tensors(found):
     return (*found[:10], None, None, found[10], None, None, None, found[11], found[12])
 
 
-class _Prepared:
-    """What calls of the same tensors' shapes and options share."""
+# Tau of every head on a GPU, by number, heads and device: filled once, not with every call. Graphs that were captured
+# read them for ever, so none is given up, and there are only so many.
+_taus = {}
+_MOST_TAUS = 256
 
-    def __init__(self, tensors, codes, numbers):
+
+def _tau(number, heads, device, may_make):
+    """A tensor of `heads` times the number, or None: the library fills its own. `may_make`: this is no compiled graph's call,
+    whose memory is not ours to keep."""
+    key = (number, heads, device)
+    found = _taus.get(key)
+    if found is not None or not may_make or len(_taus) >= _MOST_TAUS:
+        return found
+    with torch.cuda.device(device):
+        # A capture would not fill it now.
+        if torch.cuda.is_current_stream_capturing():
+            return None
+        found = _taus[key] = torch.full((heads,), number, dtype=torch.float32, device=device)
+        # Other streams read it too.
+        torch.cuda.current_stream().synchronize()
+    return found
+
+
+def _site(x):
+    """Device of a tensor, its index, whether it is a GPU."""
+    return x.device, x.device.index, x.is_cuda
+
+
+def _maker(dtype, device):
+    """Makes tensors not filled, by shape: of one without elements, sooner than torch.empty."""
+    return torch.empty(0, dtype=dtype, device=device).new_empty
+
+
+class _Prepared:
+    """What calls of the same tensors' shapes and options share: where they run, and the library's own record of them.
+
+    `present`: places of the tensors that there are, in the order in which calls give them (who gives all eighteen, None among
+    them, gives them by place); `upstream`: what a backward takes beside them; `written`: place, shape and dtype of all that
+    a call writes; `eager`: the direct path's.
+    """
+
+    def __init__(self, kind, tensors, codes, numbers, written, upstream=(), present=None, eager=False):
         q, v = tensors[0], tensors[2]
         self.codes, self.numbers = codes, numbers
         self.options = options = _options(codes, numbers)
         self.shape = e = _extents(q, v, tensors[5], tensors[8], tensors[11], options.capacity)
-        self.extents = (_DTYPES[q.dtype], list(e))
-        self.present = tuple(i for i, x in enumerate(tensors) if x is not None)
-        self.resumed = tensors[12] is not None
-        self.device = q.device
-        self.site = _Site(q.device)
+        self.present = present or tuple(i for i, x in enumerate(tensors) if x is not None)
+        self.device, self.index, self.cuda = _site(q)
+        with torch.no_grad():
+            makers = {x: _maker(x, q.device) for x in {torch.uint8, *(dtype for _, _, dtype in written)}}
+            self.tau = _tau(numbers[0], e.value_heads, q.device, eager) if self.cuda and tensors[9] is None else None
+        self.room = makers[torch.uint8]
+        self.outputs = [(makers[dtype], shape) for _, shape, dtype in written]
+        self.places = tuple(i for i, _, _ in written)
+        sizes = [(i, torch.Size(shape).numel() * dtype.itemsize) for i, shape, dtype in written]
+        given = [(i, tensors[i].nbytes) for i in self.present]
+        beside = [(i, x.nbytes) for i, x in enumerate(upstream) if x is not None]
+        native = Prepared(
+            (options.codes, options.numbers), (1, self.index) if self.cuda else (0, 0), (_DTYPES[q.dtype], tuple(e)),
+            given, 0 if self.tau is None else self.tau.data_ptr(), beside, sizes,
+        )
+        self.call, self.query = getattr(native, kind), getattr(native, f"{kind}_workspace")
+        self.bytes = None
 
-    def addresses(self, ready):
-        """Addresses of the twelve arguments, and of the state's six arrays if there is one."""
-        pairs, first = [_call.ABSENT] * 12, [_call.ABSENT] * 6 if self.resumed else None
-        for i, x in zip(self.present, ready):
-            if i < 12:
-                pairs[i] = (x.data_ptr() or 256, x.nbytes)
-            else:
-                first[i - 12] = (x.data_ptr() or 256, x.nbytes)
-        return pairs, first
+    def launch(self, *arrays):
+        """Whether it was; else a tensor must be copied first."""
+        if not self.cuda:
+            return self.call(0, (0, 0), *arrays)
+        # The library makes the GPU's context current; what was current is so again afterwards.
+        if torch._C._cuda_getDevice() != self.index:
+            with torch.cuda.device(self.device):
+                return self._launch(arrays)
+        return self._launch(arrays)
+
+    def _launch(self, arrays):
+        stream = _raw_stream(self.index) if _raw_stream else torch.cuda.current_stream(self.device).cuda_stream
+        size = self.bytes
+        if size is None:
+            size = self.bytes = self.query(stream)
+        # Free for what comes later on this stream: the allocator keeps to the stream's order.
+        workspace = self.room(size)
+        return self.call(stream, (workspace.data_ptr(), size), *arrays)
 
 
 class Plan(_Prepared):
-    """A forward. `want_log`: drift and routed read weights are results too; `keep`: its backward may take them."""
+    """A forward. `want_log`: the log, drift and routed read weights are results too; `differentiated`: a backward may take
+    them."""
 
-    def __init__(self, tensors, codes, numbers, final_state, want_log, differentiated):
-        super().__init__(tensors, codes, numbers)
-        e, options = self.shape, self.options
+    def __init__(self, tensors, codes, numbers, final_state, want_log, differentiated, eager=False):
+        options = _options(codes, numbers)
+        e = _extents(tensors[0], tensors[2], tensors[5], tensors[8], tensors[11], options.capacity)
         # What the backward takes of the forward is there as well.
-        keeps = differentiated and self.site.cuda
+        keeps = differentiated and _site(tensors[0])[2]
         self.keeps = (keeps and (options.soft or final_state), keeps and options.routed)
         per_token = e.per_token()
-        shapes = [(*per_token, e.dv), per_token if want_log or self.keeps[0] else None, per_token]
-        shapes.append((*per_token, options.capacity) if options.routed and (want_log or self.keeps[1]) else None)
+        shapes = [
+            (*per_token, e.dv),
+            per_token if want_log or self.keeps[0] else None,
+            per_token if want_log or differentiated else None,
+            (*per_token, options.capacity) if options.routed and (want_log or self.keeps[1]) else None,
+        ]
         shapes += e.state(options.capacity) if final_state else [None] * 6
         if not options.routed:
             shapes[9] = None
         dtype = tensors[0].dtype
-        self.shapes = [(i, shape, _OUTPUT_DTYPES[i] or dtype) for i, shape in enumerate(shapes) if shape is not None]
-        self.final_state = final_state
-        self.silent = tuple(i for i in (1, 2, 3, 5, 6, 7) if shapes[i] is not None)
+        written = [(i, shape, _OUTPUT_DTYPES[i] or dtype) for i, shape in enumerate(shapes) if shape is not None]
+        super().__init__("forward", tensors, codes, numbers, written, eager=eager)
+        self.differentiated = differentiated
+        # Among what is written: what has no gradient, the log and what else is kept, what may have one.
+        self.silent = tuple(n for n, i in enumerate(self.places) if i in (1, 2, 3, 5, 6, 7))
+        at = {i: n for n, i in enumerate(self.places)}
+        # The backward replays the log. The caller's own is among the tensors.
+        self.log = None if 10 in self.present or not differentiated else at[2]
+        self.kept = tuple(at[i] if keep else None for i, keep in zip((1, 3), self.keeps))
+        self.upstream = tuple(at.get(i) for i in (0, 4, 8, 9))
         self.backwards = {}
 
     def run(self, tensors):
-        """`tensors`: those that are present, in order. Ten outputs, None where there is none."""
-        ready = [_ready(x) for x in tensors]
-        pairs, first = self.addresses(ready)
-        outputs, results = [None] * 10, [_call.ABSENT] * 10
-        empty, device = torch.empty, self.device
-        for i, shape, dtype in self.shapes:
-            x = outputs[i] = empty(shape, dtype=dtype, device=device)
-            results[i] = (x.data_ptr() or 256, x.nbytes)
-        last = results[4:] if self.final_state else None
-        results = results[:4]
-        self.site.launch(
-            self.options, self.extents, pairs, _call.forward_workspace, _call.forward, (results, last),
-            (first, results, last),
-        )
+        """`tensors`: those that are present, in order, or all. What is written."""
+        outputs = tuple([empty(shape) for empty, shape in self.outputs])
+        if not self.launch(tensors, outputs):
+            self.launch(tuple([_ready(x) for x in tensors]), outputs)
         return outputs
+
+    def ten(self, outputs):
+        """Of what is written, the ten outputs, None where there is none."""
+        found = [None] * 10
+        for i, x in zip(self.places, outputs):
+            found[i] = x
+        return found
 
 
 class BackwardPlan(_Prepared):
-    """A backward that gives the gradients `wanted`; of what is given beside d_o (the state's gradients, what was kept of the
-    forward) only whether it is there matters here."""
+    """A backward that gives the gradients `wanted`; of what is given beside the tensors (the gradients of o and of the
+    state, what was kept of the forward) only whether it is there matters here."""
 
-    def __init__(self, tensors, codes, numbers, wanted, given):
-        super().__init__(tensors, codes, numbers)
+    def __init__(self, tensors, codes, numbers, wanted, upstream, present=None):
         of = (*tensors[:10], tensors[12], tensors[16], tensors[17])
-        self.shapes = [
-            (i, x.shape, x.dtype) for i, (x, want) in enumerate(zip(of, wanted)) if want and x is not None
-        ]
-        self.to_state = self.resumed and any(wanted[10:])
-        self.from_state = any(x is not None for x in given[:3])
+        written = [(i, x.shape, x.dtype) for i, (x, want) in enumerate(zip(of, wanted)) if want and x is not None]
+        # Only the direct path has an order of its own.
+        super().__init__("backward", tensors, codes, numbers, written, upstream, present, present is not None)
 
-    def run(self, tensors, d_o, d_states, d_open, d_keys, kept_drift, kept_lam):
-        """`tensors`: those that are present, in order. Thirteen gradients, None where not wanted."""
-        # Held by name until the call returns: what is addressed must live.
-        ready = [_ready(x) for x in tensors]
-        d_o, d_states, d_open, d_keys = _ready(d_o), _ready(d_states), _ready(d_open), _ready(d_keys)
-        pairs, first = self.addresses(ready)
-        outputs, gradients = [None] * 13, [_call.ABSENT] * 13
-        empty, device = torch.empty, self.device
-        for i, shape, dtype in self.shapes:
-            x = outputs[i] = empty(shape, dtype=dtype, device=device)
-            gradients[i] = (x.data_ptr() or 256, x.nbytes)
-        given = (
-            first, _pair(d_o), [_pair(d_states), _pair(d_open), _pair(d_keys)] if self.from_state else None,
-            [_pair(kept_drift), _pair(kept_lam)], gradients[:10], gradients[10:] if self.to_state else None,
-        )
-        self.site.launch(self.options, self.extents, pairs, _call.backward_workspace, _call.backward, given, given)
-        return outputs
+    def run(self, tensors, upstream):
+        """`tensors`: those that are present, in order, or all; six `upstream`. Thirteen gradients, None where not wanted."""
+        outputs = tuple([empty(shape) for empty, shape in self.outputs])
+        if not self.launch(tensors, upstream, outputs):
+            # Held by name until the call returns: what is addressed must live.
+            tensors, upstream = (tuple([_ready(x) for x in some]) for some in (tensors, upstream))
+            self.launch(tensors, upstream, outputs)
+        found = [None] * 13
+        for i, x in zip(self.places, outputs):
+            found[i] = x
+        return found
 
 
 class StepPlan(_Prepared):
-    """A step, which changes its state in place."""
+    """A step, which changes its state in place. `want_log`: drift and the log are results too."""
 
-    def __init__(self, tensors, codes, numbers):
-        super().__init__(tensors, codes, numbers)
-        e = self.shape
-        per_token = (e.batch, e.time, e.value_heads)
-        q = tensors[0]
-        self.shapes = [((*per_token, e.dv), q.dtype), (per_token, torch.float32), (per_token, torch.uint8)]
+    def __init__(self, tensors, codes, numbers, want_log, eager=False):
+        q, v = tensors[0], tensors[2]
+        per_token = (q.shape[0], q.shape[1], v.shape[2])
+        written = [(0, (*per_token, v.shape[3]), q.dtype)]
+        if want_log:
+            written += [(1, per_token, torch.float32), (2, per_token, torch.uint8)]
+        super().__init__("step", tensors, codes, numbers, written, eager=eager)
 
     def run(self, tensors):
-        """o, drift and events."""
-        for i, x in zip(self.present, tensors):
-            if i >= 12 and (not x.is_contiguous() or x.data_ptr() % _ALIGNMENT):
-                name = _call.STATE[i - 12]
-                raise ValueError(f"state.{name}: expected a contiguous tensor at a multiple of {_ALIGNMENT} bytes")
-        ready = [_ready(x) for x in tensors]
-        pairs, state = self.addresses(ready)
-        outputs = tuple(torch.empty(shape, dtype=dtype, device=self.device) for shape, dtype in self.shapes)
-        results = [*(_pair(x) for x in outputs), _call.ABSENT]
-        self.site.launch(
-            self.options, self.extents, pairs, _call.step_workspace, _call.step, (results,), (state, results)
-        )
+        """`tensors`: all eighteen. o, and with the log drift and events."""
+        outputs = tuple([empty(shape) for empty, shape in self.outputs])
+        if not self.launch(tensors, outputs):
+            for name, x in zip(_call.STATE, tensors[12:]):
+                if x is not None and (not x.is_contiguous() or x.data_ptr() % _ALIGNMENT):
+                    raise ValueError(f"state.{name}: expected a contiguous tensor at a multiple of {_ALIGNMENT} bytes")
+            self.launch(tuple([_ready(x) for x in tensors]), outputs)
         return outputs
 
 
@@ -388,51 +445,53 @@ class Direct(torch.autograd.Function):
     def forward(ctx, plan, *tensors):
         outputs = plan.run(tensors)
         ctx.plan = plan
-        # The backward replays the log; that it was given or computed is all one.
-        kept = (x if keep else None for x, keep in zip((outputs[1], outputs[3]), plan.keeps))
-        ctx.save_for_backward(outputs[2], *kept, *tensors)
+        log, (drift, weights) = plan.log, plan.kept
+        ctx.save_for_backward(
+            *tensors, *(() if log is None else (outputs[log],)), None if drift is None else outputs[drift],
+            None if weights is None else outputs[weights],
+        )
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(outputs[i] for i in plan.silent))
-        return tuple(outputs)
+        ctx.mark_non_differentiable(*[outputs[i] for i in plan.silent])
+        return outputs
 
     @staticmethod
-    @torch.autograd.function.once_differentiable
     def backward(ctx, *d):
-        plan, (log, drift, lam, *saved) = ctx.plan, ctx.saved_tensors
-        tensors, needs = [None] * 18, [False] * 18
-        for i, x, need in zip(plan.present, saved, ctx.needs_input_grad[1:]):
-            tensors[i], needs[i] = x, need
-        tensors[10] = log
-        wanted, upstream = _asked(tensors, plan.codes, plan.numbers, needs, *d)
+        # once_differentiable asks for a mode that is off already where nobody differentiates twice.
+        return _twice_refused(ctx, *d) if torch.is_grad_enabled() else _direct_backward(ctx, *d)
+
+
+def _direct_backward(ctx, *d):
+    plan, (*tensors, drift, lam) = ctx.plan, ctx.saved_tensors
+    d_o, d_states, d_open, d_keys = [None if i is None else d[i] for i in plan.upstream]
+    needs = ctx.needs_input_grad
+    own = None
+    if not torch.compiler.is_compiling():
+        key = (needs, d_states is None, d_open is None, d_keys is None)
+        own = plan.backwards.get(key)
+    if own is None or d_o is None:
+        present = plan.present if plan.log is None else (*plan.present, 10)
+        all_needs, whole = [False] * 18, [None] * 18
+        for i, need in zip(plan.present, needs[1:]):
+            all_needs[i] = need
+        for i, x in zip(present, tensors):
+            whole[i] = x
+        none = (None,) * 3
+        wanted, upstream = _asked(whole, plan.codes, plan.numbers, all_needs, d_o, *none, d_states, *none, d_open, d_keys)
+        d_o = upstream[0]
         if torch.compiler.is_compiling():
-            found = torch.ops.dla.backward(*upstream, drift, lam, *tensors, plan.codes, plan.numbers, wanted)
-            found = [x if want else None for x, want in zip(found, wanted)]
-        else:
-            key = (*wanted, *(x is None for x in upstream))
-            own = plan.backwards.get(key)
-            if own is None:
-                own = BackwardPlan(tensors, plan.codes, plan.numbers, wanted, (*upstream[1:], drift, lam))
-                plan.backwards[key] = own
-            found = own.run([x for x in tensors if x is not None], *upstream, drift, lam)
-        found = _of_tensors(found)
-        return (None, *(found[i] for i in plan.present))
+            found = torch.ops.dla.backward(*upstream, drift, lam, *whole, plan.codes, plan.numbers, wanted)
+            found = _of_tensors([x if want else None for x, want in zip(found, wanted)])
+            return (None, *(found[i] for i in plan.present))
+        if own is None:
+            own = BackwardPlan(whole, plan.codes, plan.numbers, wanted, (*upstream, drift, lam), present)
+            plan.backwards[key] = own
+    found = _of_tensors(own.run(tuple(tensors), (d_o, d_states, d_open, d_keys, drift, lam)))
+    return (None, *[found[i] for i in plan.present])
 
 
-_PLAIN = (torch.Tensor, torch.nn.Parameter)
-
-
-def is_plain(tensors):
-    """Whether nothing but eager autograd looks at these tensors: no compiler, mode, transform or subclass."""
-    if (
-        torch.compiler.is_compiling()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._functorch.peek_interpreter_stack() is not None
-    ):
-        return False
-    for x in tensors:
-        if x is not None and type(x) not in _PLAIN:
-            return False
-    return True
+_twice_refused = torch.autograd.function.once_differentiable(_direct_backward)
+# Function.apply without its questions of functorch, which are answered: there is none.
+direct = super(torch.autograd.Function, Direct).apply
 
 
 for _name, _kernel, _fake in (
