@@ -46,22 +46,24 @@ def levels(time):
 
 
 class LogLinear(DynamicLinearAttention):
-    """Log-Linear Attention (arXiv 2506.04761), gated: flash-linear-attention's kernel on a GPU where it is installed and takes heads
-    of such a size, else the masked matrix itself."""
+    """Log-Linear Attention (arXiv 2506.04761), gated: the masked matrix itself, and on a GPU flash-linear-attention's kernel, where it
+    is installed, for more tokens than that is good for."""
 
     MASKED_TIME = 1024
 
     def mix(self, q, k, v, g, beta, lam, route, **_):
         q, k = F.normalize(q.float(), dim=-1).to(q.dtype), F.normalize(k.float(), dim=-1).to(k.dtype)
-        kernel = self.kernel() if q.is_cuda and q.shape[3] % 64 == 0 and v.shape[3] % 64 == 0 else None
+        kernel = self.kernel() if q.is_cuda and q.shape[1] > self.MASKED_TIME else None
         if kernel is not None:
-            # The kernel multiplies the scales into scores of q's dtype; its own scale is 1.
+            # The kernel multiplies the scales into scores of q's dtype; its own scale is 1. It takes heads of multiples of 64: zeros
+            # beside them change nothing.
             scales = lam[..., : levels(q.shape[1])].to(q.dtype)
-            return kernel(q, k, v, g, scales, scale=q.shape[3] ** -0.5)[0].to(v.dtype), None
+            wide = [F.pad(x, (0, -x.shape[3] % 64)) for x in (q, k, v)]
+            return kernel(*wide, g, scales, scale=q.shape[3] ** -0.5)[0][..., : v.shape[3]].to(v.dtype), None
         time = q.shape[1]
         if time > self.MASKED_TIME:
             raise NotImplementedError(
-                f"Log-Linear Attention of {time} tokens: expected flash-linear-attention on a GPU and heads of multiples of 64 beyond {self.MASKED_TIME}"
+                f"Log-Linear Attention of {time} tokens: expected flash-linear-attention on a GPU beyond {self.MASKED_TIME}"
             )
         at = torch.arange(time, device=q.device)
         level = torch.frexp((at[:, None] ^ at).float()).exponent.long()  # bits of the difference
@@ -120,19 +122,20 @@ class Model(nn.Module):
         self.norm = nn.RMSNorm(hidden)
 
     @torch.no_grad()
-    def draw(self, seed):
-        """Parameters from the seed and their names: what two mixers have in common begins alike, whatever else they hold. How soon
-        recall is found varies much with this draw."""
+    def draw(self, seed, embedding=0.02, A=(1, 16), dt=(0.001, 0.1)):
+        """Parameters from the seed and their names: what two mixers have in common begins alike, whatever else they hold. `embedding`:
+        its standard deviation. A token decays the state by exp(-A dt) at the start, A drawn from its range, dt from its own by its
+        logarithm. How soon recall is found varies much with all of it."""
         for name, x in self.named_parameters():
             generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {name}".encode()))
             if name == "embedding.weight":
-                drawn = 0.02 * torch.randn(x.shape, generator=generator)
+                drawn = embedding * torch.randn(x.shape, generator=generator)
             elif name.endswith("A_log"):
-                drawn = (1 + 15 * torch.rand(x.shape, generator=generator)).log()
+                drawn = (A[0] + (A[1] - A[0]) * torch.rand(x.shape, generator=generator)).log()
             elif name.endswith("dt_bias"):
-                # dt in [0.001, 0.1), the inverse of softplus.
-                dt = 0.001 * 100 ** torch.rand(x.shape, generator=generator)
-                drawn = dt + torch.log(-torch.expm1(-dt))
+                least, most = dt
+                begin = least * (most / least) ** torch.rand(x.shape, generator=generator)
+                drawn = begin + torch.log(-torch.expm1(-begin))  # the inverse of softplus
             elif x.ndim == 2:
                 drawn = (2 * torch.rand(x.shape, generator=generator) - 1) * x.shape[1] ** -0.5
             else:

@@ -28,16 +28,23 @@ class Task:
 
     def batch(self, generator):
         s = self.settings
+        if s["task"] == "bytes":
+            return tasks.windows(generator, self.text[0], s["batch"], s["time"], self.device)
         if s["task"] == "recall":
             # As many sequences of every number of pairs.
-            mixed = s["train_pairs"]
+            each = s["batch"] // len(s["train_pairs"])
+            parts = [tasks.recall(generator, each, s["time"], n, self.vocabulary, self.device) for n in s["train_pairs"]]
+        else:
+            # As many sequences of every number of texts, one after another: needles that are asked for soon are learnt first.
+            each = s["batch"] // len(s["train_texts"])
             parts = [
-                tasks.recall(generator, s["batch"] // len(mixed), s["time"], pairs, self.vocabulary, self.device) for pairs in mixed
+                tuple(
+                    x.view(each, s["time"])
+                    for x in tasks.needles(generator, each * n, s["time"] // n, s["needles"] // n, device=self.device)
+                )
+                for n in s["train_texts"]
             ]
-            return tuple(torch.cat(part) for part in zip(*parts))
-        if s["task"] == "needles":
-            return tasks.needles(generator, s["batch"], s["time"], s["needles"], device=self.device)
-        return tasks.windows(generator, self.text[0], s["batch"], s["time"], self.device)
+        return tuple(torch.cat(part) for part in zip(*parts))
 
     def tests(self):
         """Name, batches; what a result is over."""
@@ -96,7 +103,7 @@ def train(settings, spec, seed, device="cpu", until=math.inf, say=lambda text: N
     model = Model(
         spec, vocabulary=task.vocabulary, hidden=settings["hidden"], heads=settings["heads"], layers=settings["layers"],
         time=max([settings["time"], *settings.get("test_times", [])]),
-    ).draw(seed).to(device)
+    ).draw(seed, **settings["draw"]).to(device)
     plain = [x for x in model.parameters() if x.ndim < 2 or getattr(x, "_no_weight_decay", False)]
     kept = {id(x) for x in plain}
     on_gpu = torch.device(device).type == "cuda"

@@ -120,9 +120,10 @@ class DynamicLinearAttention(nn.Module):
         self.q_proj = nn.Linear(hidden_size, key_dim, bias=False)
         self.k_proj = nn.Linear(hidden_size, key_dim, bias=False)
         self.v_proj = nn.Linear(hidden_size, value_dim, bias=False)
-        # Decay: exp(-A dt), dt = softplus(a_proj(x) + dt_bias), as Mamba-2 begins: A in [1, 16), dt in [0.001, 0.1).
+        # Decay: exp(-A dt), dt = softplus(a_proj(x) + dt_bias), dt from 0.001 to 0.1 as Mamba-2 begins, but A = 1 where it begins with 1 to
+        # 16: what has decayed no slot recalls (README, "Does it learn?").
         self.a_proj = nn.Linear(hidden_size, value_heads, bias=False)
-        self.A_log = nn.Parameter(torch.empty(value_heads).uniform_(1, 16).log())
+        self.A_log = nn.Parameter(torch.zeros(value_heads))
         dt = torch.exp(torch.rand(value_heads) * (math.log(0.1) - math.log(0.001)) + math.log(0.001))
         self.dt_bias = nn.Parameter(dt + torch.log(-torch.expm1(-dt)))
         self.A_log._no_weight_decay = self.dt_bias._no_weight_decay = True
