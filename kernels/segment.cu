@@ -31,10 +31,10 @@
 // token that is not zero, with |R|^2 taken from R itself at every update and the log decay since: c asks no
 // scale, and what strong decay leaves of a segment is far below f32.
 //
-// Numerics: k and v are exact in their planes (f32: 2^-17); R and the decayed keys take two planes whatever the
-// dtype. Decisions are those of src/events.rs, bit for bit. The product |k| |v| must lie within 1e-19 and 1e19.
+// Numerics: k and v are exact in their planes (f32: three, elsewhere two, since a soft boundary's gradient takes drift's error
+// over its temperature); R and the decayed keys take two planes, of f32 three. Decisions are those of src/events.rs, bit for bit. The product |k| |v| must lie within 1e-19 and 1e19.
 //
-// Shared memory: segment_gram 36,096 bytes at dk = dv = 128 (bf16, k and v whole; else 19,712), segment 11,472 a row.
+// Shared memory: segment_gram 36,096 bytes at dk = dv = 128 (bf16, k and v whole; else 28,928), segment 11,472 a row.
 // Workspace 142 bytes a token and head, 128 of them for the walks, of which a walk of one step fills 4. Registers: at
 // the end of the file.
 //
@@ -59,6 +59,11 @@ constexpr int BLOCK = 64;        // tokens of a round
 constexpr int TILE = 16;         // tokens of a step of the slow path
 constexpr int CHAIN_WARPS = SEGMENT_THREADS / 32;
 constexpr int FAST_SLOTS = 32;   // most slots of the fast merges
+
+// Planes of k and v, and of R and the decayed keys.
+template <typename T> constexpr int PLANES = T::PARTS;
+template <> constexpr int PLANES<F32> = 3;
+template <typename T> constexpr int OPEN_PLANES = PLANES<T> > 2 ? PLANES<T> : 2;
 
 // A segment that has decayed by more is 0 in f64 too, and so has no direction.
 constexpr float FORGOTTEN = -700.0f;
@@ -148,7 +153,7 @@ DEVICE void gram(const Tile<PARTS>& tile, int r, int width, float (&out)[GRAM_TI
 
 template <typename T>
 DEVICE void segment_gram(const SegmentParams& p) {
-    constexpr int PARTS = T::PARTS, C = T::CHUNK, EACH = C / STARTS;
+    constexpr int PARTS = PLANES<T>, C = T::CHUNK, EACH = C / STARTS;
     const Extents& e = p.extents;
     const int warp = uniform(warp_index()), lane = lane_index(), thread = threadIdx.x;
     const int64_t chunk = blockIdx.x / EACH, place = chunk / e.value_heads;
@@ -513,7 +518,7 @@ DEVICE void describe(const SegmentParams& p, const Row& row, int64_t first, int 
 // Gram matrix of a tile, by one warp.
 template <typename T>
 DEVICE void small_gram(const Operand<T>& x, float* out) {
-    constexpr int PARTS = T::PARTS;
+    constexpr int PARTS = PLANES<T>;
     float c[2][4];
     clear(c);
 #pragma unroll 1
@@ -533,8 +538,11 @@ DEVICE void small_gram(const Operand<T>& x, float* out) {
 // C [16, 8] += A B, low parts first: half of what `multiply` makes, in half the registers.
 template <int PA, int PB>
 DEVICE void multiply_half(float (&c)[4], const uint32_t (&a)[PA][4], const uint32_t (&b)[PB][2]) {
-    if constexpr (PA == 2) mma_bf16(c, a[1], b[0][0], b[0][1]);
-    if constexpr (PB == 2) mma_bf16(c, a[0], b[1][0], b[1][1]);
+    if constexpr (PA == 3) mma_bf16(c, a[2], b[0][0], b[0][1]);
+    if constexpr (PB == 3) mma_bf16(c, a[0], b[2][0], b[2][1]);
+    if constexpr (PA + PB > 4) mma_bf16(c, a[1], b[1][0], b[1][1]);
+    if constexpr (PA >= 2) mma_bf16(c, a[1], b[0][0], b[0][1]);
+    if constexpr (PB >= 2) mma_bf16(c, a[0], b[1][0], b[1][1]);
     mma_bf16(c, a[0], b[0][0], b[0][1]);
 }
 
@@ -543,7 +551,7 @@ DEVICE void multiply_half(float (&c)[4], const uint32_t (&a)[PA][4], const uint3
 template <typename T>
 DEVICE void carried_products(const Operand<T>& keys, const Operand<T>& values, const float* open) {
     Shared& shared = shared_of_row();
-    constexpr int PARTS = T::PARTS;
+    constexpr int PARTS = PLANES<T>, HELD = OPEN_PLANES<T>;
     const int g = lane_index() / 4, c2 = lane_index() % 4 * 2, dk = keys.width, dv = values.width;
     float row_sums[2] = {0, 0};
 #pragma unroll 1
@@ -551,18 +559,19 @@ DEVICE void carried_products(const Operand<T>& keys, const Operand<T>& values, c
         float c[4] = {0, 0, 0, 0};
 #pragma unroll 1
         for (int k = 0; k < dv; k += 16) {
-            uint32_t a[PARTS][4], b[2][2];
+            uint32_t a[PARTS][4], b[HELD][2];
             values.afresh().template rows<PARTS>(k, a);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 const int from = k + i * 8 + c2;
                 float2 r = make_float2(0, 0);
                 if (from < dv) r = *reinterpret_cast<const float2*>(open + (column + g) * dv + from);
-                uint32_t planes[2];
-                split<2>(r.x, r.y, planes);
-                b[0][i] = planes[0], b[1][i] = planes[1];
+                uint32_t planes[HELD];
+                split<HELD>(r.x, r.y, planes);
+#pragma unroll
+                for (int part = 0; part < HELD; part++) b[part][i] = planes[part];
             }
-            multiply_half<PARTS, 2>(c, a, b);
+            multiply_half<PARTS, HELD>(c, a, b);
         }
 #pragma unroll
         for (int i = 0; i < 2; i++) {
@@ -583,19 +592,20 @@ DEVICE void carried_products(const Operand<T>& keys, const Operand<T>& values, c
 template <typename T>
 DEVICE float update_open(const Operand<T>& keys, const Operand<T>& values, float* open, float keep,
                          const float* decay) {
-    constexpr int PARTS = T::PARTS;
+    constexpr int PARTS = PLANES<T>, HELD = OPEN_PLANES<T>;
     const int g = lane_index() / 4, c2 = lane_index() % 4 * 2, dk = keys.width, dv = values.width;
     float squared = 0;
 #pragma unroll 1
     for (int row = role_index() * 16; row < dk; row += CHAIN_WARPS * 16) {
-        uint32_t a[2][4];
+        uint32_t a[HELD][4];
         const Operand<T> here = keys.afresh();
 #pragma unroll
         for (int i = 0; i < 4; i++) {
             const int t = i / 2 * 8 + c2, m = row + g + i % 2 * 8;
-            uint32_t planes[2];
-            split<2>(decay[t] * here.one(t, m), decay[t + 1] * here.one(t + 1, m), planes);
-            a[0][i] = planes[0], a[1][i] = planes[1];
+            uint32_t planes[HELD];
+            split<HELD>(decay[t] * here.one(t, m), decay[t + 1] * here.one(t + 1, m), planes);
+#pragma unroll
+            for (int part = 0; part < HELD; part++) a[part][i] = planes[part];
         }
 #pragma unroll 1
         for (int column = 0; column < dv; column += 8) {
@@ -610,7 +620,7 @@ DEVICE float update_open(const Operand<T>& keys, const Operand<T>& values, float
 #pragma unroll
                 for (int part = 0; part < PARTS; part++) b[part][i] = planes[part];
             }
-            multiply_half<2, PARTS>(c, a, b);
+            multiply_half<HELD, PARTS>(c, a, b);
 #pragma unroll
             for (int i = 0; i < 2; i++) {
                 if (row + g + i * 8 >= dk) continue;

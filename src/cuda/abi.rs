@@ -1003,7 +1003,8 @@ impl Geometry {
         let operands = if self.parts == 1 {
             Self::tile(1, 64, self.padded_dk()) + Self::tile(1, 64, self.dv.next_multiple_of(16))
         } else {
-            Self::tile(self.parts, 64, 64)
+            // An f32 in three planes, f16 in two of them.
+            Self::tile(3, 64, 64)
         };
         64 * 8 + 3 * 64 * 4 + (32 * 66 * 4).max(operands)
     }
