@@ -474,7 +474,7 @@ impl Bounds {
 
     /// Bound of a tensor that is returned in `dtype`. An f16 below 2^-14 has fewer digits: half of its
     /// last place, 2^-25, is allowed to every element.
-    fn rounded(&self, dtype: Dtype, reference: &[f64]) -> f64 {
+    pub fn rounded(&self, dtype: Dtype, reference: &[f64]) -> f64 {
         match dtype {
             Dtype::F32 => self.f32,
             Dtype::Bf16 => self.bf16,
