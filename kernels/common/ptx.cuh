@@ -44,6 +44,8 @@ using emulation::opaque;
 using emulation::pack_bf16;
 DEVICE void part_barrier(int id, int threads) { emulation::group_barrier(id, threads); }
 using emulation::prefetch;
+using emulation::prefetch_span;
+using emulation::take_number;
 using emulation::quotient;
 using emulation::approximate_reciprocal;
 using emulation::shared_address;
@@ -144,6 +146,17 @@ DEVICE uint4 load_once(const void* from) {
 }
 // Has the line of 128 bytes brought to L2.
 DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+// Asks for `bytes`, a multiple of 16, to be in L2 when they are wanted.
+DEVICE void prefetch_span(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+#else
+#pragma unroll 1
+    for (uint32_t i = 0; i < bytes; i += 128) prefetch(static_cast<const uint8_t*>(from) + i);
+#endif
+}
+// The next number of a count in shared memory, from 0 on.
+DEVICE int take_number(int32_t* count) { return atomicAdd(count, 1); }
 // Counts an arrival: how many came before. What this thread did before is done for those that come after.
 DEVICE uint32_t arrive(uint32_t* count) {
     __threadfence();

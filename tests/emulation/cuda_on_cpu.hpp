@@ -426,6 +426,10 @@ inline uint4 load_once(const void* from) {
     return x;
 }
 inline void prefetch(const void*) {}
+inline void prefetch_span(const void* from, uint32_t bytes) {
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) fail("a bulk prefetch that is not aligned");
+}
+inline int32_t take_number(int32_t* count) { return (*count)++; }
 inline uint32_t arrive(uint32_t* count) { return std::atomic_ref(*count)++; }
 inline float quotient(float a, float b, float) { return a / b; }
 
