@@ -174,18 +174,38 @@ struct Tiles {
     METHOD Tiles(int from, int to) : Tiles(from, to, threadIdx.x, THREADS) {}
 };
 
-// Sum over the lanes that share a lane's columns.
-DEVICE void sum_rows(const Tiles& tiles, float (&x)[8]) {
+// Sum over the lanes of a warp that share a lane's columns, to those columns' place in shared memory. Lanes halve what they
+// keep while there are more to share with.
+DEVICE void sum_rows(const Tiles& tiles, float (&x)[8], float* to) {
+    const int lane = lane_index();
+    int by = tiles.across, kept = 8, first = 0;
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2) {
+        if (by >= 32) break;
+        const bool upper = lane & by;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float given = upper ? x[i] : x[i + half];
+            x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(ALL, given, by);
+        }
+        first += upper ? half : 0;
+        kept = half, by *= 2;
+    }
+    const bool writes = tiles.live && lane < by;
+#pragma unroll 1
+    for (; by < 32; by *= 2) x[0] += __shfl_xor_sync(ALL, x[0], by);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (writes && i < kept) to[first + i] = x[i];
+}
+
+// Sum over the threads that share a thread's columns, of `width` columns: rows of `scratch` [WARPS][width], one a warp.
+DEVICE void to_scratch(const Tiles& tiles, float (&x)[8], float* scratch, int width) {
 #pragma unroll 1
     for (int by = tiles.across; by < 32; by *= 2) {
 #pragma unroll
         for (int i = 0; i < 8; i++) x[i] += __shfl_xor_sync(ALL, x[i], by);
     }
-}
-
-// Sum over the threads that share a thread's columns, of `width` columns: rows of `scratch` [WARPS][width], one a warp.
-DEVICE void to_scratch(const Tiles& tiles, float (&x)[8], float* scratch, int width) {
-    sum_rows(tiles, x);
     // Where a warp has fewer lanes than there are groups, it has no columns of the others.
     if (tiles.live && lane_index() < tiles.across)
         store8(reinterpret_cast<F32*>(scratch + warp_index() * width + tiles.group * 8), x);
@@ -260,19 +280,19 @@ DEVICE void products(const Bank<S>& bank, const Tiles& tiles, const Sources& sou
     }
 }
 
-// The same by a warp, of STEP_RING + 1 tokens at most.
-template <typename S>
+// The same by a warp, TOKENS at once.
+template <int AHEAD, int TOKENS, typename S>
 DEVICE void warp_products(const Bank<S>& bank, const Tiles& tiles, const Sources& sources, const float* keys, int first,
                           int rows, float* u, int width) {
-    float sum[STEP_RING + 1][8] = {};
-    own_products<S::REST ? 8 : 4>(bank, tiles, sources, keys, first, rows, STEP_RING, sum);
-    __syncwarp();
+#pragma unroll 1
+    for (int batch = 0; batch < rows; batch += TOKENS) {
+        float sum[TOKENS][8] = {};
+        own_products<AHEAD>(bank, tiles, sources, keys, first + batch, rows - batch, STEP_RING, sum);
 #pragma unroll
-    for (int c = 0; c < STEP_RING + 1; c++) {
-        if (c >= rows) break;
-        sum_rows(tiles, sum[c]);
-        if (tiles.live && lane_index() < tiles.across)
-            store8(reinterpret_cast<F32*>(u + c * width + tiles.group * 8), sum[c]);
+        for (int c = 0; c < TOKENS; c++) {
+            if (batch + c >= rows) break;
+            sum_rows(tiles, sum[c], u + (batch + c) * width + tiles.group * 8);
+        }
     }
     __syncwarp();
 }
@@ -318,8 +338,8 @@ struct Shared {
     float after[TOKENS];                      // e^(Gamma of the last token - Gamma_s)
     uint32_t tokens[TOKENS * MOST_SLOTS];     // routed: n of every slot after token t
     // Slots before, after; whether R has a place of its own before, after; first token of the open
-    // segment, -1: it was open before; place of R after; whether this block came last; length of the list; the next
-    // slot that a warp takes; 2: which slots are written, by bits.
+    // segment, -1: it was open before; place of R after; whether this block came last; length of the list, of
+    // taken_up; the next slot, and unit of a write, that a warp takes; 2: which slots are written, by bits.
     int32_t facts[16];
     uint8_t pending[MOST_SLOTS];              // of the slots held before
     uint8_t place[TOKENS * MOST_SLOTS];       // pi_t(j)
@@ -327,30 +347,39 @@ struct Shared {
     uint8_t new_from[MOST_SLOTS], new_to[MOST_SLOTS];  // tokens that end in it
     uint8_t written[MOST_SLOTS];              // 1: it is written
     uint8_t list[MOST_SLOTS];                 // slots held before that are only read
+    uint8_t taken_up[MOST_SLOTS];             // slots held after that are written and have sources, those of several first
     uint8_t slot[TOKENS][TOKENS];             // slot_t(s)
     uint8_t len[TOKENS];                      // slots held after token t
 };
 template <bool DELTA, int T>
 constexpr int SHARED_BYTES =
     (2 * 1200 + 8 * T + 4 * (3 * T + 4 * T * T + T * Shared<DELTA, T>::LIST + WARPS * (T + 1) + 64 * (4 * T + 1) + 2) + 64 +
-     7 * 64 + 64 * T + T * T + T + 7) / 8 * 8;
+     8 * 64 + 64 * T + T * T + T + 7) / 8 * 8;
 static_assert(sizeof(Shared<false, 1>) == SHARED_BYTES<false, 1> && sizeof(Shared<true, 1>) == SHARED_BYTES<true, 1>);
 static_assert(sizeof(Shared<false, 4>) == SHARED_BYTES<false, 4> && sizeof(Shared<true, 4>) == SHARED_BYTES<true, 4>);
 static_assert(sizeof(Shared<false, 8>) == SHARED_BYTES<false, 8> && sizeof(Shared<true, 8>) == SHARED_BYTES<true, 8>);
+
+// Columns of a unit of a write: half of a block's, so that there are units for all warps, and 64 at most.
+DEVICE int unit_columns(int width) {
+    const int half = (width / 8 + 1) / 2 * 8;
+    return half < 64 ? half : 64;
+}
 
 // What follows it, of sizes that the call has.
 template <bool DELTA, int TOKENS, bool EARLY>
 struct Rows {
     static constexpr int RING = Shared<DELTA, TOKENS>::RING, LIST = Shared<DELTA, TOKENS>::LIST;
+    // Slots are written by units of a warp.
+    static constexpr bool UNITS = DELTA && TOKENS == 1;
 
     float* q;        // [TOKENS][dk], of unit norm under qk_l2norm, as keys
     float* keys;     // [LIST][dk]
     float* v;        // [TOKENS][dv]
     float* y;        // [LIST][dk], delta rule
     float* queries;  // [TOKENS][RING + 1][dk], delta rule: by what a slot lacked before the call
-    float* u;        // [WARPS if EARLY][LIST][width], delta rule
+    float* u;        // [LIST][width], delta rule; UNITS: [WARPS][LIST][columns of a unit]
     float* scratch;  // [BATCH or 1][WARPS][width]; none if EARLY
-    float* each;     // [capacity][width] if EARLY: q^T S of every slot
+    float* each;     // [capacity][width] if EARLY: q^T S of every slot; if UNITS: what the slots of taken_up add to o
 
     METHOD Rows(int dk, int dv, int width, int capacity) {
         Carve carve{dynamic_shared()};
@@ -360,15 +389,15 @@ struct Rows {
         v = carve.take<float>(TOKENS * dv);
         y = carve.take<float>(DELTA ? LIST * dk : 0);
         queries = carve.take<float>(DELTA ? TOKENS * (RING + 1) * dk : 0);
-        u = carve.take<float>(DELTA ? (EARLY ? WARPS : 1) * LIST * width : 0);
-        scratch = carve.take<float>(EARLY ? 0 : (DELTA ? BATCH : 1) * WARPS * width);
-        each = carve.take<float>(EARLY ? capacity * width : 0);
+        u = carve.take<float>(!DELTA ? 0 : UNITS ? WARPS * LIST * unit_columns(width) : LIST * width);
+        scratch = carve.take<float>(EARLY ? 0 : (DELTA && !UNITS ? BATCH : 1) * WARPS * width);
+        each = carve.take<float>(EARLY || UNITS ? capacity * width : 0);
         carve.check();
     }
 
     METHOD float* new_key(int t, int dk) const { return keys + (RING + t) * dk; }
 };
-enum Fact { BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, LISTED, NEXT_SLOT, WRITTEN };
+enum Fact { BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, LISTED, TAKEN_UP, NEXT_SLOT, NEXT_UNIT, WRITTEN };
 enum Dot { KK, VV, QK };
 
 // Slots that are written, oldest first.
@@ -573,6 +602,16 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         if (only) sh.list[listed + __popc(all & ((1u << lane) - 1))] = j;
         listed += __popc(all);
     }
+    // The slots that are written out of others.
+    int taken_up = 0;
+#pragma unroll
+    for (int part = 0; part < 4; part++) {
+        const int i = lane + 32 * (part % 2), sources = sh.old_to[i] - sh.old_from[i];
+        const bool of_part = written[part % 2] && (part < 2 ? sources > 1 : sources == 1);
+        const uint32_t all = __ballot_sync(ALL, of_part);
+        if (of_part) sh.taken_up[taken_up + __popc(all & ((1u << lane) - 1))] = i;
+        taken_up += __popc(all);
+    }
     // Factors and what was lacking, of the slots held before.
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -599,7 +638,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         sh.open_factor = before > 0 ? expf(static_cast<float>(held_log + sh.gamma[last])) : 0.0f;
         next.unused[0] = next.unused[1] = 0;
         sh.facts[BEFORE] = before, sh.facts[AFTER] = after;
-        sh.facts[LISTED] = listed;
+        sh.facts[LISTED] = listed, sh.facts[TAKEN_UP] = taken_up;
         sh.facts[APART_AFTER] = own, sh.facts[OPENED] = start;
     }
     __syncwarp();
@@ -648,21 +687,23 @@ DEVICE void read(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, const Row
     }
 }
 
+// The next number of a count, for a warp.
+DEVICE int take(int32_t* count) {
+    const int number = lane_index() == 0 ? take_number(count) : 0;
+    return __shfl_sync(ALL, number, 0);
+}
+
 // o of every slot held, alone, as it stands: a warp takes slot after slot, UNROLL rows of 32 lanes in flight, those of the
 // next slot too.
 template <bool DELTA, typename S, int UNROLL>
 DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 1, true>& rows, int from, int to, int width) {
     const int dk = bank.dk, before = sh.record.len, lane = lane_index();
     const Tiles tiles(from, to, lane, 32);
-    const auto take = [&] {
-        const int slot = lane == 0 ? take_number(&sh.facts[NEXT_SLOT]) : 0;
-        return __shfl_sync(ALL, slot, 0);
-    };
     const int step = tiles.stride * bank.dv;
     const auto start = [&](int slot) {
         return bank.states + bank.at(sh.record.order[slot], tiles.first, tiles.column);
     };
-    int slot = take();
+    int slot = take(&sh.facts[NEXT_SLOT]);
     if (slot >= before) return;
     const S* here = start(slot);
     Raw<S> raw[UNROLL];
@@ -673,7 +714,7 @@ DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 
     }
 #pragma unroll 1
     while (true) {
-        const int next = take();
+        const int next = take(&sh.facts[NEXT_SLOT]);
         const bool more = next < before;
         const S* const there = more ? start(next) : here;
         const float* q = DELTA ? rows.queries + sh.record.pending[sh.record.order[slot]] * dk : rows.q;
@@ -700,8 +741,7 @@ DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 
             }
             here = from_there;
         }
-        sum_rows(tiles, o);
-        if (tiles.live && lane < tiles.across) store8(reinterpret_cast<F32*>(rows.each + slot * width + tiles.group * 8), o);
+        sum_rows(tiles, o, rows.each + slot * width + tiles.group * 8);
         if (!more) break;
         slot = next;
     }
@@ -787,13 +827,13 @@ DEVICE void write_slot(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, con
 }
 
 // The slots that are written, oldest first, and o of them unless EARLY; and R. What a thread reads of a place, no other
-// writes, so that a place that is freed may be taken by a later slot: but that under the delta rule, EARLY, each slot that
-// was held is a warp's, those that begin come behind a barrier.
+// writes, so that a place that is freed may be taken by a later slot: but that by UNITS, a slot and some of its columns a
+// warp, those that begin come behind a barrier.
 template <bool DELTA, typename S, int TOKENS, bool EARLY>
-DEVICE void write(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS, EARLY>& rows,
+DEVICE void write(const Bank<S>& bank, Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS, EARLY>& rows,
                   const Tiles& tiles, int from, int to, int count, int width, float (&o)[TOKENS][8]) {
     constexpr int RING = Shared<DELTA, TOKENS>::RING;
-    constexpr bool BY_WARPS = DELTA && EARLY;
+    constexpr bool UNITS = Rows<DELTA, TOKENS, EARLY>::UNITS;
     const int dk = bank.dk, dv = bank.dv;
     const auto sources_of = [&](int i) {
         return Sources{sh.record.order, sh.pending, sh.factor, sh.old_from[i], sh.old_to[i]};
@@ -803,20 +843,24 @@ DEVICE void write(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, const Ro
         for (int j = sources.from; j < sources.to; j++) lacks = lacks > sh.pending[j] ? lacks : sh.pending[j];
         return lacks;
     };
-    if constexpr (BY_WARPS) {
-        const Tiles of_warp(from, to, lane_index(), 32);
-        float* const u = rows.u + warp_index() * (RING + 1) * width;
-        int turn = 0;
+    if constexpr (UNITS) {
+        // Rows and tokens at once: an early block has all registers to itself.
+        constexpr int TALL = (EARLY ? 2 : 1) * (S::REST ? 4 : 2), AHEAD = S::REST ? 8 : 4;
+        const int columns = unit_columns(width), strips = (to - from + columns - 1) / columns;
+        float* const u = rows.u + warp_index() * (RING + 1) * columns;
 #pragma unroll 1
-        for (Written slots(sh); slots.left;) {
-            const int i = slots.take();
-            if (sh.old_from[i] == sh.old_to[i]) continue;
-            if (turn++ % WARPS != warp_index()) continue;
-            const Sources sources = sources_of(i);
+        while (true) {
+            const int unit = take(&sh.facts[NEXT_UNIT]), n = unit / strips;
+            if (n >= sh.facts[TAKEN_UP]) break;
+            const int slot = sh.taken_up[n], first = from + (unit - n * strips) * columns;
+            const Tiles own(first, first + columns < to ? first + columns : to, lane_index(), 32);
+            const Sources sources = sources_of(slot);
             const int lacks = most_lacking(sources);
-            warp_products(bank, of_warp, sources, rows.keys, RING - lacks, lacks + 1, u, width);
-            write_slot<false, S::REST ? 8 : 4>(bank, sh, rows, of_warp, sources, i, lacks, u, count, width, o);
-            // Before another slot's products.
+            warp_products<AHEAD, EARLY ? RING + 1 : BATCH>(bank, own, sources, rows.keys, RING - lacks, lacks + 1, u, columns);
+            float of_unit[1][8] = {};
+            write_slot<!EARLY, TALL>(bank, sh, rows, own, sources, slot, lacks, u, count, columns, of_unit);
+            if constexpr (!EARLY) sum_rows(own, of_unit[0], rows.each + n * width + first - from + own.group * 8);
+            // Before another unit's products.
             __syncwarp();
         }
         __syncthreads();
@@ -825,9 +869,9 @@ DEVICE void write(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, const Ro
     for (Written slots(sh); slots.left;) {
         const int i = slots.take();
         const Sources sources = sources_of(i);
-        if (BY_WARPS && sources.from < sources.to) continue;
+        if (UNITS && sources.from < sources.to) continue;
         int lacks = 0;
-        if constexpr (DELTA && !EARLY) {
+        if constexpr (DELTA && !UNITS) {
             if (sources.from < sources.to) {
                 lacks = most_lacking(sources);
                 products(bank, tiles, sources, rows.keys, RING - lacks, lacks + count, RING, rows.scratch, rows.u, width);
@@ -932,6 +976,8 @@ DEVICE void run(const StepParams& p) {
             const int first = dk * slice / p.slices, end = dk * (slice + 1) / p.slices;
             const uint32_t bytes = (end - first) * dv * static_cast<int>(sizeof(S));
             const int places[2] = {record->order[lane], record->order[lane + 32]};
+            // R first: the decision waits for it.
+            if (lane == 0 && held > 0 && bytes > 0) prefetch_span(bank.states + bank.at(record->open, first, 0), bytes);
 #pragma unroll
             for (int half = 0; half < 2; half++)
                 if (lane + 32 * half < held && bytes > 0) prefetch_span(bank.states + bank.at(places[half], first, 0), bytes);
@@ -968,7 +1014,7 @@ DEVICE void run(const StepParams& p) {
             sh.beta[t] = of_beta[t];
         }
         sh.tau = tau;
-        sh.facts[NEXT_SLOT] = 0;
+        sh.facts[NEXT_SLOT] = sh.facts[NEXT_UNIT] = 0;
     }
     if (!routed) {
         if constexpr (TOKENS == 1) {
@@ -1223,6 +1269,10 @@ DEVICE void run(const StepParams& p) {
 #pragma unroll 1
             for (int c = thread; c < to - from; c += THREADS) {
                 float sum = from_scratch(rows.scratch, p.width, c);
+                if constexpr (Rows<DELTA, TOKENS, EARLY>::UNITS) {
+#pragma unroll 1
+                    for (int n = 0; n < sh.facts[TAKEN_UP]; n++) sum += rows.each[n * p.width + c];
+                }
 #pragma unroll 1
                 for (int s = 0; s <= t; s++) sum += sh.pair[t][s] * rows.v[s * dv + from + c];
                 output(p.o, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + from + c, sum, p.dtype);

@@ -889,20 +889,19 @@ impl StepForm {
         let (t, ring) = (self.tokens, if self.delta { STEP_RING } else { 0 });
         let list = ring + t;
         let floats = 3 * t + 4 * t * t + t * list + 8 * (t + 1) + 64 * (4 * t + 1) + 2;
-        let fixed = 2 * STEP_RECORD_BYTES + 8 * t + 4 * floats + 64 + 7 * 64 + 64 * t + t * t + t;
+        let fixed = 2 * STEP_RECORD_BYTES + 8 * t + 4 * floats + 64 + 8 * 64 + 64 * t + t * t + t;
         let array = |floats: usize| (4 * floats).next_multiple_of(16);
         let delta = |floats: usize| if self.delta { array(floats) } else { 0 };
+        let units = self.delta && t == 1;
         fixed.next_multiple_of(16)
             + array(t * dk)
             + array(list * dk)
             + array(t * dv)
             + delta(list * dk)
             + delta(t * (ring + 1) * dk)
-            + delta(if self.early { 8 } else { 1 } * list * width)
-            + match self.early {
-                true => array(capacity * width),
-                false => array(if self.delta { 4 } else { 1 } * 8 * width),
-            }
+            + delta(if units { 8 * list * (width / 8).div_ceil(2).min(8) * 8 } else { list * width })
+            + if self.early { 0 } else { array(if self.delta && !units { 4 } else { 1 } * 8 * width) }
+            + if self.early || units { array(capacity * width) } else { 0 }
     }
 
     /// Shared memory of the kernel that makes a chronological cache of entries.
