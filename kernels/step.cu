@@ -13,12 +13,24 @@
 //
 // States are f32, or bf16 with 8 bits more in a second plane: reads take the first plane alone, 2 bytes an element.
 //
-// Where blocks are few, a block has the states of most places copied to shared memory while one of its warps decides what
-// becomes of them (STAGE). A block walks its code once, and so waits for the code itself: loops are not unrolled but where
-// that puts loads in flight.
+// Where blocks are many, warp 0 decides first; then the block reads the slots that are not written, a thread eight columns of
+// every so many rows of all of them, and o of the others is had as they are written.
+//
+// Where blocks are few, nothing else would fill that time, and one token's slots are read as they stand (EARLY):
+//   o = sum_j c_j (q^T S_j) + scale lambda (q . y_t) v_t,   c_j = scale lambda[pi(j)] e^(log_j + g),
+// pi(j) being where slot j ends: what is merged is read by the same c as its other part. q^T S_j asks for no decision, c_j
+// does. A warp takes slot after slot, 32 lanes being rows by groups of eight columns, and leaves q^T S_j in shared memory;
+// warp 0 decides meanwhile, then takes slots too; behind one barrier come c, o and the slots that are written. What is read
+// is on its way to L2 from the moment that the order is known (`ahead` slots of it), while R is read and its sums are made.
+//
+// Under the delta rule a step writes about a fifth of the slots. Of one token's, warps take units of a slot and some of its
+// columns: k_j^T S of the tokens that it lacks, then the slot, without a barrier of the block.
+//
+// A block walks its code once, and so waits for the code itself: loops are not unrolled but where that puts loads in flight.
 //
 // Numerics: f32, decisions in f64 as far as they are sums; e^log from an f64 sum.
-// Shared memory: Shared and Rows, twin of StepForm::shared_bytes (src/cuda/abi.rs).
+// Shared memory: Shared (4.4 KB for one token) and Rows, twin of StepForm::shared_bytes (src/cuda/abi.rs). For M = 30 and dk =
+// dv = 128, one token: EARLY of 32 columns 10 KB gated, 25 under the delta rule; else, of 128, 10 and 41.
 
 #include "common/ledger.cuh"
 
@@ -365,6 +377,9 @@ DEVICE int unit_columns(int width) {
     return half < 64 ? half : 64;
 }
 
+// Most slots that one token writes out of others, delta rule: those whose turn it is, one that merges or is extended, and one.
+DEVICE int most_taken_up(int capacity) { return (capacity + STEP_SPARE_PLACES + STEP_RING - 1) / STEP_RING + 2; }
+
 // What follows it, of sizes that the call has.
 template <bool DELTA, int TOKENS, bool EARLY>
 struct Rows {
@@ -379,7 +394,7 @@ struct Rows {
     float* queries;  // [TOKENS][RING + 1][dk], delta rule: by what a slot lacked before the call
     float* u;        // [LIST][width], delta rule; UNITS: [WARPS][LIST][columns of a unit]
     float* scratch;  // [BATCH or 1][WARPS][width]; none if EARLY
-    float* each;     // [capacity][width] if EARLY: q^T S of every slot; if UNITS: what the slots of taken_up add to o
+    float* each;     // [..][width] if EARLY: q^T S of every slot; else, UNITS: what the slots of taken_up add to o
 
     METHOD Rows(int dk, int dv, int width, int capacity) {
         Carve carve{dynamic_shared()};
@@ -391,7 +406,7 @@ struct Rows {
         queries = carve.take<float>(DELTA ? TOKENS * (RING + 1) * dk : 0);
         u = carve.take<float>(!DELTA ? 0 : UNITS ? WARPS * LIST * unit_columns(width) : LIST * width);
         scratch = carve.take<float>(EARLY ? 0 : (DELTA && !UNITS ? BATCH : 1) * WARPS * width);
-        each = carve.take<float>(EARLY || UNITS ? capacity * width : 0);
+        each = carve.take<float>(EARLY ? capacity * width : UNITS ? most_taken_up(capacity) * width : 0);
         carve.check();
     }
 

@@ -901,7 +901,11 @@ impl StepForm {
             + delta(t * (ring + 1) * dk)
             + delta(if units { 8 * list * (width / 8).div_ceil(2).min(8) * 8 } else { list * width })
             + if self.early { 0 } else { array(if self.delta && !units { 4 } else { 1 } * 8 * width) }
-            + if self.early || units { array(capacity * width) } else { 0 }
+            + match (self.early, units) {
+                (true, _) => array(capacity * width),
+                (false, true) => array(((capacity + STEP_SPARE_PLACES).div_ceil(STEP_RING) + 2) * width),
+                (false, false) => 0,
+            }
     }
 
     /// Shared memory of the kernel that makes a chronological cache of entries.
