@@ -44,6 +44,8 @@ constexpr double FORGOTTEN = -700.0;
 constexpr int BATCH = 4;
 // Thread that asks which block of a row and head comes last: it has written nothing.
 constexpr int ASKS = 32;
+// Slots that are read for about as long as a warp takes to decide and to write.
+constexpr int LONG = 16;
 
 struct StateF32 {
     static constexpr bool REST = false;
@@ -457,9 +459,10 @@ struct Places {
     }
 };
 
-// Step 2 to 4 of OPERATOR.md, section 3, for every token of the call, and what becomes of every slot. By one warp.
+// Step 2 to 4 of OPERATOR.md, section 3, for every token of the call, and what becomes of every slot. By one warp. `early`:
+// gated, no slot is written where one stands, unless R has a place of its own.
 template <bool DELTA, int TOKENS>
-DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first_at, bool leads) {
+DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first_at, bool leads, bool early) {
     const int lane = lane_index(), count = p.tokens;
     const StepRecord& record = sh.record;
     const bool apart = sh.facts[APART] != 0, routed = !p.lambda;
@@ -566,7 +569,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
     __syncwarp();
     // A slot keeps the place of its oldest part, unless that is where R stands, which others may be reading.
     const bool carried = start < 0;
-    const bool own = DELTA || (apart && carried);
+    const bool own = DELTA || (apart && carried), apart_writes = !DELTA && early && !apart;
     Places used;
     uint32_t fresh[2];
     int place[2];
@@ -577,7 +580,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         const bool there = i < after;
         const int from = there ? sh.old_from[i] : 0, sources = there ? sh.old_to[i] - from : 0;
         const bool tokens = there && sh.new_to[i] > sh.new_from[i];
-        const bool moves = sources == 0 || (!apart && tokens && sources == 1);
+        const bool moves = sources == 0 || (!apart && tokens && sources == 1) || (apart_writes && sources > 1);
         place[half] = sources > 0 ? record.order[from] : 0;
         written[half] = there && (tokens || sources > 1);
         if (DELTA && there && !written[half]) {
@@ -587,6 +590,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         }
         fresh[half] = __ballot_sync(ALL, there && moves);
         if (there && !moves) used.add(place[half]);
+        if (apart_writes && i < before) used.add(record.order[i]);
     }
     if (before > 0) used.add(record.open);
     used.share();
@@ -841,6 +845,20 @@ DEVICE void write_slot(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, con
     }
 }
 
+// The slots that are written, to places that nobody reads, by a warp.
+template <typename S>
+DEVICE void write_apart(const Bank<S>& bank, const Shared<false, 1>& sh, const Rows<false, 1, true>& rows, int from, int to,
+                        int width) {
+    const Tiles own(from, to, lane_index(), 32);
+    float none[1][8];
+#pragma unroll 1
+    for (Written slots(sh); slots.left;) {
+        const int i = slots.take();
+        const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[i], sh.old_to[i]};
+        write_slot<false, S::REST ? 8 : 4>(bank, sh, rows, own, sources, i, 0, nullptr, 1, width, none);
+    }
+}
+
 // The slots that are written, oldest first, and o of them unless EARLY; and R. What a thread reads of a place, no other
 // writes, so that a place that is freed may be taken by a later slot: but that by UNITS, a slot and some of its columns a
 // warp, those that begin come behind a barrier.
@@ -860,7 +878,7 @@ DEVICE void write(const Bank<S>& bank, Shared<DELTA, TOKENS>& sh, const Rows<DEL
     };
     if constexpr (UNITS) {
         // Rows and tokens at once: an early block has all registers to itself.
-        constexpr int TALL = (EARLY ? 2 : 1) * (S::REST ? 4 : 2), AHEAD = S::REST ? 8 : 4;
+        constexpr int TALL = (EARLY ? 2 : 1) * (S::REST ? 4 : 2), AHEAD = (EARLY ? 4 : 3) * (S::REST ? 2 : 1);
         const int columns = unit_columns(width), strips = (to - from + columns - 1) / columns;
         float* const u = rows.u + warp_index() * (RING + 1) * columns;
 #pragma unroll 1
@@ -985,17 +1003,19 @@ DEVICE void run(const StepParams& p) {
     const Rows<DELTA, TOKENS, EARLY> rows(dk, dv, p.width, p.capacity);
     const auto bank = bank_of<S>(p.bank, row, p.capacity, dk, dv);
     if constexpr (EARLY) {
-        // States are on their way to L2 before anything else is known: every block of a row and head asks for some rows.
+        // States are on their way to L2 before anything else is known: every block of a row and head asks for some slots, and
+        // the first for R, for which the decision waits.
         if (warp == WARPS - 1) {
-            const int held = record->len < static_cast<uint32_t>(p.ahead) ? static_cast<int>(record->len) : p.ahead;
-            const int first = dk * slice / p.slices, end = dk * (slice + 1) / p.slices;
-            const uint32_t bytes = (end - first) * dv * static_cast<int>(sizeof(S));
-            const int places[2] = {record->order[lane], record->order[lane + 32]};
-            // R first: the decision waits for it.
-            if (lane == 0 && held > 0 && bytes > 0) prefetch_span(bank.states + bank.at(record->open, first, 0), bytes);
-#pragma unroll
-            for (int half = 0; half < 2; half++)
-                if (lane + 32 * half < held && bytes > 0) prefetch_span(bank.states + bank.at(places[half], first, 0), bytes);
+            const int held = static_cast<int>(record->len), open = record->open, first = slice + lane * p.slices;
+            int place = first < MOST_SLOTS ? record->order[first] : 0;
+            const int end = held < p.ahead ? held : p.ahead;
+            const uint32_t bytes = dk * dv * static_cast<int>(sizeof(S));
+            if (leads && lane == 0 && end > 0) prefetch_span(bank.states + bank.at(open, 0, 0), bytes);
+#pragma unroll 1
+            for (int j = first; j < end; j += 32 * p.slices) {
+                if (j != first) place = record->order[j];
+                prefetch_span(bank.states + bank.at(place, 0, 0), bytes);
+            }
         }
     }
 
@@ -1243,11 +1263,18 @@ DEVICE void run(const StepParams& p) {
             make_queries(thread, THREADS);
             __syncthreads();
         }
+        // Gated, what is written goes to places that nobody reads, unless R has one of its own.
+        const bool alone = !DELTA && !apart && before >= LONG;
         if (warp == 0) {
-            decide(p, sh, first_at, leads);
+            decide(p, sh, first_at, leads, true);
             __syncwarp();
             weigh(lane, 32);
-            prefetch_written(lane, 32);
+            if constexpr (!DELTA) {
+                if (alone) write_apart<S>(bank, sh, rows, from, to, p.width);
+                else prefetch_written(lane, 32);
+            } else {
+                prefetch_written(lane, 32);
+            }
         }
         stream<DELTA, S, UNROLL>(bank, sh, rows, from, to, p.width);
         if (thread == ASKS) sh.facts[LAST] = came_before == static_cast<uint32_t>(p.slices) - 1;
@@ -1260,10 +1287,10 @@ DEVICE void run(const StepParams& p) {
             for (int j = 0; j < before; j++) sum += sh.coefficient[j] * rows.each[j * p.width + c];
             output(p.o, first_at * dv + from + c, sum + sh.pair[0][0] * rows.v[from + c], p.dtype);
         }
-        write<DELTA, S, TOKENS, EARLY>(bank, sh, rows, tiles, from, to, count, p.width, o);
+        if (!alone) write<DELTA, S, TOKENS, EARLY>(bank, sh, rows, tiles, from, to, count, p.width, o);
     } else {
         __syncthreads();
-        if (warp == 0) decide(p, sh, first_at, leads);
+        if (warp == 0) decide(p, sh, first_at, leads, false);
         else if constexpr (DELTA) make_queries(thread - 32, THREADS - 32);
         if (routed) score();
         __syncthreads();
@@ -1428,11 +1455,11 @@ DEVICE void scatter(const StepCacheParams& p) {
         dla::step::run<delta, dla::step::states, tokens, unroll, early>(p);                  \
     }
 STEP(step_gated_bf16_1, false, StateBf16, 1, 8, false, 3)
-STEP(step_gated_bf16_1_early, false, StateBf16, 1, 16, true, 2)
+STEP(step_gated_bf16_1_early, false, StateBf16, 1, 16, true, 1)
 STEP(step_gated_bf16_4, false, StateBf16, 4, 8, false, 2)
 STEP(step_gated_bf16_8, false, StateBf16, 8, 4, false, 1)
 STEP(step_gated_f32_1, false, StateF32, 1, 6, false, 2)
-STEP(step_gated_f32_1_early, false, StateF32, 1, 8, true, 2)
+STEP(step_gated_f32_1_early, false, StateF32, 1, 8, true, 1)
 STEP(step_gated_f32_4, false, StateF32, 4, 4, false, 2)
 STEP(step_gated_f32_8, false, StateF32, 8, 2, false, 1)
 STEP(step_delta_bf16_1, true, StateBf16, 1, 16, false, 2)
