@@ -44,8 +44,6 @@ constexpr double FORGOTTEN = -700.0;
 constexpr int BATCH = 4;
 // Thread that asks which block of a row and head comes last: it has written nothing.
 constexpr int ASKS = 32;
-// Slots that are read for about as long as a warp takes to decide and to write.
-constexpr int LONG = 16;
 
 struct StateF32 {
     static constexpr bool REST = false;
@@ -353,7 +351,8 @@ struct Shared {
     uint32_t tokens[TOKENS * MOST_SLOTS];     // routed: n of every slot after token t
     // Slots before, after; whether R has a place of its own before, after; first token of the open
     // segment, -1: it was open before; place of R after; whether this block came last; length of the list, of
-    // taken_up; the next slot, and unit of a write, that a warp takes; 2: which slots are written, by bits.
+    // taken_up; the next slot, and unit of a write, that a warp takes; whether
+    // it is decided, so that what is written apart may be; slots that are written; 2: which, by bits.
     int32_t facts[16];
     uint8_t pending[MOST_SLOTS];              // of the slots held before
     uint8_t place[TOKENS * MOST_SLOTS];       // pi_t(j)
@@ -414,7 +413,7 @@ struct Rows {
 
     METHOD float* new_key(int t, int dk) const { return keys + (RING + t) * dk; }
 };
-enum Fact { BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, LISTED, TAKEN_UP, NEXT_SLOT, NEXT_UNIT, WRITTEN };
+enum Fact { BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, LISTED, TAKEN_UP, NEXT_SLOT, NEXT_UNIT, DECIDED, WRITES, WRITTEN };
 enum Dot { KK, VV, QK };
 
 // Slots that are written, oldest first.
@@ -572,7 +571,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
     const bool own = DELTA || (apart && carried), apart_writes = !DELTA && early && !apart;
     Places used;
     uint32_t fresh[2];
-    int place[2];
+    int place[2], writes = 0;
     bool written[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -608,7 +607,8 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         next.order[i] = i < after ? place[half] : 0;
         sh.written[i] = written[half];
         const uint32_t all = __ballot_sync(ALL, written[half]);
-        if (lane == 0) sh.facts[WRITTEN + half] = static_cast<int32_t>(all);
+        writes += __popc(all);
+        if (lane == 0) sh.facts[WRITTEN + half] = static_cast<int32_t>(all), sh.facts[WRITES] = writes;
     }
     __syncwarp();
     // The slots that are only read.
@@ -712,8 +712,105 @@ DEVICE int take(int32_t* count) {
     return __shfl_sync(ALL, number, 0);
 }
 
+// Rows `begin`..`end` of a slot are written, by the threads that have `tiles`; READ: with o of its sources. `u`: of the lacks + count tokens from
+// the first that a source lacks on.
+template <bool READ, int TALL, bool DELTA, typename S, int TOKENS, bool EARLY>
+DEVICE void write_slot(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS, EARLY>& rows,
+                       const Tiles& tiles, const Sources& sources, int slot, int begin, int end, int lacks, const float* u,
+                       int count, int width, float (&o)[TOKENS][8]) {
+    constexpr int RING = Shared<DELTA, TOKENS>::RING;
+    const int dk = bank.dk, dv = bank.dv;
+    const int target = sh.next.order[slot], new_from = sh.new_from[slot], new_to = sh.new_to[slot];
+    if (!tiles.live) return;
+#pragma unroll 1
+    for (int r0 = begin + tiles.first; r0 < end; r0 += tiles.stride * TALL) {
+        float sum[TALL][8] = {};
+#pragma unroll(READ ? 1 : 2)
+        for (int j = sources.from; j < sources.to; j++) {
+            Words<S> words[TALL] = {};
+#pragma unroll
+            for (int n = 0; n < TALL; n++) {
+                const int r = r0 + n * tiles.stride;
+                if (r < end) bank.load_words(sh.record.order[j], r, tiles.column, words[n]);
+            }
+            const float factor = sh.factor[j];
+#pragma unroll
+            for (int n = 0; n < TALL; n++) {
+                const int r = r0 + n * tiles.stride;
+                if (r >= end) break;
+                float s[8];
+                unpack(words[n], s);
+#pragma unroll
+                for (int c = 0; c < 8; c++) sum[n][c] += factor * s[c];
+#pragma unroll
+                for (int t = 0; t < (READ ? TOKENS : 0); t++) {
+                    if (TOKENS > 1 && t >= count) break;
+                    const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
+                    const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r];
+#pragma unroll
+                    for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
+                }
+            }
+        }
+        if constexpr (DELTA) {
+            if (sources.from < sources.to) {
+#pragma unroll 2
+                for (int lacked = 0; lacked < lacks + count; lacked++) {
+                    const float* y = rows.y + (RING - lacks + lacked) * dk;
+                    float x[8];
+                    load8(reinterpret_cast<const F32*>(u + lacked * width + tiles.group * 8), x);
+#pragma unroll
+                    for (int n = 0; n < TALL; n++) {
+                        const int r = r0 + n * tiles.stride;
+                        if (r >= end) break;
+#pragma unroll
+                        for (int c = 0; c < 8; c++) sum[n][c] -= y[r] * x[c];
+                    }
+                }
+            }
+        }
+#pragma unroll 1
+        for (int s = new_from; s < new_to; s++) {
+            const float* write = DELTA ? rows.y + (RING + s) * dk : rows.new_key(s, dk);
+            const float* v = rows.v + s * dv + tiles.column;
+#pragma unroll
+            for (int n = 0; n < TALL; n++) {
+                const int r = r0 + n * tiles.stride;
+                if (r >= end) break;
+                const float k = sh.after[s] * write[r];
+#pragma unroll
+                for (int c = 0; c < 8; c++) sum[n][c] += k * v[c];
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < TALL; n++) {
+            const int r = r0 + n * tiles.stride;
+            if (r >= end) break;
+            bank.store(target, r, tiles.column, sum[n]);
+        }
+    }
+}
+
+// Gated: unit after unit of what is written to places that nobody reads, some rows of a slot a warp; false: all are taken.
+template <typename S>
+DEVICE bool write_apart(const Bank<S>& bank, Shared<false, 1>& sh, const Rows<false, 1, true>& rows, const Tiles& of_warp,
+                        int width) {
+    constexpr int TALL = S::REST ? 4 : 2;
+    const int tall = of_warp.stride * TALL, parts = (bank.dk + tall - 1) / tall;
+    const int unit = take(&sh.facts[NEXT_UNIT]), n = unit / parts, begin = (unit - n * parts) * tall;
+    if (n >= sh.facts[WRITES]) return false;
+    Written slots(sh);
+    int slot = slots.take();
+    for (int i = 0; i < n; i++) slot = slots.take();
+    const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[slot], sh.old_to[slot]};
+    const int end = begin + tall < bank.dk ? begin + tall : bank.dk;
+    float none[1][8];
+    write_slot<false, TALL>(bank, sh, rows, of_warp, sources, slot, begin, end, 0, nullptr, 1, width, none);
+    return true;
+}
+
 // o of every slot held, alone, as it stands: a warp takes slot after slot, UNROLL rows of 32 lanes in flight, those of the
-// next slot too.
+// next slot too. What may be written meanwhile is.
 template <bool DELTA, typename S, int UNROLL>
 DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 1, true>& rows, int from, int to, int width) {
     const int dk = bank.dk, before = sh.record.len, lane = lane_index();
@@ -733,6 +830,9 @@ DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 
     }
 #pragma unroll 1
     while (true) {
+        if constexpr (!DELTA) {
+            if (__shfl_sync(ALL, is_published(&sh.facts[DECIDED]), 0)) write_apart(bank, sh, rows, tiles, width);
+        }
         const int next = take(&sh.facts[NEXT_SLOT]);
         const bool more = next < before;
         const S* const there = more ? start(next) : here;
@@ -763,99 +863,6 @@ DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 
         sum_rows(tiles, o, rows.each + slot * width + tiles.group * 8);
         if (!more) break;
         slot = next;
-    }
-}
-
-// A slot is written, by the threads that have `tiles`; READ: with o of its sources. `u`: of the lacks + count tokens from
-// the first that a source lacks on.
-template <bool READ, int TALL, bool DELTA, typename S, int TOKENS, bool EARLY>
-DEVICE void write_slot(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS, EARLY>& rows,
-                       const Tiles& tiles, const Sources& sources, int slot, int lacks, const float* u, int count, int width,
-                       float (&o)[TOKENS][8]) {
-    constexpr int RING = Shared<DELTA, TOKENS>::RING;
-    const int dk = bank.dk, dv = bank.dv;
-    const int target = sh.next.order[slot], new_from = sh.new_from[slot], new_to = sh.new_to[slot];
-    if (!tiles.live) return;
-#pragma unroll 1
-    for (int r0 = tiles.first; r0 < dk; r0 += tiles.stride * TALL) {
-        float sum[TALL][8] = {};
-#pragma unroll(READ ? 1 : 2)
-        for (int j = sources.from; j < sources.to; j++) {
-            Words<S> words[TALL] = {};
-#pragma unroll
-            for (int n = 0; n < TALL; n++) {
-                const int r = r0 + n * tiles.stride;
-                if (r < dk) bank.load_words(sh.record.order[j], r, tiles.column, words[n]);
-            }
-            const float factor = sh.factor[j];
-#pragma unroll
-            for (int n = 0; n < TALL; n++) {
-                const int r = r0 + n * tiles.stride;
-                if (r >= dk) break;
-                float s[8];
-                unpack(words[n], s);
-#pragma unroll
-                for (int c = 0; c < 8; c++) sum[n][c] += factor * s[c];
-#pragma unroll
-                for (int t = 0; t < (READ ? TOKENS : 0); t++) {
-                    if (TOKENS > 1 && t >= count) break;
-                    const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
-                    const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r];
-#pragma unroll
-                    for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
-                }
-            }
-        }
-        if constexpr (DELTA) {
-            if (sources.from < sources.to) {
-#pragma unroll 2
-                for (int lacked = 0; lacked < lacks + count; lacked++) {
-                    const float* y = rows.y + (RING - lacks + lacked) * dk;
-                    float x[8];
-                    load8(reinterpret_cast<const F32*>(u + lacked * width + tiles.group * 8), x);
-#pragma unroll
-                    for (int n = 0; n < TALL; n++) {
-                        const int r = r0 + n * tiles.stride;
-                        if (r >= dk) break;
-#pragma unroll
-                        for (int c = 0; c < 8; c++) sum[n][c] -= y[r] * x[c];
-                    }
-                }
-            }
-        }
-#pragma unroll 1
-        for (int s = new_from; s < new_to; s++) {
-            const float* write = DELTA ? rows.y + (RING + s) * dk : rows.new_key(s, dk);
-            const float* v = rows.v + s * dv + tiles.column;
-#pragma unroll
-            for (int n = 0; n < TALL; n++) {
-                const int r = r0 + n * tiles.stride;
-                if (r >= dk) break;
-                const float k = sh.after[s] * write[r];
-#pragma unroll
-                for (int c = 0; c < 8; c++) sum[n][c] += k * v[c];
-            }
-        }
-#pragma unroll
-        for (int n = 0; n < TALL; n++) {
-            const int r = r0 + n * tiles.stride;
-            if (r >= dk) break;
-            bank.store(target, r, tiles.column, sum[n]);
-        }
-    }
-}
-
-// The slots that are written, to places that nobody reads, by a warp.
-template <typename S>
-DEVICE void write_apart(const Bank<S>& bank, const Shared<false, 1>& sh, const Rows<false, 1, true>& rows, int from, int to,
-                        int width) {
-    const Tiles own(from, to, lane_index(), 32);
-    float none[1][8];
-#pragma unroll 1
-    for (Written slots(sh); slots.left;) {
-        const int i = slots.take();
-        const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[i], sh.old_to[i]};
-        write_slot<false, S::REST ? 8 : 4>(bank, sh, rows, own, sources, i, 0, nullptr, 1, width, none);
     }
 }
 
@@ -891,7 +898,7 @@ DEVICE void write(const Bank<S>& bank, Shared<DELTA, TOKENS>& sh, const Rows<DEL
             const int lacks = most_lacking(sources);
             warp_products<AHEAD, EARLY ? RING + 1 : BATCH>(bank, own, sources, rows.keys, RING - lacks, lacks + 1, u, columns);
             float of_unit[1][8] = {};
-            write_slot<!EARLY, TALL>(bank, sh, rows, own, sources, slot, lacks, u, count, columns, of_unit);
+            write_slot<!EARLY, TALL>(bank, sh, rows, own, sources, slot, 0, dk, lacks, u, count, columns, of_unit);
             if constexpr (!EARLY) sum_rows(own, of_unit[0], rows.each + n * width + first - from + own.group * 8);
             // Before another unit's products.
             __syncwarp();
@@ -911,7 +918,7 @@ DEVICE void write(const Bank<S>& bank, Shared<DELTA, TOKENS>& sh, const Rows<DEL
             }
         }
         // Rows at once: they share u.
-        write_slot<!EARLY, DELTA && S::REST ? 4 : 2>(bank, sh, rows, tiles, sources, i, lacks, rows.u, count, width, o);
+        write_slot<!EARLY, DELTA && S::REST ? 4 : 2>(bank, sh, rows, tiles, sources, i, 0, dk, lacks, rows.u, count, width, o);
     }
     if (!tiles.live) return;
     // R, where it has a place of its own: what was open, unless a slot has opened.
@@ -1006,11 +1013,14 @@ DEVICE void run(const StepParams& p) {
         // States are on their way to L2 before anything else is known: every block of a row and head asks for some slots, and
         // the first for R, for which the decision waits.
         if (warp == WARPS - 1) {
-            const int held = static_cast<int>(record->len), open = record->open, first = slice + lane * p.slices;
+            static_assert(offsetof(StepRecord, len) == 0 && offsetof(StepRecord, open) == 8);
+            const uint4 head = *reinterpret_cast<const uint4*>(record);
+            const int first = slice + lane * p.slices;
             int place = first < MOST_SLOTS ? record->order[first] : 0;
-            const int end = held < p.ahead ? held : p.ahead;
-            const uint32_t bytes = dk * dv * static_cast<int>(sizeof(S));
-            if (leads && lane == 0 && end > 0) prefetch_span(bank.states + bank.at(open, 0, 0), bytes);
+            const int held = static_cast<int>(head.x), end = held < p.ahead ? held : p.ahead;
+            // At most what a prefetch takes.
+            const int all = dk * dv * static_cast<int>(sizeof(S)), bytes = all < 1 << 19 ? all : 1 << 19;
+            if (leads && lane == 0 && end > 0) prefetch_span(bank.states + bank.at(head.z, 0, 0), bytes);
 #pragma unroll 1
             for (int j = first; j < end; j += 32 * p.slices) {
                 if (j != first) place = record->order[j];
@@ -1049,7 +1059,7 @@ DEVICE void run(const StepParams& p) {
             sh.beta[t] = of_beta[t];
         }
         sh.tau = tau;
-        sh.facts[NEXT_SLOT] = sh.facts[NEXT_UNIT] = 0;
+        sh.facts[NEXT_SLOT] = sh.facts[NEXT_UNIT] = sh.facts[DECIDED] = 0;
     }
     if (!routed) {
         if constexpr (TOKENS == 1) {
@@ -1263,18 +1273,13 @@ DEVICE void run(const StepParams& p) {
             make_queries(thread, THREADS);
             __syncthreads();
         }
-        // Gated, what is written goes to places that nobody reads, unless R has one of its own.
-        const bool alone = !DELTA && !apart && before >= LONG;
         if (warp == 0) {
             decide(p, sh, first_at, leads, true);
             __syncwarp();
+            // Gated, what is written goes to places that nobody reads, unless R has one of its own.
+            if (!DELTA && !apart && lane == 0) publish(&sh.facts[DECIDED]);
             weigh(lane, 32);
-            if constexpr (!DELTA) {
-                if (alone) write_apart<S>(bank, sh, rows, from, to, p.width);
-                else prefetch_written(lane, 32);
-            } else {
-                prefetch_written(lane, 32);
-            }
+            if (DELTA || apart) prefetch_written(lane, 32);
         }
         stream<DELTA, S, UNROLL>(bank, sh, rows, from, to, p.width);
         if (thread == ASKS) sh.facts[LAST] = came_before == static_cast<uint32_t>(p.slices) - 1;
@@ -1287,7 +1292,13 @@ DEVICE void run(const StepParams& p) {
             for (int j = 0; j < before; j++) sum += sh.coefficient[j] * rows.each[j * p.width + c];
             output(p.o, first_at * dv + from + c, sum + sh.pair[0][0] * rows.v[from + c], p.dtype);
         }
-        if (!alone) write<DELTA, S, TOKENS, EARLY>(bank, sh, rows, tiles, from, to, count, p.width, o);
+        if (DELTA || apart) {
+            write<DELTA, S, TOKENS, EARLY>(bank, sh, rows, tiles, from, to, count, p.width, o);
+        } else if constexpr (!DELTA) {
+            const Tiles of_warp(from, to, lane, 32);
+#pragma unroll 1
+            while (write_apart(bank, sh, rows, of_warp, p.width)) {}
+        }
     } else {
         __syncthreads();
         if (warp == 0) decide(p, sh, first_at, leads, false);

@@ -46,6 +46,8 @@ DEVICE void part_barrier(int id, int threads) { emulation::group_barrier(id, thr
 using emulation::prefetch;
 using emulation::prefetch_span;
 using emulation::take_number;
+using emulation::publish;
+using emulation::is_published;
 using emulation::quotient;
 using emulation::approximate_reciprocal;
 using emulation::shared_address;
@@ -146,7 +148,7 @@ DEVICE uint4 load_once(const void* from) {
 }
 // Has the line of 128 bytes brought to L2.
 DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
-// Asks for `bytes`, a multiple of 16, to be in L2 when they are wanted.
+// Asks for `bytes`, a multiple of 16 below 2^20, to be in L2 when they are wanted.
 DEVICE void prefetch_span(const void* from, uint32_t bytes) {
 #if __CUDA_ARCH__ >= 900
     asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
@@ -154,6 +156,16 @@ DEVICE void prefetch_span(const void* from, uint32_t bytes) {
 #pragma unroll 1
     for (uint32_t i = 0; i < bytes; i += 128) prefetch(static_cast<const uint8_t*>(from) + i);
 #endif
+}
+// Sets a flag in shared memory behind all that this warp has written there; whether it is set, before all that is read then.
+DEVICE void publish(int32_t* flag) {
+    __threadfence_block();
+    *static_cast<volatile int32_t*>(flag) = 1;
+}
+DEVICE int is_published(const int32_t* flag) {
+    const int set = *static_cast<const volatile int32_t*>(flag);
+    __threadfence_block();
+    return set;
 }
 // The next number of a count in shared memory, from 0 on.
 DEVICE int take_number(int32_t* count) { return atomicAdd(count, 1); }

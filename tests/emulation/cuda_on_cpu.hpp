@@ -427,8 +427,11 @@ inline uint4 load_once(const void* from) {
 }
 inline void prefetch(const void*) {}
 inline void prefetch_span(const void* from, uint32_t bytes) {
-    if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0) fail("a bulk prefetch that is not aligned");
+    if (reinterpret_cast<uintptr_t>(from) % 16 != 0 || bytes % 16 != 0 || bytes >> 20 != 0)
+        fail("a prefetch that is not aligned, or of too much");
 }
+inline void publish(int32_t* flag) { *flag = 1; }
+inline int is_published(const int32_t* flag) { return *flag; }
 inline int32_t take_number(int32_t* count) { return (*count)++; }
 inline uint32_t arrive(uint32_t* count) { return std::atomic_ref(*count)++; }
 inline float quotient(float a, float b, float) { return a / b; }
