@@ -20,8 +20,10 @@
 //   o = sum_j c_j (q^T S_j) + scale lambda (q . y_t) v_t,   c_j = scale lambda[pi(j)] e^(log_j + g),
 // pi(j) being where slot j ends: what is merged is read by the same c as its other part. q^T S_j asks for no decision, c_j
 // does. A warp takes slot after slot, 32 lanes being rows by groups of eight columns, and leaves q^T S_j in shared memory;
-// warp 0 decides meanwhile, then takes slots too; behind one barrier come c, o and the slots that are written. What is read
-// is on its way to L2 from the moment that the order is known (`ahead` slots of it), while R is read and its sums are made.
+// warp 0 decides meanwhile, then takes slots too; behind one barrier comes the sum. What is read is on its way to L2 from the
+// moment that the order is known (`ahead` slots of it), while R is read and its sums are made. Gated, what is written goes
+// to places that nobody reads, of which there are two unless R has one of its own: so warps write between the slots that
+// they read, some rows at a time, once it is decided. Else what is written is written behind the barrier.
 //
 // Under the delta rule a step writes about a fifth of the slots. Of one token's, warps take units of a slot and some of its
 // columns: k_j^T S of the tokens that it lacks, then the slot, without a barrier of the block.
@@ -349,10 +351,9 @@ struct Shared {
     float pair[TOKENS][TOKENS];               // scale lambda e^(Gamma_t - Gamma_s) (q_t . write of s)
     float after[TOKENS];                      // e^(Gamma of the last token - Gamma_s)
     uint32_t tokens[TOKENS * MOST_SLOTS];     // routed: n of every slot after token t
-    // Slots before, after; whether R has a place of its own before, after; first token of the open
-    // segment, -1: it was open before; place of R after; whether this block came last; length of the list, of
-    // taken_up; the next slot, and unit of a write, that a warp takes; whether
-    // it is decided, so that what is written apart may be; slots that are written; 2: which, by bits.
+    // Slots before, after; whether R has a place of its own before, after; first token of the open segment, -1: it was open
+    // before; place of R after; whether this block came last; length of the list, of taken_up; the next slot, and unit of a
+    // write, that a warp takes; whether warps may write while others read; slots that are written; 2: which, by bits.
     int32_t facts[16];
     uint8_t pending[MOST_SLOTS];              // of the slots held before
     uint8_t place[TOKENS * MOST_SLOTS];       // pi_t(j)

@@ -159,12 +159,12 @@ DEVICE void prefetch_span(const void* from, uint32_t bytes) {
 }
 // Sets a flag in shared memory behind all that this warp has written there; whether it is set, before all that is read then.
 DEVICE void publish(int32_t* flag) {
-    __threadfence_block();
-    *static_cast<volatile int32_t*>(flag) = 1;
+    asm volatile("st.release.cta.shared.s32 [%0], 1;" ::"r"(shared_address(flag)) : "memory");
 }
+// No fence, which would wait for loads that are in flight.
 DEVICE int is_published(const int32_t* flag) {
-    const int set = *static_cast<const volatile int32_t*>(flag);
-    __threadfence_block();
+    int set;
+    asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(set) : "r"(shared_address(flag)) : "memory");
     return set;
 }
 // The next number of a count in shared memory, from 0 on.
