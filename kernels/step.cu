@@ -239,6 +239,13 @@ struct Sources {
     int from, to;
 };
 
+// Most tokens that one of them lacks.
+DEVICE int most_lacking(const Sources& sources) {
+    int lacks = 0;
+    for (int j = sources.from; j < sources.to; j++) lacks = lacks > sources.pending[j] ? lacks : sources.pending[j];
+    return lacks;
+}
+
 // `sum` += over this thread's rows, and over the sources, factor k_j^T S, of the `rows` tokens j from `first` on, as far as
 // the source lacks them. `ring`: tokens before this call. AHEAD rows are in flight.
 template <int AHEAD, int TOKENS, typename S>
@@ -360,8 +367,8 @@ struct Shared {
     uint8_t old_from[MOST_SLOTS], old_to[MOST_SLOTS];  // slots that end in a slot held after
     uint8_t new_from[MOST_SLOTS], new_to[MOST_SLOTS];  // tokens that end in it
     uint8_t written[MOST_SLOTS];              // 1: it is written
-    uint8_t list[MOST_SLOTS];                 // slots held before that are only read
-    uint8_t taken_up[MOST_SLOTS];             // slots held after that are written and have sources, those of several first
+    uint8_t list[MOST_SLOTS];                 // slots held before that are only read; EARLY: 1 for each that has been read
+    uint8_t taken_up[MOST_SLOTS];             // slots held after that are written and have sources; unless EARLY, of several first
     uint8_t slot[TOKENS][TOKENS];             // slot_t(s)
     uint8_t len[TOKENS];                      // slots held after token t
 };
@@ -414,7 +421,9 @@ struct Rows {
 
     METHOD float* new_key(int t, int dk) const { return keys + (RING + t) * dk; }
 };
-enum Fact { BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, LISTED, TAKEN_UP, NEXT_SLOT, NEXT_UNIT, DECIDED, WRITES, WRITTEN };
+enum Fact {
+    BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, LISTED, TAKEN_UP, NEXT_SLOT, NEXT_UNIT, DECIDED, WRITES, WRITTEN
+};
 enum Dot { KK, VV, QK };
 
 // Slots that are written, oldest first.
@@ -615,7 +624,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
     // The slots that are only read.
     int listed = 0;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < 2 && !early; half++) {
         const int j = lane + 32 * half;
         const bool only = j < before && !sh.written[sh.place[last * MOST_SLOTS + j]];
         const uint32_t all = __ballot_sync(ALL, only);
@@ -627,7 +636,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
 #pragma unroll
     for (int part = 0; part < 4; part++) {
         const int i = lane + 32 * (part % 2), sources = sh.old_to[i] - sh.old_from[i];
-        const bool of_part = written[part % 2] && (part < 2 ? sources > 1 : sources == 1);
+        const bool of_part = written[part % 2] && (early ? part < 2 && sources > 0 : part < 2 ? sources > 1 : sources == 1);
         const uint32_t all = __ballot_sync(ALL, of_part);
         if (of_part) sh.taken_up[taken_up + __popc(all & ((1u << lane) - 1))] = i;
         taken_up += __popc(all);
@@ -713,8 +722,8 @@ DEVICE int take(int32_t* count) {
     return __shfl_sync(ALL, number, 0);
 }
 
-// Rows `begin`..`end` of a slot are written, by the threads that have `tiles`; READ: with o of its sources. `u`: of the lacks + count tokens from
-// the first that a source lacks on.
+// Rows `begin`..`end` of a slot are written, by the threads that have `tiles`; READ: with o of its sources. `u`: of the
+// lacks + count tokens from the first that a source lacks on.
 template <bool READ, int TALL, bool DELTA, typename S, int TOKENS, bool EARLY>
 DEVICE void write_slot(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS, EARLY>& rows,
                        const Tiles& tiles, const Sources& sources, int slot, int begin, int end, int lacks, const float* u,
@@ -810,6 +819,41 @@ DEVICE bool write_apart(const Bank<S>& bank, Shared<false, 1>& sh, const Rows<fa
     return true;
 }
 
+// Delta rule: a unit of a write, a slot that has sources and some of its columns, by a warp, AHEAD rows, AT_ONCE tokens and
+// TALL rows at once. Unless EARLY, with o of its sources.
+template <int AHEAD, int AT_ONCE, int TALL, typename S, bool EARLY>
+DEVICE void write_unit(const Bank<S>& bank, const Shared<true, 1>& sh, const Rows<true, 1, EARLY>& rows, int from, int to,
+                       int width, int unit) {
+    const int columns = unit_columns(width), strips = (to - from + columns - 1) / columns, n = unit / strips;
+    const int slot = sh.taken_up[n], first = from + (unit - n * strips) * columns;
+    float* const u = rows.u + warp_index() * (STEP_RING + 1) * columns;
+    const Tiles own(first, first + columns < to ? first + columns : to, lane_index(), 32);
+    const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[slot], sh.old_to[slot]};
+    const int lacks = most_lacking(sources);
+    warp_products<AHEAD, AT_ONCE>(bank, own, sources, rows.keys, STEP_RING - lacks, lacks + 1, u, columns);
+    float o[1][8] = {};
+    write_slot<!EARLY, TALL>(bank, sh, rows, own, sources, slot, 0, bank.dk, lacks, u, 1, columns, o);
+    if constexpr (!EARLY) sum_rows(own, o[0], rows.each + n * width + first - from + own.group * 8);
+    // Before another unit's products.
+    __syncwarp();
+}
+
+// The next unit, if the slots that it is made of have been read; else -1.
+DEVICE int take_ready(Shared<true, 1>& sh, int from, int to, int width) {
+    int unit = -1;
+    if (lane_index() == 0) {
+        const int columns = unit_columns(width), strips = (to - from + columns - 1) / columns;
+        const int next = seen(&sh.facts[NEXT_UNIT]), n = next / strips;
+        if (n < sh.facts[TAKEN_UP]) {
+            const int slot = sh.taken_up[n];
+            bool ready = true;
+            for (int j = sh.old_from[slot]; j < sh.old_to[slot]; j++) ready = ready && seen(&sh.list[j]) != 0;
+            if (ready && take_if(&sh.facts[NEXT_UNIT], next)) unit = next;
+        }
+    }
+    return __shfl_sync(ALL, unit, 0);
+}
+
 // o of every slot held, alone, as it stands: a warp takes slot after slot, UNROLL rows of 32 lanes in flight, those of the
 // next slot too. What may be written meanwhile is.
 template <bool DELTA, typename S, int UNROLL>
@@ -833,6 +877,9 @@ DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 
     while (true) {
         if constexpr (!DELTA) {
             if (__shfl_sync(ALL, is_published(&sh.facts[DECIDED]), 0)) write_apart(bank, sh, rows, tiles, width);
+        } else if (__shfl_sync(ALL, is_published(&sh.facts[DECIDED]), 0)) {
+            const int unit = take_ready(sh, from, to, width);
+            if (unit >= 0) write_unit<S::REST ? 8 : 4, BATCH, S::REST ? 4 : 2>(bank, sh, rows, from, to, width, unit);
         }
         const int next = take(&sh.facts[NEXT_SLOT]);
         const bool more = next < before;
@@ -862,6 +909,11 @@ DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 
             here = from_there;
         }
         sum_rows(tiles, o, rows.each + slot * width + tiles.group * 8);
+        if constexpr (DELTA) {
+            // It may be written.
+            __syncwarp();
+            if (lane == 0) note(&sh.list[slot]);
+        }
         if (!more) break;
         slot = next;
     }
@@ -879,30 +931,15 @@ DEVICE void write(const Bank<S>& bank, Shared<DELTA, TOKENS>& sh, const Rows<DEL
     const auto sources_of = [&](int i) {
         return Sources{sh.record.order, sh.pending, sh.factor, sh.old_from[i], sh.old_to[i]};
     };
-    const auto most_lacking = [&](const Sources& sources) {
-        int lacks = 0;
-        for (int j = sources.from; j < sources.to; j++) lacks = lacks > sh.pending[j] ? lacks : sh.pending[j];
-        return lacks;
-    };
     if constexpr (UNITS) {
-        // Rows and tokens at once: an early block has all registers to itself.
+        // An early block has all registers to itself.
         constexpr int TALL = (EARLY ? 2 : 1) * (S::REST ? 4 : 2), AHEAD = (EARLY ? 4 : 3) * (S::REST ? 2 : 1);
-        const int columns = unit_columns(width), strips = (to - from + columns - 1) / columns;
-        float* const u = rows.u + warp_index() * (RING + 1) * columns;
+        const int columns = unit_columns(width), units = sh.facts[TAKEN_UP] * ((to - from + columns - 1) / columns);
 #pragma unroll 1
         while (true) {
-            const int unit = take(&sh.facts[NEXT_UNIT]), n = unit / strips;
-            if (n >= sh.facts[TAKEN_UP]) break;
-            const int slot = sh.taken_up[n], first = from + (unit - n * strips) * columns;
-            const Tiles own(first, first + columns < to ? first + columns : to, lane_index(), 32);
-            const Sources sources = sources_of(slot);
-            const int lacks = most_lacking(sources);
-            warp_products<AHEAD, EARLY ? RING + 1 : BATCH>(bank, own, sources, rows.keys, RING - lacks, lacks + 1, u, columns);
-            float of_unit[1][8] = {};
-            write_slot<!EARLY, TALL>(bank, sh, rows, own, sources, slot, 0, dk, lacks, u, count, columns, of_unit);
-            if constexpr (!EARLY) sum_rows(own, of_unit[0], rows.each + n * width + first - from + own.group * 8);
-            // Before another unit's products.
-            __syncwarp();
+            const int unit = take(&sh.facts[NEXT_UNIT]);
+            if (unit >= units) break;
+            write_unit<AHEAD, EARLY ? RING + 1 : BATCH, TALL>(bank, sh, rows, from, to, width, unit);
         }
         __syncthreads();
     }
@@ -1062,6 +1099,7 @@ DEVICE void run(const StepParams& p) {
         sh.tau = tau;
         sh.facts[NEXT_SLOT] = sh.facts[NEXT_UNIT] = sh.facts[DECIDED] = 0;
     }
+    if (DELTA && EARLY && thread < MOST_SLOTS) sh.list[thread] = 0;
     if (!routed) {
         if constexpr (TOKENS == 1) {
             if (thread < p.capacity) sh.score[thread] = lambda;
@@ -1277,8 +1315,9 @@ DEVICE void run(const StepParams& p) {
         if (warp == 0) {
             decide(p, sh, first_at, leads, true);
             __syncwarp();
-            // Gated, what is written goes to places that nobody reads, unless R has one of its own.
-            if (!DELTA && !apart && lane == 0) publish(&sh.facts[DECIDED]);
+            // Gated, what is written goes to places that nobody reads, unless R has one of its own; under the delta rule to
+            // those of slots that have been read.
+            if ((DELTA || !apart) && lane == 0) publish(&sh.facts[DECIDED]);
             weigh(lane, 32);
             if (DELTA || apart) prefetch_written(lane, 32);
         }

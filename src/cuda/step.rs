@@ -120,7 +120,7 @@ impl StepPlan {
         let fits =
             width <= WIDEST_EARLY && early.shared_bytes(shape.dk, shape.dv, width, shape.capacity) <= limit;
         let form = if form.tokens == 1 && wanted && fits { early } else { form };
-        let slot_bytes = rows * shape.dk * shape.dv * if form.bf16 { 2 } else { 4 };
+        let slot_bytes = rows.saturating_mul(shape.dk * shape.dv * if form.bf16 { 2 } else { 4 });
         let ahead =
             asked("DLA_CUDA_STEP_AHEAD").unwrap_or(MOST_AHEAD / slot_bytes.max(1)).min(shape.capacity);
         let shared_bytes = form.shared_bytes(shape.dk, shape.dv, width, shape.capacity);
