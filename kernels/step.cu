@@ -23,7 +23,8 @@
 // warp 0 decides meanwhile, then takes slots too; behind one barrier comes the sum. What is read is on its way to L2 from the
 // moment that the order is known (`ahead` slots of it), while R is read and its sums are made. Gated, what is written goes
 // to places that nobody reads, of which there are two unless R has one of its own: so warps write between the slots that
-// they read, some rows at a time, once it is decided. Else what is written is written behind the barrier.
+// they read, some rows at a time, once it is decided; under the delta rule, slots that have been read. What is left is written
+// behind the barrier. Which warp does what depends on the time it takes, what comes of it does not.
 //
 // Under the delta rule a step writes about a fifth of the slots. Of one token's, warps take units of a slot and some of its
 // columns: k_j^T S of the tokens that it lacks, then the slot, without a barrier of the block.
