@@ -807,7 +807,7 @@ struct StepParams {
     int32_t dtype;           // of q, k, v, o: 0 bf16, 1 f16, 2 f32
     int32_t newest_first, mass, qk_l2norm;
     float scale;
-    int32_t staged;          // kernels that stage: places whose states are in shared memory
+    int32_t ahead;           // step_*_early: slots, from the oldest on, that are brought to L2 before all else
 };
 
 // Between entries and a chronological cache (OPERATOR.md, section 5). Grid N x HV x (M + 1).
@@ -828,7 +828,7 @@ struct StepCacheParams {
 static_assert(sizeof(StepRecord) == 1200 && offsetof(StepRecord, log) == 528 && offsetof(StepRecord, order) == 1056 &&
               offsetof(StepRecord, pending) == 1120);
 static_assert(sizeof(StepBank) == 56 && sizeof(StepParams) == 264 && offsetof(StepParams, q) == 64 &&
-              offsetof(StepParams, batch) == 184 && offsetof(StepParams, staged) == 260);
+              offsetof(StepParams, batch) == 184 && offsetof(StepParams, ahead) == 260);
 static_assert(sizeof(StepCacheParams) == 144 && offsetof(StepCacheParams, sequences) == 120);
 
 }  // namespace dla

@@ -13,12 +13,27 @@
 //
 // States are f32, or bf16 with 8 bits more in a second plane: reads take the first plane alone, 2 bytes an element.
 //
-// Where blocks are few, a block has the states of most places copied to shared memory while one of its warps decides what
-// becomes of them (STAGE). A block walks its code once, and so waits for the code itself: loops are not unrolled but where
-// that puts loads in flight.
+// Where blocks are many, warp 0 decides first; then the block reads the slots that are not written, a thread eight columns of
+// every so many rows of all of them, and o of the others is had as they are written.
+//
+// Where blocks are few, nothing else would fill that time, and one token's slots are read as they stand (EARLY):
+//   o = sum_j c_j (q^T S_j) + scale lambda (q . y_t) v_t,   c_j = scale lambda[pi(j)] e^(log_j + g),
+// pi(j) being where slot j ends: what is merged is read by the same c as its other part. q^T S_j asks for no decision, c_j
+// does. A warp takes slot after slot, 32 lanes being rows by groups of eight columns, and leaves q^T S_j in shared memory;
+// warp 0 decides meanwhile, then takes slots too; behind one barrier comes the sum. What is read is on its way to L2 from the
+// moment that the order is known (`ahead` slots of it), while R is read and its sums are made. Gated, what is written goes
+// to places that nobody reads, of which there are two unless R has one of its own: so warps write between the slots that
+// they read, some rows at a time, once it is decided; under the delta rule, slots that have been read. What is left is written
+// behind the barrier. Which warp does what depends on the time it takes, what comes of it does not.
+//
+// Under the delta rule a step writes about a fifth of the slots. Of one token's, warps take units of a slot and some of its
+// columns: k_j^T S of the tokens that it lacks, then the slot, without a barrier of the block.
+//
+// A block walks its code once, and so waits for the code itself: loops are not unrolled but where that puts loads in flight.
 //
 // Numerics: f32, decisions in f64 as far as they are sums; e^log from an f64 sum.
-// Shared memory: Shared and Rows, twin of StepForm::shared_bytes (src/cuda/abi.rs).
+// Shared memory: Shared (4.4 KB for one token) and Rows, twin of StepForm::shared_bytes (src/cuda/abi.rs). For M = 30 and dk =
+// dv = 128, one token: EARLY of 32 columns 10 KB gated, 25 under the delta rule; else, of 128, 10 and 41.
 
 #include "common/ledger.cuh"
 
@@ -32,8 +47,6 @@ constexpr double FORGOTTEN = -700.0;
 constexpr int BATCH = 4;
 // Thread that asks which block of a row and head comes last: it has written nothing.
 constexpr int ASKS = 32;
-// Parts in which places are staged, and read as they come.
-constexpr int STAGES = 4;
 
 struct StateF32 {
     static constexpr bool REST = false;
@@ -55,15 +68,15 @@ template <>
 struct Raw<StateBf16> {
     uint4 all;
 };
-// `GLOBAL`: it is not in shared memory, and this launch does not write it.
-template <bool GLOBAL>
+// `ONCE`: this block has not written it.
+template <bool ONCE>
 DEVICE void load_raw(const StateF32* from, Raw<StateF32>& raw) {
-    if constexpr (GLOBAL) raw.low = load_once(from), raw.high = load_once(from + 4);
+    if constexpr (ONCE) raw.low = load_once(from), raw.high = load_once(from + 4);
     else raw.low = reinterpret_cast<const uint4*>(from)[0], raw.high = reinterpret_cast<const uint4*>(from)[1];
 }
-template <bool GLOBAL>
+template <bool ONCE>
 DEVICE void load_raw(const StateBf16* from, Raw<StateBf16>& raw) {
-    if constexpr (GLOBAL) raw.all = load_once(from);
+    if constexpr (ONCE) raw.all = load_once(from);
     else raw.all = *reinterpret_cast<const uint4*>(from);
 }
 DEVICE void clear(Raw<StateF32>& raw) { raw.low = raw.high = make_uint4(0, 0, 0, 0); }
@@ -106,28 +119,20 @@ DEVICE void unpack(const Words<StateBf16>& words, float (&x)[8]) {
     }
 }
 
-// States of one entry and value head. The first plane of `staged` places lies in shared memory too, [staged][dk][width],
-// columns from `from` on.
-template <typename S, bool STAGE>
+// States of one entry and value head.
+template <typename S>
 struct Bank {
     S* states;
     int8_t* rest;
     int64_t base;  // in both
     int dk, dv;
-    const S* held;
-    int staged, from, width;
 
     METHOD int64_t at(int place, int row, int column) const {
         return base + (place * (dk * dv) + row * dv + column);
     }
-    METHOD const S* first(int place, int row, int column) const {
-        if constexpr (STAGE)
-            if (place < staged) return held + (place * dk + row) * width + column - from;
-        return states + at(place, row, column);
-    }
     // All that is known of eight elements: as it lies there, and as numbers.
     METHOD void load_words(int place, int row, int column, Words<S>& words) const {
-        load_raw<false>(first(place, row, column), words.first);
+        load_raw<false>(states + at(place, row, column), words.first);
         if constexpr (S::REST) words.rest = *reinterpret_cast<const uint2*>(rest + at(place, row, column));
     }
     METHOD void load(int place, int row, int column, float (&x)[8]) const {
@@ -158,30 +163,56 @@ struct Bank {
     }
 };
 
-template <typename S, bool STAGE>
-DEVICE Bank<S, STAGE> bank_of(const StepBank& bank, int64_t row, int capacity, int dk, int dv) {
+template <typename S>
+DEVICE Bank<S> bank_of(const StepBank& bank, int64_t row, int capacity, int dk, int dv) {
     const int64_t first = row * (capacity + STEP_SPARE_PLACES) * (dk * dv);
-    return {static_cast<S*>(bank.states), bank.rest, first, dk, dv, nullptr, 0, 0, 0};
+    return {static_cast<S*>(bank.states), bank.rest, first, dk, dv};
 }
 
-// Which elements of a slice of states a thread has: eight columns of every `stride`-th row. Columns first, so that lanes
-// read what lies side by side.
+// Which elements of a slice of states a thread has of a block, or of a warp, which has up to 256 columns: eight columns of
+// every `stride`-th row. Columns first, so that lanes read what lies side by side.
 struct Tiles {
     int group, across;  // its columns among those of the slice, groups of them (a power of 2)
     int first, stride;  // rows
     int column;         // of dv
     bool live;
 
-    METHOD Tiles(int from, int to) {
+    METHOD Tiles(int from, int to, int thread, int threads) {
         const int groups = (to - from) / 8;
         across = 1;
         while (across < groups) across *= 2;
-        group = static_cast<int>(threadIdx.x) % across, first = static_cast<int>(threadIdx.x) / across;
-        stride = THREADS / across;
+        group = thread % across, first = thread / across;
+        stride = threads / across;
         column = from + group * 8;
         live = group < groups;
     }
+    METHOD Tiles(int from, int to) : Tiles(from, to, threadIdx.x, THREADS) {}
 };
+
+// Sum over the lanes of a warp that share a lane's columns, to those columns' place in shared memory. Lanes halve what they
+// keep while there are more to share with.
+DEVICE void sum_rows(const Tiles& tiles, float (&x)[8], float* to) {
+    const int lane = lane_index();
+    int by = tiles.across, kept = 8, first = 0;
+#pragma unroll
+    for (int half = 4; half > 0; half /= 2) {
+        if (by >= 32) break;
+        const bool upper = lane & by;
+#pragma unroll
+        for (int i = 0; i < half; i++) {
+            const float given = upper ? x[i] : x[i + half];
+            x[i] = (upper ? x[i + half] : x[i]) + __shfl_xor_sync(ALL, given, by);
+        }
+        first += upper ? half : 0;
+        kept = half, by *= 2;
+    }
+    const bool writes = tiles.live && lane < by;
+#pragma unroll 1
+    for (; by < 32; by *= 2) x[0] += __shfl_xor_sync(ALL, x[0], by);
+#pragma unroll
+    for (int i = 0; i < 8; i++)
+        if (writes && i < kept) to[first + i] = x[i];
+}
 
 // Sum over the threads that share a thread's columns, of `width` columns: rows of `scratch` [WARPS][width], one a warp.
 DEVICE void to_scratch(const Tiles& tiles, float (&x)[8], float* scratch, int width) {
@@ -209,45 +240,56 @@ struct Sources {
     int from, to;
 };
 
-// u [rows][width] = sum over the sources of factor k_j^T S, j from `first` on, where the source lacks token j. `ring`:
-// tokens before this call. By the block; ends with a barrier.
-template <typename S, bool STAGE>
-DEVICE void products(const Bank<S, STAGE>& bank, const Tiles& tiles, const Sources& sources, const float* keys,
-                     int first, int rows, int ring, float* scratch, float* u, int width) {
-    // Rows in flight a thread.
-    constexpr int AHEAD = S::REST ? 4 : 2;
+// Most tokens that one of them lacks.
+DEVICE int most_lacking(const Sources& sources) {
+    int lacks = 0;
+    for (int j = sources.from; j < sources.to; j++) lacks = lacks > sources.pending[j] ? lacks : sources.pending[j];
+    return lacks;
+}
+
+// `sum` += over this thread's rows, and over the sources, factor k_j^T S, of the `rows` tokens j from `first` on, as far as
+// the source lacks them. `ring`: tokens before this call. AHEAD rows are in flight.
+template <int AHEAD, int TOKENS, typename S>
+DEVICE void own_products(const Bank<S>& bank, const Tiles& tiles, const Sources& sources, const float* keys, int first,
+                         int rows, int ring, float (&sum)[TOKENS][8]) {
+    if (!tiles.live) return;
+    for (int j = sources.from; j < sources.to; j++) {
+        const int lacks = ring - sources.pending[j] - first, place = sources.place[j];
+        const float factor = sources.factor[j];
 #pragma unroll 1
-    for (int batch = 0; batch < rows; batch += BATCH) {
-        float sum[BATCH][8] = {};
-        if (tiles.live) {
-            for (int j = sources.from; j < sources.to; j++) {
-                const int lacks = ring - sources.pending[j] - first - batch, place = sources.place[j];
-                const float factor = sources.factor[j];
-#pragma unroll 1
-                for (int r0 = tiles.first; r0 < bank.dk; r0 += tiles.stride * AHEAD) {
-                    Words<S> words[AHEAD] = {};
+        for (int r0 = tiles.first; r0 < bank.dk; r0 += tiles.stride * AHEAD) {
+            Words<S> words[AHEAD] = {};
 #pragma unroll
-                    for (int n = 0; n < AHEAD; n++) {
-                        const int r = r0 + n * tiles.stride;
-                        if (r < bank.dk) bank.load_words(place, r, tiles.column, words[n]);
-                    }
+            for (int n = 0; n < AHEAD; n++) {
+                const int r = r0 + n * tiles.stride;
+                if (r < bank.dk) bank.load_words(place, r, tiles.column, words[n]);
+            }
 #pragma unroll
-                    for (int n = 0; n < AHEAD; n++) {
-                        const int r = r0 + n * tiles.stride;
-                        if (r >= bank.dk) break;
-                        float x[8];
-                        unpack(words[n], x);
-                        const float* key = keys + (first + batch) * bank.dk + r;
+            for (int n = 0; n < AHEAD; n++) {
+                const int r = r0 + n * tiles.stride;
+                if (r >= bank.dk) break;
+                float x[8];
+                unpack(words[n], x);
+                const float* key = keys + first * bank.dk + r;
 #pragma unroll
-                        for (int c = 0; c < BATCH; c++) {
-                            const float k = c >= lacks && batch + c < rows ? factor * key[c * bank.dk] : 0.0f;
+                for (int c = 0; c < TOKENS; c++) {
+                    const float k = c >= lacks && c < rows ? factor * key[c * bank.dk] : 0.0f;
 #pragma unroll
-                            for (int i = 0; i < 8; i++) sum[c][i] += k * x[i];
-                        }
-                    }
+                    for (int i = 0; i < 8; i++) sum[c][i] += k * x[i];
                 }
             }
         }
+    }
+}
+
+// u [rows][width] = those sums over all rows. By the block; ends with a barrier.
+template <typename S>
+DEVICE void products(const Bank<S>& bank, const Tiles& tiles, const Sources& sources, const float* keys, int first,
+                     int rows, int ring, float* scratch, float* u, int width) {
+#pragma unroll 1
+    for (int batch = 0; batch < rows; batch += BATCH) {
+        float sum[BATCH][8] = {};
+        own_products<S::REST ? 4 : 2>(bank, tiles, sources, keys, first + batch, rows - batch, ring, sum);
 #pragma unroll
         for (int c = 0; c < BATCH; c++) to_scratch(tiles, sum[c], scratch + c * WARPS * width, width);
         __syncthreads();
@@ -258,6 +300,23 @@ DEVICE void products(const Bank<S, STAGE>& bank, const Tiles& tiles, const Sourc
         }
         __syncthreads();
     }
+}
+
+// The same by a warp, TOKENS at once.
+template <int AHEAD, int TOKENS, typename S>
+DEVICE void warp_products(const Bank<S>& bank, const Tiles& tiles, const Sources& sources, const float* keys, int first,
+                          int rows, float* u, int width) {
+#pragma unroll 1
+    for (int batch = 0; batch < rows; batch += TOKENS) {
+        float sum[TOKENS][8] = {};
+        own_products<AHEAD>(bank, tiles, sources, keys, first + batch, rows - batch, STEP_RING, sum);
+#pragma unroll
+        for (int c = 0; c < TOKENS; c++) {
+            if (batch + c >= rows) break;
+            sum_rows(tiles, sum[c], u + (batch + c) * width + tiles.group * 8);
+        }
+    }
+    __syncwarp();
 }
 
 // Element i of q, k or v.
@@ -300,41 +359,54 @@ struct Shared {
     float pair[TOKENS][TOKENS];               // scale lambda e^(Gamma_t - Gamma_s) (q_t . write of s)
     float after[TOKENS];                      // e^(Gamma of the last token - Gamma_s)
     uint32_t tokens[TOKENS * MOST_SLOTS];     // routed: n of every slot after token t
-    // Slots before, after; whether R has a place of its own before, after; first token of the open
-    // segment, -1: it was open before; place of R after; whether this block came last; where parts of the list begin.
+    // Slots before, after; whether R has a place of its own before, after; first token of the open segment, -1: it was open
+    // before; place of R after; whether this block came last; length of the list, of taken_up; the next slot, and unit of a
+    // write, that a warp takes; whether warps may write while others read; slots that are written; 2: which, by bits.
     int32_t facts[16];
     uint8_t pending[MOST_SLOTS];              // of the slots held before
     uint8_t place[TOKENS * MOST_SLOTS];       // pi_t(j)
     uint8_t old_from[MOST_SLOTS], old_to[MOST_SLOTS];  // slots that end in a slot held after
     uint8_t new_from[MOST_SLOTS], new_to[MOST_SLOTS];  // tokens that end in it
     uint8_t written[MOST_SLOTS];              // 1: it is written
-    uint8_t list[MOST_SLOTS];                 // slots held before that are only read
+    uint8_t list[MOST_SLOTS];                 // slots held before that are only read; EARLY: 1 for each that has been read
+    uint8_t taken_up[MOST_SLOTS];             // slots held after that are written and have sources; unless EARLY, of several first
     uint8_t slot[TOKENS][TOKENS];             // slot_t(s)
     uint8_t len[TOKENS];                      // slots held after token t
 };
 template <bool DELTA, int T>
 constexpr int SHARED_BYTES =
     (2 * 1200 + 8 * T + 4 * (3 * T + 4 * T * T + T * Shared<DELTA, T>::LIST + WARPS * (T + 1) + 64 * (4 * T + 1) + 2) + 64 +
-     7 * 64 + 64 * T + T * T + T + 7) / 8 * 8;
+     8 * 64 + 64 * T + T * T + T + 7) / 8 * 8;
 static_assert(sizeof(Shared<false, 1>) == SHARED_BYTES<false, 1> && sizeof(Shared<true, 1>) == SHARED_BYTES<true, 1>);
 static_assert(sizeof(Shared<false, 4>) == SHARED_BYTES<false, 4> && sizeof(Shared<true, 4>) == SHARED_BYTES<true, 4>);
 static_assert(sizeof(Shared<false, 8>) == SHARED_BYTES<false, 8> && sizeof(Shared<true, 8>) == SHARED_BYTES<true, 8>);
 
+// Columns of a unit of a write: half of a block's, so that there are units for all warps, and 64 at most.
+DEVICE int unit_columns(int width) {
+    const int half = (width / 8 + 1) / 2 * 8;
+    return half < 64 ? half : 64;
+}
+
+// Most slots that one token writes out of others, delta rule: those whose turn it is, one that merges or is extended, and one.
+DEVICE int most_taken_up(int capacity) { return (capacity + STEP_SPARE_PLACES + STEP_RING - 1) / STEP_RING + 2; }
+
 // What follows it, of sizes that the call has.
-template <bool DELTA, int TOKENS>
+template <bool DELTA, int TOKENS, bool EARLY>
 struct Rows {
     static constexpr int RING = Shared<DELTA, TOKENS>::RING, LIST = Shared<DELTA, TOKENS>::LIST;
+    // Slots are written by units of a warp.
+    static constexpr bool UNITS = DELTA && TOKENS == 1;
 
     float* q;        // [TOKENS][dk], of unit norm under qk_l2norm, as keys
     float* keys;     // [LIST][dk]
     float* v;        // [TOKENS][dv]
     float* y;        // [LIST][dk], delta rule
     float* queries;  // [TOKENS][RING + 1][dk], delta rule: by what a slot lacked before the call
-    float* u;        // [LIST][width], delta rule
-    float* scratch;  // [BATCH or 1][WARPS][width]
-    void* held;      // states that are staged
+    float* u;        // [LIST][width], delta rule; UNITS: [WARPS][LIST][columns of a unit]
+    float* scratch;  // [BATCH or 1][WARPS][width]; none if EARLY
+    float* each;     // [..][width] if EARLY: q^T S of every slot; else, UNITS: what the slots of taken_up add to o
 
-    METHOD Rows(int dk, int dv, int width, int staged_bytes) {
+    METHOD Rows(int dk, int dv, int width, int capacity) {
         Carve carve{dynamic_shared()};
         carve.take<Shared<DELTA, TOKENS>>(1);
         q = carve.take<float>(TOKENS * dk);
@@ -342,16 +414,33 @@ struct Rows {
         v = carve.take<float>(TOKENS * dv);
         y = carve.take<float>(DELTA ? LIST * dk : 0);
         queries = carve.take<float>(DELTA ? TOKENS * (RING + 1) * dk : 0);
-        u = carve.take<float>(DELTA ? LIST * width : 0);
-        scratch = carve.take<float>((DELTA ? BATCH : 1) * WARPS * width);
-        held = carve.take<uint8_t>(staged_bytes);
+        u = carve.take<float>(!DELTA ? 0 : UNITS ? WARPS * LIST * unit_columns(width) : LIST * width);
+        scratch = carve.take<float>(EARLY ? 0 : (DELTA && !UNITS ? BATCH : 1) * WARPS * width);
+        each = carve.take<float>(EARLY ? capacity * width : UNITS ? most_taken_up(capacity) * width : 0);
         carve.check();
     }
 
     METHOD float* new_key(int t, int dk) const { return keys + (RING + t) * dk; }
 };
-enum Fact { BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, PARTS };
+enum Fact {
+    BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, LISTED, TAKEN_UP, NEXT_SLOT, NEXT_UNIT, DECIDED, WRITES, WRITTEN
+};
 enum Dot { KK, VV, QK };
+
+// Slots that are written, oldest first.
+struct Written {
+    uint64_t left;
+
+    template <typename Block>
+    METHOD explicit Written(const Block& sh)
+        : left(static_cast<uint64_t>(static_cast<uint32_t>(sh.facts[WRITTEN + 1])) << 32 |
+               static_cast<uint32_t>(sh.facts[WRITTEN])) {}
+    METHOD int take() {
+        const int slot = __ffsll(static_cast<long long>(left)) - 1;
+        left &= left - 1;
+        return slot;
+    }
+};
 
 // Places that something has.
 struct Places {
@@ -380,10 +469,10 @@ struct Places {
     }
 };
 
-// Step 2 to 4 of OPERATOR.md, section 3, for every token of the call, and what becomes of every slot. The list
-// of slots that are only read is in `parts`, by `part` places each. By one warp.
+// Step 2 to 4 of OPERATOR.md, section 3, for every token of the call, and what becomes of every slot. By one warp. `early`:
+// gated, no slot is written where one stands, unless R has a place of its own.
 template <bool DELTA, int TOKENS>
-DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first_at, bool leads, int parts, int part) {
+DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first_at, bool leads, bool early) {
     const int lane = lane_index(), count = p.tokens;
     const StepRecord& record = sh.record;
     const bool apart = sh.facts[APART] != 0, routed = !p.lambda;
@@ -490,10 +579,10 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
     __syncwarp();
     // A slot keeps the place of its oldest part, unless that is where R stands, which others may be reading.
     const bool carried = start < 0;
-    const bool own = DELTA || (apart && carried);
+    const bool own = DELTA || (apart && carried), apart_writes = !DELTA && early && !apart;
     Places used;
     uint32_t fresh[2];
-    int place[2];
+    int place[2], writes = 0;
     bool written[2];
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -501,7 +590,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         const bool there = i < after;
         const int from = there ? sh.old_from[i] : 0, sources = there ? sh.old_to[i] - from : 0;
         const bool tokens = there && sh.new_to[i] > sh.new_from[i];
-        const bool moves = sources == 0 || (!apart && tokens && sources == 1);
+        const bool moves = sources == 0 || (!apart && tokens && sources == 1) || (apart_writes && sources > 1);
         place[half] = sources > 0 ? record.order[from] : 0;
         written[half] = there && (tokens || sources > 1);
         if (DELTA && there && !written[half]) {
@@ -511,6 +600,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         }
         fresh[half] = __ballot_sync(ALL, there && moves);
         if (there && !moves) used.add(place[half]);
+        if (apart_writes && i < before) used.add(record.order[i]);
     }
     if (before > 0) used.add(record.open);
     used.share();
@@ -527,26 +617,30 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         const int i = lane + 32 * half;
         next.order[i] = i < after ? place[half] : 0;
         sh.written[i] = written[half];
+        const uint32_t all = __ballot_sync(ALL, written[half]);
+        writes += __popc(all);
+        if (lane == 0) sh.facts[WRITTEN + half] = static_cast<int32_t>(all), sh.facts[WRITES] = writes;
     }
     __syncwarp();
-    // The slots that are only read, by the part in which their places come.
-    int of[2], listed = 0;
+    // The slots that are only read.
+    int listed = 0;
 #pragma unroll
-    for (int half = 0; half < 2; half++) {
+    for (int half = 0; half < 2 && !early; half++) {
         const int j = lane + 32 * half;
         const bool only = j < before && !sh.written[sh.place[last * MOST_SLOTS + j]];
-        of[half] = !only ? -1 : parts > 1 ? record.order[j] / part : 0;
-        if (of[half] >= parts) of[half] = parts - 1;
+        const uint32_t all = __ballot_sync(ALL, only);
+        if (only) sh.list[listed + __popc(all & ((1u << lane) - 1))] = j;
+        listed += __popc(all);
     }
-#pragma unroll 1
-    for (int n = 0; n < parts; n++) {
+    // The slots that are written out of others.
+    int taken_up = 0;
 #pragma unroll
-        for (int half = 0; half < 2; half++) {
-            const uint32_t all = __ballot_sync(ALL, of[half] == n);
-            if (of[half] == n) sh.list[listed + __popc(all & ((1u << lane) - 1))] = lane + 32 * half;
-            listed += __popc(all);
-        }
-        if (lane == 0) sh.facts[PARTS + 1 + n] = listed;
+    for (int part = 0; part < 4; part++) {
+        const int i = lane + 32 * (part % 2), sources = sh.old_to[i] - sh.old_from[i];
+        const bool of_part = written[part % 2] && (early ? part < 2 && sources > 0 : part < 2 ? sources > 1 : sources == 1);
+        const uint32_t all = __ballot_sync(ALL, of_part);
+        if (of_part) sh.taken_up[taken_up + __popc(all & ((1u << lane) - 1))] = i;
+        taken_up += __popc(all);
     }
     // Factors and what was lacking, of the slots held before.
 #pragma unroll
@@ -574,7 +668,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         sh.open_factor = before > 0 ? expf(static_cast<float>(held_log + sh.gamma[last])) : 0.0f;
         next.unused[0] = next.unused[1] = 0;
         sh.facts[BEFORE] = before, sh.facts[AFTER] = after;
-        sh.facts[PARTS] = 0;
+        sh.facts[LISTED] = listed, sh.facts[TAKEN_UP] = taken_up;
         sh.facts[APART_AFTER] = own, sh.facts[OPENED] = start;
     }
     __syncwarp();
@@ -584,21 +678,22 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
     }
 }
 
-// o of the slots that are only read, a part of the list.
-template <bool DELTA, typename S, int TOKENS, int UNROLL, bool STAGE>
-DEVICE void read(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows,
-                 const Tiles& tiles, int count, int part, float (&o)[TOKENS][8]) {
+// o of the slots that are only read.
+template <bool DELTA, typename S, int TOKENS, int UNROLL>
+DEVICE void read(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS, false>& rows,
+                 const Tiles& tiles, int count, float (&o)[TOKENS][8]) {
     if (!tiles.live) return;
-    const int dk = bank.dk, end = sh.facts[PARTS + 1 + part] * dk;
+    const int dk = bank.dk, end = sh.facts[LISTED] * dk;
     // Rounded up: what it gives for x / dk is exact below 2^14.
     const uint32_t inverse = 0xffffffffu / static_cast<uint32_t>(dk) + 1;
-    for (int x0 = sh.facts[PARTS + part] * dk + tiles.first; x0 < end; x0 += tiles.stride * UNROLL) {
+    for (int x0 = tiles.first; x0 < end; x0 += tiles.stride * UNROLL) {
         Raw<S> raw[UNROLL];
 #pragma unroll
         for (int n = 0; n < UNROLL; n++) {
             const int x = x0 + n * tiles.stride;
             const int listed = __umulhi(static_cast<uint32_t>(x), inverse);
-            if (x < end) load_raw<!STAGE>(bank.first(sh.record.order[sh.list[listed]], x - listed * dk, tiles.column), raw[n]);
+            if (x < end)
+                load_raw<true>(bank.states + bank.at(sh.record.order[sh.list[listed]], x - listed * dk, tiles.column), raw[n]);
             else clear(raw[n]);
         }
 #pragma unroll
@@ -622,96 +717,251 @@ DEVICE void read(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, co
     }
 }
 
-// The slots that are written, oldest first, and o of them; and R. What a thread reads of a place, no other writes, so that a
-// place that is freed may be taken by a later slot.
-template <bool DELTA, typename S, int TOKENS, bool STAGE>
-DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS>& rows,
-                  const Tiles& tiles, int count, int width, float (&o)[TOKENS][8]) {
+// The next number of a count, for a warp.
+DEVICE int take(int32_t* count) {
+    const int number = lane_index() == 0 ? take_number(count) : 0;
+    return __shfl_sync(ALL, number, 0);
+}
+
+// Rows `begin`..`end` of a slot are written, by the threads that have `tiles`; READ: with o of its sources. `u`: of the
+// lacks + count tokens from the first that a source lacks on.
+template <bool READ, int TALL, bool DELTA, typename S, int TOKENS, bool EARLY>
+DEVICE void write_slot(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS, EARLY>& rows,
+                       const Tiles& tiles, const Sources& sources, int slot, int begin, int end, int lacks, const float* u,
+                       int count, int width, float (&o)[TOKENS][8]) {
     constexpr int RING = Shared<DELTA, TOKENS>::RING;
-    // Rows at once: they share u.
-    constexpr int TALL = !DELTA ? 2 : S::REST ? 4 : 2;
-    const int dk = bank.dk, dv = bank.dv, after = sh.facts[AFTER];
-    for (int i = 0; i < after; i++) {
-        if (!sh.written[i]) continue;
-        const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[i], sh.old_to[i]};
-        const int target = sh.next.order[i], new_from = sh.new_from[i], new_to = sh.new_to[i];
-        int lacks = 0;
-        if constexpr (DELTA) {
-            if (sources.from < sources.to) {
-                for (int j = sources.from; j < sources.to; j++) lacks = lacks > sh.pending[j] ? lacks : sh.pending[j];
-                products(bank, tiles, sources, rows.keys, RING - lacks, lacks + count, RING, rows.scratch, rows.u, width);
-            }
-        }
-        if (!tiles.live) continue;
+    const int dk = bank.dk, dv = bank.dv;
+    const int target = sh.next.order[slot], new_from = sh.new_from[slot], new_to = sh.new_to[slot];
+    if (!tiles.live) return;
 #pragma unroll 1
-        for (int r0 = tiles.first; r0 < dk; r0 += tiles.stride * TALL) {
-            float sum[TALL][8] = {};
-            for (int j = sources.from; j < sources.to; j++) {
-                Words<S> words[TALL] = {};
-#pragma unroll
-                for (int n = 0; n < TALL; n++) {
-                    const int r = r0 + n * tiles.stride;
-                    if (r < dk) bank.load_words(sh.record.order[j], r, tiles.column, words[n]);
-                }
-                const float factor = sh.factor[j];
-#pragma unroll
-                for (int n = 0; n < TALL; n++) {
-                    const int r = r0 + n * tiles.stride;
-                    if (r >= dk) break;
-                    float s[8];
-                    unpack(words[n], s);
-#pragma unroll
-                    for (int c = 0; c < 8; c++) sum[n][c] += factor * s[c];
-#pragma unroll
-                    for (int t = 0; t < TOKENS; t++) {
-                        if (TOKENS > 1 && t >= count) break;
-                        const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
-                        const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r];
-#pragma unroll
-                        for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
-                    }
-                }
-            }
-            if constexpr (DELTA) {
-                if (sources.from < sources.to) {
-#pragma unroll 2
-                    for (int lacked = 0; lacked < lacks + count; lacked++) {
-                        const float* y = rows.y + (RING - lacks + lacked) * dk;
-                        float u[8];
-                        load8(reinterpret_cast<const F32*>(rows.u + lacked * width + tiles.group * 8), u);
-#pragma unroll
-                        for (int n = 0; n < TALL; n++) {
-                            const int r = r0 + n * tiles.stride;
-                            if (r >= dk) break;
-#pragma unroll
-                            for (int c = 0; c < 8; c++) sum[n][c] -= y[r] * u[c];
-                        }
-                    }
-                }
-            }
-#pragma unroll 1
-            for (int s = new_from; s < new_to; s++) {
-                const float* write = DELTA ? rows.y + (RING + s) * dk : rows.new_key(s, dk);
-                const float* v = rows.v + s * dv + tiles.column;
-#pragma unroll
-                for (int n = 0; n < TALL; n++) {
-                    const int r = r0 + n * tiles.stride;
-                    if (r >= dk) break;
-                    const float k = sh.after[s] * write[r];
-#pragma unroll
-                    for (int c = 0; c < 8; c++) sum[n][c] += k * v[c];
-                }
-            }
+    for (int r0 = begin + tiles.first; r0 < end; r0 += tiles.stride * TALL) {
+        float sum[TALL][8] = {};
+#pragma unroll(READ ? 1 : 2)
+        for (int j = sources.from; j < sources.to; j++) {
+            Words<S> words[TALL] = {};
 #pragma unroll
             for (int n = 0; n < TALL; n++) {
                 const int r = r0 + n * tiles.stride;
-                if (r >= dk) break;
-                bank.store(target, r, tiles.column, sum[n]);
+                if (r < end) bank.load_words(sh.record.order[j], r, tiles.column, words[n]);
+            }
+            const float factor = sh.factor[j];
+#pragma unroll
+            for (int n = 0; n < TALL; n++) {
+                const int r = r0 + n * tiles.stride;
+                if (r >= end) break;
+                float s[8];
+                unpack(words[n], s);
+#pragma unroll
+                for (int c = 0; c < 8; c++) sum[n][c] += factor * s[c];
+#pragma unroll
+                for (int t = 0; t < (READ ? TOKENS : 0); t++) {
+                    if (TOKENS > 1 && t >= count) break;
+                    const float* q = DELTA ? rows.queries + (t * (RING + 1) + sh.pending[j]) * dk : rows.q + t * dk;
+                    const float on = sh.coefficient[t * MOST_SLOTS + j] * q[r];
+#pragma unroll
+                    for (int c = 0; c < 8; c++) o[t][c] += on * s[c];
+                }
             }
         }
+        if constexpr (DELTA) {
+            if (sources.from < sources.to) {
+#pragma unroll 2
+                for (int lacked = 0; lacked < lacks + count; lacked++) {
+                    const float* y = rows.y + (RING - lacks + lacked) * dk;
+                    float x[8];
+                    load8(reinterpret_cast<const F32*>(u + lacked * width + tiles.group * 8), x);
+#pragma unroll
+                    for (int n = 0; n < TALL; n++) {
+                        const int r = r0 + n * tiles.stride;
+                        if (r >= end) break;
+#pragma unroll
+                        for (int c = 0; c < 8; c++) sum[n][c] -= y[r] * x[c];
+                    }
+                }
+            }
+        }
+#pragma unroll 1
+        for (int s = new_from; s < new_to; s++) {
+            const float* write = DELTA ? rows.y + (RING + s) * dk : rows.new_key(s, dk);
+            const float* v = rows.v + s * dv + tiles.column;
+#pragma unroll
+            for (int n = 0; n < TALL; n++) {
+                const int r = r0 + n * tiles.stride;
+                if (r >= end) break;
+                const float k = sh.after[s] * write[r];
+#pragma unroll
+                for (int c = 0; c < 8; c++) sum[n][c] += k * v[c];
+            }
+        }
+#pragma unroll
+        for (int n = 0; n < TALL; n++) {
+            const int r = r0 + n * tiles.stride;
+            if (r >= end) break;
+            bank.store(target, r, tiles.column, sum[n]);
+        }
     }
+}
+
+// Gated: unit after unit of what is written to places that nobody reads, some rows of a slot a warp; false: all are taken.
+template <typename S>
+DEVICE bool write_apart(const Bank<S>& bank, Shared<false, 1>& sh, const Rows<false, 1, true>& rows, const Tiles& of_warp,
+                        int width) {
+    constexpr int TALL = S::REST ? 4 : 2;
+    const int tall = of_warp.stride * TALL, parts = (bank.dk + tall - 1) / tall;
+    const int unit = take(&sh.facts[NEXT_UNIT]), n = unit / parts, begin = (unit - n * parts) * tall;
+    if (n >= sh.facts[WRITES]) return false;
+    Written slots(sh);
+    int slot = slots.take();
+    for (int i = 0; i < n; i++) slot = slots.take();
+    const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[slot], sh.old_to[slot]};
+    const int end = begin + tall < bank.dk ? begin + tall : bank.dk;
+    float none[1][8];
+    write_slot<false, TALL>(bank, sh, rows, of_warp, sources, slot, begin, end, 0, nullptr, 1, width, none);
+    return true;
+}
+
+// Delta rule: a unit of a write, a slot that has sources and some of its columns, by a warp, AHEAD rows, AT_ONCE tokens and
+// TALL rows at once. Unless EARLY, with o of its sources.
+template <int AHEAD, int AT_ONCE, int TALL, typename S, bool EARLY>
+DEVICE void write_unit(const Bank<S>& bank, const Shared<true, 1>& sh, const Rows<true, 1, EARLY>& rows, int from, int to,
+                       int width, int unit) {
+    const int columns = unit_columns(width), strips = (to - from + columns - 1) / columns, n = unit / strips;
+    const int slot = sh.taken_up[n], first = from + (unit - n * strips) * columns;
+    float* const u = rows.u + warp_index() * (STEP_RING + 1) * columns;
+    const Tiles own(first, first + columns < to ? first + columns : to, lane_index(), 32);
+    const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[slot], sh.old_to[slot]};
+    const int lacks = most_lacking(sources);
+    warp_products<AHEAD, AT_ONCE>(bank, own, sources, rows.keys, STEP_RING - lacks, lacks + 1, u, columns);
+    float o[1][8] = {};
+    write_slot<!EARLY, TALL>(bank, sh, rows, own, sources, slot, 0, bank.dk, lacks, u, 1, columns, o);
+    if constexpr (!EARLY) sum_rows(own, o[0], rows.each + n * width + first - from + own.group * 8);
+    // Before another unit's products.
+    __syncwarp();
+}
+
+// The next unit, if the slots that it is made of have been read; else -1.
+DEVICE int take_ready(Shared<true, 1>& sh, int from, int to, int width) {
+    int unit = -1;
+    if (lane_index() == 0) {
+        const int columns = unit_columns(width), strips = (to - from + columns - 1) / columns;
+        const int next = seen(&sh.facts[NEXT_UNIT]), n = next / strips;
+        if (n < sh.facts[TAKEN_UP]) {
+            const int slot = sh.taken_up[n];
+            bool ready = true;
+            for (int j = sh.old_from[slot]; j < sh.old_to[slot]; j++) ready = ready && seen(&sh.list[j]) != 0;
+            if (ready && take_if(&sh.facts[NEXT_UNIT], next)) unit = next;
+        }
+    }
+    return __shfl_sync(ALL, unit, 0);
+}
+
+// o of every slot held, alone, as it stands: a warp takes slot after slot, UNROLL rows of 32 lanes in flight, those of the
+// next slot too. What may be written meanwhile is.
+template <bool DELTA, typename S, int UNROLL>
+DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 1, true>& rows, int from, int to, int width) {
+    const int dk = bank.dk, before = sh.record.len, lane = lane_index();
+    const Tiles tiles(from, to, lane, 32);
+    const int step = tiles.stride * bank.dv;
+    const auto start = [&](int slot) {
+        return bank.states + bank.at(sh.record.order[slot], tiles.first, tiles.column);
+    };
+    int slot = take(&sh.facts[NEXT_SLOT]);
+    if (slot >= before) return;
+    const S* here = start(slot);
+    Raw<S> raw[UNROLL];
+#pragma unroll
+    for (int n = 0; n < UNROLL; n++) {
+        if (tiles.live && tiles.first + n * tiles.stride < dk) load_raw<true>(here + n * step, raw[n]);
+        else clear(raw[n]);
+    }
+#pragma unroll 1
+    while (true) {
+        if constexpr (!DELTA) {
+            if (__shfl_sync(ALL, is_published(&sh.facts[DECIDED]), 0)) write_apart(bank, sh, rows, tiles, width);
+        } else if (__shfl_sync(ALL, is_published(&sh.facts[DECIDED]), 0)) {
+            const int unit = take_ready(sh, from, to, width);
+            if (unit >= 0) write_unit<S::REST ? 8 : 4, BATCH, S::REST ? 4 : 2>(bank, sh, rows, from, to, width, unit);
+        }
+        const int next = take(&sh.facts[NEXT_SLOT]);
+        const bool more = next < before;
+        const S* const there = more ? start(next) : here;
+        const float* q = DELTA ? rows.queries + sh.record.pending[sh.record.order[slot]] * dk : rows.q;
+        float o[8] = {};
+#pragma unroll 1
+        for (int base = 0; base < dk; base += tiles.stride * UNROLL) {
+            const int r0 = base + tiles.first, ahead = base + tiles.stride * UNROLL;
+            // What is asked for while this is summed.
+            const bool same = ahead < dk;
+            const int first = same ? ahead + tiles.first : more && tiles.live ? tiles.first : dk;
+            const S* const from_there = same ? here + UNROLL * step : there;
+            const int end = tiles.live ? dk : 0;
+#pragma unroll
+            for (int n = 0; n < UNROLL; n++) {
+                const int r = r0 + n * tiles.stride;
+                if (r < dk) {
+                    float s[8];
+                    unpack(raw[n], s);
+                    const float c = q[r];
+#pragma unroll
+                    for (int i = 0; i < 8; i++) o[i] += c * s[i];
+                }
+                if (first + n * tiles.stride < end) load_raw<true>(from_there + n * step, raw[n]);
+            }
+            here = from_there;
+        }
+        sum_rows(tiles, o, rows.each + slot * width + tiles.group * 8);
+        if constexpr (DELTA) {
+            // It may be written.
+            __syncwarp();
+            if (lane == 0) note(&sh.list[slot]);
+        }
+        if (!more) break;
+        slot = next;
+    }
+}
+
+// The slots that are written, oldest first, and o of them unless EARLY; and R. What a thread reads of a place, no other
+// writes, so that a place that is freed may be taken by a later slot: but that by UNITS, a slot and some of its columns a
+// warp, those that begin come behind a barrier.
+template <bool DELTA, typename S, int TOKENS, bool EARLY>
+DEVICE void write(const Bank<S>& bank, Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS, EARLY>& rows,
+                  const Tiles& tiles, int from, int to, int count, int width, float (&o)[TOKENS][8]) {
+    constexpr int RING = Shared<DELTA, TOKENS>::RING;
+    constexpr bool UNITS = Rows<DELTA, TOKENS, EARLY>::UNITS;
+    const int dk = bank.dk, dv = bank.dv;
+    const auto sources_of = [&](int i) {
+        return Sources{sh.record.order, sh.pending, sh.factor, sh.old_from[i], sh.old_to[i]};
+    };
+    if constexpr (UNITS) {
+        // An early block has all registers to itself.
+        constexpr int TALL = (EARLY ? 2 : 1) * (S::REST ? 4 : 2), AHEAD = (EARLY ? 4 : 3) * (S::REST ? 2 : 1);
+        const int columns = unit_columns(width), units = sh.facts[TAKEN_UP] * ((to - from + columns - 1) / columns);
+#pragma unroll 1
+        while (true) {
+            const int unit = take(&sh.facts[NEXT_UNIT]);
+            if (unit >= units) break;
+            write_unit<AHEAD, EARLY ? RING + 1 : BATCH, TALL>(bank, sh, rows, from, to, width, unit);
+        }
+        __syncthreads();
+    }
+#pragma unroll 1
+    for (Written slots(sh); slots.left;) {
+        const int i = slots.take();
+        const Sources sources = sources_of(i);
+        if (UNITS && sources.from < sources.to) continue;
+        int lacks = 0;
+        if constexpr (DELTA && !UNITS) {
+            if (sources.from < sources.to) {
+                lacks = most_lacking(sources);
+                products(bank, tiles, sources, rows.keys, RING - lacks, lacks + count, RING, rows.scratch, rows.u, width);
+            }
+        }
+        // Rows at once: they share u.
+        write_slot<!EARLY, DELTA && S::REST ? 4 : 2>(bank, sh, rows, tiles, sources, i, 0, dk, lacks, rows.u, count, width, o);
+    }
+    if (!tiles.live) return;
     // R, where it has a place of its own: what was open, unless a slot has opened.
-    if (sh.facts[APART_AFTER] && tiles.live) {
+    if (sh.facts[APART_AFTER]) {
         const int start = sh.facts[OPENED];
         const bool carried = start < 0 && sh.facts[BEFORE] > 0;
         const float factor = sh.open_factor;
@@ -733,24 +983,6 @@ DEVICE void write(const Bank<S, STAGE>& bank, const Shared<DELTA, TOKENS>& sh, c
     }
 }
 
-// Copies the states of places `first`..`last` to shared memory, those of `wanted`, by `threads` threads of which this one is
-// `thread`.
-template <typename S>
-DEVICE void stage(const Bank<S, true>& bank, S* held, int first, int last, int columns, const Places& wanted, int thread,
-                  int threads) {
-    constexpr int EACH = 16 / sizeof(S);
-    const int across = columns / EACH, chunks = bank.dk * across;
-#pragma unroll 1
-    for (int chunk = thread; chunk < chunks; chunk += threads) {
-        const int row = chunk / across, column = (chunk - row * across) * EACH;
-        S* to = held + (first * bank.dk + row) * bank.width + column;
-        const S* of = bank.states + bank.at(first, row, bank.from + column);
-#pragma unroll 2
-        for (int place = first; place < last; place++, to += bank.dk * bank.width, of += bank.dk * bank.dv)
-            if (wanted.has(place)) copy_async_16(to, of, true);
-    }
-}
-
 // Element i of q, k or v as it lies there, and its value: a value that is asked for at once would be waited for at once.
 DEVICE uint32_t input_bits(const void* x, int64_t i, int dtype) {
     return dtype == 2 ? static_cast<const uint32_t*>(x)[i] : static_cast<const uint16_t*>(x)[i];
@@ -763,7 +995,7 @@ DEVICE float input_value(uint32_t bits, int dtype) {
 // The entry of a sequence.
 DEVICE int entry_of(const int32_t* entries, int64_t row) { return entries ? entries[row] : static_cast<int>(row); }
 
-template <bool DELTA, typename S, int TOKENS, int UNROLL, bool STAGE>
+template <bool DELTA, typename S, int TOKENS, int UNROLL, bool EARLY>
 DEVICE void run(const StepParams& p) {
     constexpr int RING = Shared<DELTA, TOKENS>::RING;
     const int thread = threadIdx.x, lane = lane_index(), warp = warp_index();
@@ -776,6 +1008,7 @@ DEVICE void run(const StepParams& p) {
     const int key_head = head / (p.value_heads / p.heads);
     const int from = slice * p.width, to = from + p.width < dv ? from + p.width : dv;
     const bool leads = slice == 0, routed = !p.lambda;
+    static_assert(!EARLY || TOKENS == 1);
     // The record; the call's tokens. Token t is element first + t HV of a [B,T,HV] array. A thread's first load of
     // each is under way before any is waited for, the entry's number too.
     const int64_t first_token = b * p.time + p.from, first_at = first_token * p.value_heads + head;
@@ -813,25 +1046,28 @@ DEVICE void run(const StepParams& p) {
     float* const ring = DELTA ? p.bank.ring + row * (2 * STEP_RING * dk) : nullptr;
     if (thread < RECORD) of_record = reinterpret_cast<const uint4*>(record)[thread];
     auto& sh = *reinterpret_cast<Shared<DELTA, TOKENS>*>(dynamic_shared());
-    const Rows<DELTA, TOKENS> rows(dk, dv, p.width, STAGE ? p.staged * dk * p.width * static_cast<int>(sizeof(S)) : 0);
-    Bank<S, STAGE> bank = bank_of<S, STAGE>(p.bank, row, p.capacity, dk, dv);
-    const int part = STAGE && p.staged > 0 ? (p.staged + STAGES - 1) / STAGES : 1;
-    if constexpr (STAGE) {
-        bank.held = static_cast<S*>(rows.held);
-        bank.staged = p.staged, bank.from = from, bank.width = p.width;
-    }
-    const auto stage_part = [&](int n, const Places& wanted, int first_thread) {
-        if constexpr (STAGE) {
-            const int begin = n * part < p.staged ? n * part : p.staged;
-            const int end = (n + 1) * part < p.staged ? (n + 1) * part : p.staged;
-            stage(bank, static_cast<S*>(rows.held), begin, end, to - from, wanted, thread - first_thread,
-                  THREADS - first_thread);
-            copies_commit();
+    const Rows<DELTA, TOKENS, EARLY> rows(dk, dv, p.width, p.capacity);
+    const auto bank = bank_of<S>(p.bank, row, p.capacity, dk, dv);
+    if constexpr (EARLY) {
+        // States are on their way to L2 before anything else is known: every block of a row and head asks for some slots, and
+        // the first for R, for which the decision waits.
+        if (warp == WARPS - 1) {
+            static_assert(offsetof(StepRecord, len) == 0 && offsetof(StepRecord, open) == 8);
+            const uint4 head = *reinterpret_cast<const uint4*>(record);
+            const int first = slice + lane * p.slices;
+            int place = first < MOST_SLOTS ? record->order[first] : 0;
+            const int held = static_cast<int>(head.x), end = held < p.ahead ? held : p.ahead;
+            // At most what a prefetch takes.
+            const int all = dk * dv * static_cast<int>(sizeof(S)), bytes = all < 1 << 19 ? all : 1 << 19;
+            if (leads && lane == 0 && end > 0) prefetch_span(bank.states + bank.at(head.z, 0, 0), bytes);
+#pragma unroll 1
+            for (int j = first; j < end; j += 32 * p.slices) {
+                if (j != first) place = record->order[j];
+                prefetch_span(bank.states + bank.at(place, 0, 0), bytes);
+            }
         }
-    };
+    }
 
-    // States, as many as the memory has to do until it is known which are wanted.
-    stage_part(0, {~0ull, ~0u}, 0);
     if (thread < RECORD) reinterpret_cast<uint4*>(&sh.record)[thread] = of_record;
     if (thread < count * dk) {
         rows.q[thread] = input_value(of_q, p.dtype);
@@ -862,7 +1098,9 @@ DEVICE void run(const StepParams& p) {
             sh.beta[t] = of_beta[t];
         }
         sh.tau = tau;
+        sh.facts[NEXT_SLOT] = sh.facts[NEXT_UNIT] = sh.facts[DECIDED] = 0;
     }
+    if (DELTA && EARLY && thread < MOST_SLOTS) sh.list[thread] = 0;
     if (!routed) {
         if constexpr (TOKENS == 1) {
             if (thread < p.capacity) sh.score[thread] = lambda;
@@ -956,32 +1194,9 @@ DEVICE void run(const StepParams& p) {
             // The next token's turn takes up the same rows of y in the same warps.
         }
     }
-    __syncthreads();
-    if constexpr (STAGE) {
-        // The rest of the states, as far as slots stand there, by the warps that do not decide.
-        if (warp == 0) {
-            for (int n = 1; n < STAGES; n++) copies_commit();
-        } else {
-            Places wanted;
-            if (lane < before) wanted.add(sh.record.order[lane]);
-            if (lane + 32 < before) wanted.add(sh.record.order[lane + 32]);
-            if (before > 0) wanted.add(sh.record.open);
-            wanted.share();
-#pragma unroll 1
-            for (int n = 1; n < STAGES; n++) stage_part(n, wanted, 32);
-            // What has no room there is brought nearer.
-#pragma unroll 1
-            for (int place = p.staged; place < p.capacity + STEP_SPARE_PLACES; place++) {
-                if (!wanted.has(place)) continue;
-#pragma unroll 1
-                for (int r = thread - 32; r < dk; r += THREADS - 32) prefetch(bank.states + bank.at(place, r, from));
-            }
-        }
-    }
-    if (warp == 0) decide(p, sh, first_at, leads, STAGE ? STAGES : 1, part);
-    else if constexpr (DELTA) {
-        // Queries of slots that lack the call's tokens and 0, 1, .. of those before.
-        for (int i = thread - 32; i < count * dk; i += THREADS - 32) {
+    // Queries of slots that lack the call's tokens and 0, 1, .. of those before.
+    const auto make_queries = [&](int first, int stride) {
+        for (int i = first; i < count * dk; i += stride) {
             const int t = i / dk, c = i - t * dk;
             float x = rows.q[i];
             for (int s = 0; s <= t; s++) x -= sh.reads[t][RING + s] * rows.new_key(s, dk)[c];
@@ -991,132 +1206,179 @@ DEVICE void run(const StepParams& p) {
                 rows.queries[(t * (RING + 1) + lacks) * dk + c] = x;
             }
         }
-    }
-    if (routed) {
-#pragma unroll 1
-        for (int i = warp; i < count * before; i += WARPS) {
-            const int t = i / before, j = i % before;
-            const float* sums = p.bank.keys + (row * (p.capacity + STEP_SPARE_PLACES) + sh.record.order[j]) * dk;
-            const float on = warp_dot(rows.q + t * dk, sums, dk);
-            if (lane == 0) sh.score[t * MOST_SLOTS + j] = on;
-        }
-    }
-    __syncthreads();
-
-    // Read weights: of slot s at token t where reads are given, and in sh.weight where they are routed.
-    const Extents order{.newest_first = p.newest_first};
-    if (routed) {
-#pragma unroll 1
-        for (int i = thread; i < count * MOST_SLOTS; i += THREADS) {
-            const int t = i / MOST_SLOTS, s = i % MOST_SLOTS, held = sh.len[t];
-            const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
-            const int column = column_of(order, s, held);
-            float weight = 0;
-            if (s < held) {
-                float score = 0;
-#pragma unroll 1
-                for (int j = 0; j < before; j++)
-                    if (sh.place[t * MOST_SLOTS + j] == s) score += sh.score[t * MOST_SLOTS + j];
-#pragma unroll 1
-                for (int r = 0; r <= t; r++)
-                    if (sh.slot[t][r] == s) score += sh.dots[QK][t][r];
-                score = score / __uint2float_rn(sh.tokens[i]) * p.slope[head] + p.bias[head];
-                if (p.logits) score += p.logits[at * p.logit_columns + column];
-                const float tail = expf(-fabsf(score)), over = 1.0f / (1.0f + tail);
-                weight = score >= 0 ? over : tail * over;
-                if (score != score) weight = score;
-            }
-            sh.weight[i] = weight;
-            if (leads && s < p.capacity) p.weights[at * p.capacity + (s < held ? column : s)] = weight;
-        }
-        __syncthreads();
-    }
-    const auto weight = [&](int t, int s) {
-        return routed ? sh.weight[t * MOST_SLOTS + s] : sh.score[t * MOST_SLOTS + column_of(order, s, sh.len[t])];
     };
+    // q on the key sums of the slots held, four slots a warp in flight.
+    const auto score = [&] {
+        constexpr int AT_ONCE = 4;
+        const float* const sums = p.bank.keys + row * (p.capacity + STEP_SPARE_PLACES) * dk;
 #pragma unroll 1
-    for (int i = thread; i < count * MOST_SLOTS; i += THREADS) {
-        const int t = i / MOST_SLOTS, j = i % MOST_SLOTS;
-        if (j >= before) continue;
-        const float decay = expf(static_cast<float>(sh.record.log[sh.record.order[j]] + sh.gamma[t]));
-        sh.coefficient[i] = p.scale * weight(t, sh.place[i]) * decay;
-    }
+        for (int i = warp * AT_ONCE; i < count * MOST_SLOTS; i += WARPS * AT_ONCE) {
+            const int t = i / MOST_SLOTS, j = i % MOST_SLOTS;
+            if (j >= before) continue;
+            float on[AT_ONCE] = {};
+#pragma unroll 2
+            for (int c = lane; c < dk; c += 32) {
+#pragma unroll
+                for (int n = 0; n < AT_ONCE; n++) {
+                    const int place = sh.record.order[j + n < before ? j + n : j];
+                    on[n] += rows.q[t * dk + c] * sums[place * dk + c];
+                }
+            }
+#pragma unroll
+            for (int n = 0; n < AT_ONCE; n++) {
+                const float all = warp_sum(on[n]);
+                if (lane == 0 && j + n < before) sh.score[i + n] = all;
+            }
+        }
+    };
+    // Read weights, of slot s at token t where reads are given, and in sh.weight where they are routed; and what every slot
+    // held before, and every token of the call, counts for in o. By the block, or by a warp.
+    const auto weigh = [&](int begin, int stride) {
+        const Extents order{.newest_first = p.newest_first};
+        if (routed) {
 #pragma unroll 1
-    for (int i = thread; i < count * count; i += THREADS) {
-        const int t = i / count, s = i % count;
-        if (s > t) continue;
-        const float on = DELTA ? sh.reads[t][RING + s] : sh.dots[QK][t][s];
-        const float decay = expf(static_cast<float>(sh.gamma[t] - sh.gamma[s]));
-        sh.pair[t][s] = p.scale * weight(t, sh.slot[t][s]) * decay * on;
-    }
-    if constexpr ((STAGE && S::REST) || DELTA) {
-        // What is written: on its way while the other slots are read.
+            for (int i = begin; i < count * MOST_SLOTS; i += stride) {
+                const int t = i / MOST_SLOTS, s = i % MOST_SLOTS, held = sh.len[t];
+                const int64_t at = first_at + static_cast<int64_t>(t) * p.value_heads;
+                const int column = column_of(order, s, held);
+                float weight = 0;
+                if (s < held) {
+                    float score = 0;
 #pragma unroll 1
-        for (int i = 0; i < sh.facts[AFTER]; i++) {
-            if (!sh.written[i]) continue;
+                    for (int j = 0; j < before; j++)
+                        if (sh.place[t * MOST_SLOTS + j] == s) score += sh.score[t * MOST_SLOTS + j];
+#pragma unroll 1
+                    for (int r = 0; r <= t; r++)
+                        if (sh.slot[t][r] == s) score += sh.dots[QK][t][r];
+                    score = score / __uint2float_rn(sh.tokens[i]) * p.slope[head] + p.bias[head];
+                    if (p.logits) score += p.logits[at * p.logit_columns + column];
+                    const float tail = expf(-fabsf(score)), over = 1.0f / (1.0f + tail);
+                    weight = score >= 0 ? over : tail * over;
+                    if (score != score) weight = score;
+                }
+                sh.weight[i] = weight;
+                if (leads && s < p.capacity) p.weights[at * p.capacity + (s < held ? column : s)] = weight;
+            }
+            if constexpr (EARLY) __syncwarp();
+            else __syncthreads();
+        }
+        const auto weight = [&](int t, int s) {
+            return routed ? sh.weight[t * MOST_SLOTS + s] : sh.score[t * MOST_SLOTS + column_of(order, s, sh.len[t])];
+        };
+#pragma unroll 1
+        for (int i = begin; i < count * MOST_SLOTS; i += stride) {
+            const int t = i / MOST_SLOTS, j = i % MOST_SLOTS;
+            if (j >= before) continue;
+            const float decay = expf(static_cast<float>(sh.record.log[sh.record.order[j]] + sh.gamma[t]));
+            sh.coefficient[i] = p.scale * weight(t, sh.place[i]) * decay;
+        }
+#pragma unroll 1
+        for (int i = begin; i < count * count; i += stride) {
+            const int t = i / count, s = i % count;
+            if (s > t) continue;
+            const float on = DELTA ? sh.reads[t][RING + s] : sh.dots[QK][t][s];
+            const float decay = expf(static_cast<float>(sh.gamma[t] - sh.gamma[s]));
+            sh.pair[t][s] = p.scale * weight(t, sh.slot[t][s]) * decay * on;
+        }
+    };
+    // What is written is brought to L2 while the other slots are read.
+    const auto prefetch_written = [&](int begin, int stride) {
+#pragma unroll 1
+        for (Written slots(sh); slots.left;) {
+            const int i = slots.take();
 #pragma unroll 1
             for (int j = sh.old_from[i]; j < sh.old_to[i]; j++) {
                 const int place = sh.record.order[j];
 #pragma unroll 1
-                for (int r = thread; r < dk; r += THREADS) {
+                for (int r = begin; r < dk; r += stride) {
                     if constexpr (S::REST)
 #pragma unroll 1
                         for (int c = from; c < to; c += 128) prefetch(bank.rest + bank.at(place, r, c));
-                    if constexpr (!STAGE)
+                    if constexpr (!EARLY)
 #pragma unroll 1
                         for (int c = from; c < to; c += 128 / sizeof(S)) prefetch(bank.states + bank.at(place, r, c));
                 }
             }
         }
-    }
-    __syncthreads();
-
+    };
     const Tiles tiles(from, to);
     float o[TOKENS][8] = {};
-    if constexpr (STAGE) {
-        static_assert(STAGES == 4);
-#pragma unroll 1
-        for (int n = 0; n < STAGES; n++) {
-            if (n == 0) copies_wait_but<3>();
-            else if (n == 1) copies_wait_but<2>();
-            else if (n == 2) copies_wait_but<1>();
-            else copies_wait();
+    // Which block comes last is asked once all has been read that others of this row and head may write, and is known later.
+    uint32_t came_before = 0;
+    if constexpr (EARLY) {
+        if (routed) score();
+        __syncthreads();
+        if (thread == ASKS && p.slices > 1) came_before = arrive(p.bank.arrived + row);
+        if constexpr (DELTA) {
+            make_queries(thread, THREADS);
             __syncthreads();
-            read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, n, o);
+        }
+        if (warp == 0) {
+            decide(p, sh, first_at, leads, true);
+            __syncwarp();
+            // Gated, what is written goes to places that nobody reads, unless R has one of its own; under the delta rule to
+            // those of slots that have been read.
+            if ((DELTA || !apart) && lane == 0) publish(&sh.facts[DECIDED]);
+            weigh(lane, 32);
+            if (DELTA || apart) prefetch_written(lane, 32);
+        }
+        stream<DELTA, S, UNROLL>(bank, sh, rows, from, to, p.width);
+        if (thread == ASKS) sh.facts[LAST] = came_before == static_cast<uint32_t>(p.slices) - 1;
+        __syncthreads();
+        // The warps that come last have the fewest slots to write.
+#pragma unroll 1
+        for (int c = THREADS - 1 - thread; c < to - from; c += THREADS) {
+            float sum = 0;
+#pragma unroll 4
+            for (int j = 0; j < before; j++) sum += sh.coefficient[j] * rows.each[j * p.width + c];
+            output(p.o, first_at * dv + from + c, sum + sh.pair[0][0] * rows.v[from + c], p.dtype);
+        }
+        if (DELTA || apart) {
+            write<DELTA, S, TOKENS, EARLY>(bank, sh, rows, tiles, from, to, count, p.width, o);
+        } else if constexpr (!DELTA) {
+            const Tiles of_warp(from, to, lane, 32);
+#pragma unroll 1
+            while (write_apart(bank, sh, rows, of_warp, p.width)) {}
         }
     } else {
-        read<DELTA, S, TOKENS, UNROLL, STAGE>(bank, sh, rows, tiles, count, 0, o);
-    }
-    // All that others of this row and head may write has been read, and the fence has no copies to wait for. Which block
-    // comes last is asked now, and known later.
-    uint32_t came_before = 0;
-    if (thread == ASKS && p.slices > 1) came_before = arrive(p.bank.arrived + row);
-    write<DELTA, S, TOKENS, STAGE>(bank, sh, rows, tiles, count, p.width, o);
-
-    // o of the slots, and of the call's own tokens.
-#pragma unroll
-    for (int t = 0; t < TOKENS; t++) {
-        if (TOKENS > 1 && t >= count) break;
-        if (DELTA || t > 0) __syncthreads();
-        to_scratch(tiles, o[t], rows.scratch, p.width);
         __syncthreads();
+        if (warp == 0) decide(p, sh, first_at, leads, false);
+        else if constexpr (DELTA) make_queries(thread - 32, THREADS - 32);
+        if (routed) score();
+        __syncthreads();
+        weigh(thread, THREADS);
+        if constexpr (DELTA) prefetch_written(thread, THREADS);
+        __syncthreads();
+        read<DELTA, S, TOKENS, UNROLL>(bank, sh, rows, tiles, count, o);
+        if (thread == ASKS && p.slices > 1) came_before = arrive(p.bank.arrived + row);
+        write<DELTA, S, TOKENS, EARLY>(bank, sh, rows, tiles, from, to, count, p.width, o);
+
+        // o of the slots, and of the call's own tokens.
+#pragma unroll
+        for (int t = 0; t < TOKENS; t++) {
+            if (TOKENS > 1 && t >= count) break;
+            if (DELTA || t > 0) __syncthreads();
+            to_scratch(tiles, o[t], rows.scratch, p.width);
+            __syncthreads();
 #pragma unroll 1
-        for (int c = thread; c < to - from; c += THREADS) {
-            float sum = from_scratch(rows.scratch, p.width, c);
+            for (int c = thread; c < to - from; c += THREADS) {
+                float sum = from_scratch(rows.scratch, p.width, c);
+                if constexpr (Rows<DELTA, TOKENS, EARLY>::UNITS) {
 #pragma unroll 1
-            for (int s = 0; s <= t; s++) sum += sh.pair[t][s] * rows.v[s * dv + from + c];
-            output(p.o, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + from + c, sum, p.dtype);
+                    for (int n = 0; n < sh.facts[TAKEN_UP]; n++) sum += rows.each[n * p.width + c];
+                }
+#pragma unroll 1
+                for (int s = 0; s <= t; s++) sum += sh.pair[t][s] * rows.v[s * dv + from + c];
+                output(p.o, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + from + c, sum, p.dtype);
+            }
         }
+        if (thread == ASKS) sh.facts[LAST] = came_before == static_cast<uint32_t>(p.slices) - 1;
+        __syncthreads();
     }
 
     // The block that came last writes what all have read: record, ring, key sums.
-    if (thread == ASKS) {
-        const bool last = came_before == static_cast<uint32_t>(p.slices) - 1;
-        if (last && p.slices > 1) p.bank.arrived[row] = 0;
-        sh.facts[LAST] = last;
-    }
-    __syncthreads();
     if (!sh.facts[LAST]) return;
+    if (thread == ASKS && p.slices > 1) p.bank.arrived[row] = 0;
     for (int i = thread; i < static_cast<int>(sizeof(StepRecord) / 16); i += THREADS)
         reinterpret_cast<uint4*>(p.bank.records + row)[i] = reinterpret_cast<const uint4*>(&sh.next)[i];
     if constexpr (DELTA) {
@@ -1129,7 +1391,8 @@ DEVICE void run(const StepParams& p) {
 #pragma unroll 1
     for (int c = thread; routed && c < dk; c += THREADS) {
 #pragma unroll 1
-        for (int i = 0; i < sh.facts[AFTER]; i++) {
+        for (Written slots(sh); slots.left;) {
+            const int i = slots.take();
             const int sources = sh.old_to[i] - sh.old_from[i];
             if (sources == 1 && sh.new_from[i] == sh.new_to[i]) continue;
             float sum = 0;
@@ -1148,7 +1411,7 @@ DEVICE void gather(const StepCacheParams& p) {
     const int dk = p.dk, dv = p.dv, slot = blockIdx.x % (p.capacity + 1), thread = threadIdx.x;
     const int64_t out_row = blockIdx.x / (p.capacity + 1);
     const int64_t row = static_cast<int64_t>(entry_of(p.entries, out_row / p.value_heads)) * p.value_heads + out_row % p.value_heads;
-    const auto bank = bank_of<S, false>(p.bank, row, p.capacity, dk, dv);
+    const auto bank = bank_of<S>(p.bank, row, p.capacity, dk, dv);
     const StepRecord& record = p.bank.records[row];
     const int len = record.len;
     Carve carve{dynamic_shared()};
@@ -1201,7 +1464,7 @@ DEVICE void scatter(const StepCacheParams& p) {
     const int dk = p.dk, dv = p.dv, slot = blockIdx.x % (p.capacity + 1), thread = threadIdx.x;
     const int64_t in_row = blockIdx.x / (p.capacity + 1);
     const int64_t row = static_cast<int64_t>(entry_of(p.entries, in_row / p.value_heads)) * p.value_heads + in_row % p.value_heads;
-    const auto bank = bank_of<S, false>(p.bank, row, p.capacity, dk, dv);
+    const auto bank = bank_of<S>(p.bank, row, p.capacity, dk, dv);
     const int len = p.len[in_row];
     if (slot == p.capacity) {
         StepRecord& record = p.bank.records[row];
@@ -1237,26 +1500,26 @@ DEVICE void scatter(const StepCacheParams& p) {
 }  // namespace step
 }  // namespace dla
 
-// Kernels by recurrence, states and most tokens of a launch: loads in flight a thread, whether states are staged, blocks a
-// multiprocessor.
-#define STEP(name, delta, states, tokens, unroll, staged, blocks)                            \
+// Kernels by recurrence, states and most tokens of a launch: loads in flight a thread, whether all slots are read before it
+// is decided what becomes of them, blocks a multiprocessor.
+#define STEP(name, delta, states, tokens, unroll, early, blocks)                             \
     KERNEL BLOCKS_OF(dla::THREADS, blocks) name(const __grid_constant__ dla::StepParams p) { \
-        dla::step::run<delta, dla::step::states, tokens, unroll, staged>(p);                 \
+        dla::step::run<delta, dla::step::states, tokens, unroll, early>(p);                  \
     }
 STEP(step_gated_bf16_1, false, StateBf16, 1, 8, false, 3)
-STEP(step_gated_bf16_1_staged, false, StateBf16, 1, 4, true, 2)
+STEP(step_gated_bf16_1_early, false, StateBf16, 1, 16, true, 1)
 STEP(step_gated_bf16_4, false, StateBf16, 4, 8, false, 2)
 STEP(step_gated_bf16_8, false, StateBf16, 8, 4, false, 1)
 STEP(step_gated_f32_1, false, StateF32, 1, 6, false, 2)
-STEP(step_gated_f32_1_staged, false, StateF32, 1, 2, true, 2)
+STEP(step_gated_f32_1_early, false, StateF32, 1, 8, true, 1)
 STEP(step_gated_f32_4, false, StateF32, 4, 4, false, 2)
 STEP(step_gated_f32_8, false, StateF32, 8, 2, false, 1)
 STEP(step_delta_bf16_1, true, StateBf16, 1, 16, false, 2)
-STEP(step_delta_bf16_1_staged, true, StateBf16, 1, 4, true, 2)
+STEP(step_delta_bf16_1_early, true, StateBf16, 1, 16, true, 1)
 STEP(step_delta_bf16_4, true, StateBf16, 4, 12, false, 1)
 STEP(step_delta_bf16_8, true, StateBf16, 8, 4, false, 1)
 STEP(step_delta_f32_1, true, StateF32, 1, 8, false, 2)
-STEP(step_delta_f32_1_staged, true, StateF32, 1, 2, true, 2)
+STEP(step_delta_f32_1_early, true, StateF32, 1, 8, true, 1)
 STEP(step_delta_f32_4, true, StateF32, 4, 6, false, 1)
 STEP(step_delta_f32_8, true, StateF32, 8, 2, false, 1)
 

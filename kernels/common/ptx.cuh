@@ -44,6 +44,13 @@ using emulation::opaque;
 using emulation::pack_bf16;
 DEVICE void part_barrier(int id, int threads) { emulation::group_barrier(id, threads); }
 using emulation::prefetch;
+using emulation::prefetch_span;
+using emulation::take_number;
+using emulation::publish;
+using emulation::is_published;
+using emulation::seen;
+using emulation::note;
+using emulation::take_if;
 using emulation::quotient;
 using emulation::approximate_reciprocal;
 using emulation::shared_address;
@@ -144,6 +151,33 @@ DEVICE uint4 load_once(const void* from) {
 }
 // Has the line of 128 bytes brought to L2.
 DEVICE void prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" ::"l"(from)); }
+// Asks for `bytes`, a multiple of 16 below 2^20, to be in L2 when they are wanted.
+DEVICE void prefetch_span(const void* from, uint32_t bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(from), "r"(bytes));
+#else
+#pragma unroll 1
+    for (uint32_t i = 0; i < bytes; i += 128) prefetch(static_cast<const uint8_t*>(from) + i);
+#endif
+}
+// Sets a flag in shared memory behind all that this warp has written there; whether it is set, before all that is read then.
+DEVICE void publish(int32_t* flag) {
+    asm volatile("st.release.cta.shared.s32 [%0], 1;" ::"r"(shared_address(flag)) : "memory");
+}
+// No fence, which would wait for loads that are in flight.
+DEVICE int is_published(const int32_t* flag) {
+    int set;
+    asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(set) : "r"(shared_address(flag)) : "memory");
+    return set;
+}
+// What is in shared memory now. A mark there, for others to see: what this warp has read has come, as it has been summed.
+DEVICE int seen(const int32_t* of) { return *static_cast<const volatile int32_t*>(of); }
+DEVICE int seen(const uint8_t* of) { return *static_cast<const volatile uint8_t*>(of); }
+DEVICE void note(uint8_t* mark) { *static_cast<volatile uint8_t*>(mark) = 1; }
+// Counts on from `number`, if the count in shared memory is there.
+DEVICE bool take_if(int32_t* count, int number) { return atomicCAS(count, number, number + 1) == number; }
+// The next number of a count in shared memory, from 0 on.
+DEVICE int take_number(int32_t* count) { return atomicAdd(count, 1); }
 // Counts an arrival: how many came before. What this thread did before is done for those that come after.
 DEVICE uint32_t arrive(uint32_t* count) {
     __threadfence();

@@ -815,7 +815,7 @@ pub struct StepParams {
     pub mass: i32,
     pub qk_l2norm: i32,
     pub scale: f32,
-    pub staged: i32,
+    pub ahead: i32,
 }
 
 /// Parameters of `step_gather_*` and `step_scatter_*`.
@@ -841,7 +841,7 @@ pub struct StepCacheParams {
 const _: () = {
     assert!(size_of::<StepBank>() == 56 && size_of::<StepParams>() == 264);
     assert!(offset_of!(StepParams, q) == 64 && offset_of!(StepParams, batch) == 184);
-    assert!(offset_of!(StepParams, staged) == 260);
+    assert!(offset_of!(StepParams, ahead) == 260);
     assert!(size_of::<StepCacheParams>() == 144 && offset_of!(StepCacheParams, sequences) == 120);
 };
 
@@ -855,8 +855,8 @@ pub struct StepForm {
     pub bf16: bool,
     /// Most tokens of a launch: 1, 4 or 8.
     pub tokens: usize,
-    /// States are staged in shared memory; of one token alone.
-    pub staged: bool,
+    /// Every slot is read before it is decided what becomes of them; of one token alone, and of 256 columns a block at most.
+    pub early: bool,
 }
 
 impl StepForm {
@@ -870,8 +870,8 @@ impl StepForm {
 
     /// Name of the kernel.
     pub fn name(&self) -> String {
-        let staged = if self.staged { "_staged" } else { "" };
-        format!("step_{}_{}_{}{staged}", self.recurrence(), self.states(), self.tokens)
+        let early = if self.early { "_early" } else { "" };
+        format!("step_{}_{}_{}{early}", self.recurrence(), self.states(), self.tokens)
     }
 
     /// Name of the kernel that makes a chronological cache of entries.
@@ -884,27 +884,28 @@ impl StepForm {
         format!("step_scatter_{}", self.states())
     }
 
-    /// Bytes of a place that is staged, a block having `width` columns of dv.
-    pub fn staged_bytes(&self, dk: usize, width: usize) -> usize {
-        dk * width * if self.bf16 { 2 } else { 4 }
-    }
-
-    /// Shared memory, a block having `width` columns of dv; that of places that are staged comes to it.
-    pub fn shared_bytes(&self, dk: usize, dv: usize, width: usize) -> usize {
+    /// Shared memory, a block having `width` columns of dv, of slots up to `capacity`.
+    pub fn shared_bytes(&self, dk: usize, dv: usize, width: usize, capacity: usize) -> usize {
         let (t, ring) = (self.tokens, if self.delta { STEP_RING } else { 0 });
         let list = ring + t;
         let floats = 3 * t + 4 * t * t + t * list + 8 * (t + 1) + 64 * (4 * t + 1) + 2;
-        let fixed = 2 * STEP_RECORD_BYTES + 8 * t + 4 * floats + 64 + 7 * 64 + 64 * t + t * t + t;
+        let fixed = 2 * STEP_RECORD_BYTES + 8 * t + 4 * floats + 64 + 8 * 64 + 64 * t + t * t + t;
         let array = |floats: usize| (4 * floats).next_multiple_of(16);
         let delta = |floats: usize| if self.delta { array(floats) } else { 0 };
+        let units = self.delta && t == 1;
         fixed.next_multiple_of(16)
             + array(t * dk)
             + array(list * dk)
             + array(t * dv)
             + delta(list * dk)
             + delta(t * (ring + 1) * dk)
-            + delta(list * width)
-            + array(if self.delta { 4 } else { 1 } * 8 * width)
+            + delta(if units { 8 * list * (width / 8).div_ceil(2).min(8) * 8 } else { list * width })
+            + if self.early { 0 } else { array(if self.delta && !units { 4 } else { 1 } * 8 * width) }
+            + match (self.early, units) {
+                (true, _) => array(capacity * width),
+                (false, true) => array(((capacity + STEP_SPARE_PLACES).div_ceil(STEP_RING) + 2) * width),
+                (false, false) => 0,
+            }
     }
 
     /// Shared memory of the kernel that makes a chronological cache of entries.

@@ -236,7 +236,7 @@ impl Places {
 
     fn form_of(spec: &EntrySpec, tokens: usize) -> StepForm {
         let delta = spec.recurrence == Recurrence::GatedDelta;
-        StepForm { delta, bf16: spec.states == StateDtype::Bf16, tokens, staged: false }
+        StepForm { delta, bf16: spec.states == StateDtype::Bf16, tokens, early: false }
     }
 
     pub(super) fn form(&self, tokens: usize) -> StepForm {

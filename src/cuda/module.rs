@@ -124,11 +124,6 @@ impl Device {
         self.bytes(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
     }
 
-    /// Shared memory of all blocks of a multiprocessor; a KiB of every block's share is not its own.
-    pub(super) fn shared_bytes_of_all(&self) -> Result<usize> {
-        self.bytes(sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_MULTIPROCESSOR)
-    }
-
     fn bytes(&self, attribute: sys::CUdevice_attribute) -> Result<usize> {
         let bytes =
             self.context.attribute(attribute).map_err(|error| wrapped("cuDeviceGetAttribute", error))?;

@@ -1,6 +1,6 @@
 //! **step** on the GPU: kernels, slices and the launch.
 
-use super::abi::{DevicePointer, STEP_SPARE_PLACES, StepBank, StepForm, StepParams};
+use super::abi::{DevicePointer, StepBank, StepForm, StepParams};
 use super::engine::Engine;
 use super::entries::Places;
 use super::forward::{Arena, Offset};
@@ -30,12 +30,19 @@ pub struct StepPlan {
     mass: bool,
     qk_l2norm: bool,
     scale: f32,
-    /// Places that are staged in shared memory.
-    staged: usize,
+    /// Slots that are brought to L2 before all else.
+    ahead: usize,
 }
 
+/// First planes that are brought to L2 before all else, bytes of all rows together: half of an H100's.
+const MOST_AHEAD: usize = 25 << 20;
+
+/// Most columns of a block that reads early.
+const WIDEST_EARLY: usize = 256;
+
 /// A number that a benchmark asks for in place of the plan's own choice: `DLA_CUDA_STEP_SLICES`, blocks of a row and value
-/// head, and `DLA_CUDA_STEP_STAGED`, the most places that are staged, 0 for none. Read when a plan is made.
+/// head; `DLA_CUDA_STEP_EARLY`, whether every slot is read before it is decided what becomes of them, 0 or 1; and
+/// `DLA_CUDA_STEP_AHEAD`, the slots that are then brought to L2 before all else. Read when a plan is made.
 fn asked(name: &str) -> Option<usize> {
     std::env::var(name).ok()?.parse().ok()
 }
@@ -94,27 +101,29 @@ impl StepPlan {
             let form = places.form(tokens);
             (slices.clamp(1, groups)..=groups).find_map(|slices| {
                 let width = groups.div_ceil(slices) * 8;
-                (form.shared_bytes(shape.dk, shape.dv, width) <= limit).then_some((form, width))
+                (form.shared_bytes(shape.dk, shape.dv, width, shape.capacity) <= limit)
+                    .then_some((form, width))
             })
         });
         let (form, width) = fitting.ok_or(Error::Limit {
             name: "shared memory of a block of step",
             limit: limit as u64,
-            given: places.form(4).shared_bytes(shape.dk, shape.dv, 8) as u64,
+            given: places.form(4).shared_bytes(shape.dk, shape.dv, 8, shape.capacity) as u64,
         })?;
         let slices = shape.dv.div_ceil(width);
         let blocks = rows.saturating_mul(slices);
-        let mut shared_bytes = form.shared_bytes(shape.dk, shape.dv, width);
-        // Where blocks are few, most of the states fit shared memory, and come while it is decided what becomes of them.
-        let crowd = blocks.div_ceil(engine.multiprocessors().max(1)).max(1);
-        let room = (engine.device().shared_bytes_of_all()? / crowd).saturating_sub(1024).min(limit);
-        let each = form.staged_bytes(shape.dk, width);
-        let staged = (room.saturating_sub(shared_bytes) / each).min(shape.capacity + STEP_SPARE_PLACES);
-        // By itself none: staged states took 40 us for 32 gated and 94 for 77 under the delta rule (B = 1, 32 heads of 128, H100).
-        let staged = staged.min(asked("DLA_CUDA_STEP_STAGED").unwrap_or(0));
-        let staged = if form.tokens == 1 && crowd <= 2 && 3 * staged >= shape.capacity { staged } else { 0 };
-        let form = StepForm { staged: staged > 0, ..form };
-        shared_bytes += staged * each;
+        // Where every block runs at once and is alone, what it reads does not wait for what it decides. Elsewhere others fill
+        // that time, and slots that are written would be read twice.
+        let early = StepForm { early: true, ..form };
+        let wanted =
+            asked("DLA_CUDA_STEP_EARLY").map_or(blocks <= engine.multiprocessors(), |asked| asked > 0);
+        let fits =
+            width <= WIDEST_EARLY && early.shared_bytes(shape.dk, shape.dv, width, shape.capacity) <= limit;
+        let form = if form.tokens == 1 && wanted && fits { early } else { form };
+        let slot_bytes = rows.saturating_mul(shape.dk * shape.dv * if form.bf16 { 2 } else { 4 });
+        let ahead =
+            asked("DLA_CUDA_STEP_AHEAD").unwrap_or(MOST_AHEAD / slot_bytes.max(1)).min(shape.capacity);
+        let shared_bytes = form.shared_bytes(shape.dk, shape.dv, width, shape.capacity);
         let kernel = Choice::portable("step", form.name(), blocks, shared_bytes).resolve(engine.device())?;
         Ok(StepPlan {
             kernel,
@@ -128,7 +137,7 @@ impl StepPlan {
             mass: options.merge == Merge::Mass,
             qk_l2norm: options.qk_l2norm,
             scale: options.scale.unwrap_or_else(|| (1.0 / (shape.dk as f64).sqrt()) as f32),
-            staged,
+            ahead,
         })
     }
 
@@ -194,7 +203,7 @@ impl StepPlan {
             mass: self.mass.into(),
             qk_l2norm: self.qk_l2norm.into(),
             scale: self.scale,
-            staged: self.staged as i32,
+            ahead: self.ahead as i32,
         };
         for from in (0..shape.time).step_by(self.form.tokens) {
             let tokens = self.form.tokens.min(shape.time - from);

@@ -20,6 +20,8 @@ struct Emulated {
     spec: EntrySpec,
     /// Blocks of a row and head.
     slices: usize,
+    /// Whether the next token alone is the business of the kernels that read before they decide: by turns.
+    early: bool,
     taken: Vec<bool>,
     states: Array,
     rest: Array,
@@ -41,6 +43,7 @@ impl Emulated {
             emulate,
             spec,
             slices,
+            early: true,
             taken: vec![false; spec.entries],
             states: Array::poisoned(elements * if bf16 { 2 } else { 4 }),
             rest: when(bf16, elements),
@@ -53,7 +56,7 @@ impl Emulated {
 
     fn form(&self, tokens: usize) -> StepForm {
         let delta = self.spec.recurrence == Recurrence::GatedDelta;
-        StepForm { delta, bf16: self.spec.states == StateDtype::Bf16, tokens, staged: false }
+        StepForm { delta, bf16: self.spec.states == StateDtype::Bf16, tokens, early: false }
     }
 
     fn bank(&self) -> StepBank {
@@ -194,11 +197,10 @@ impl Entries for Emulated {
         let width = (shape.dv / 8).div_ceil(self.slices) * 8;
         let slices = shape.dv.div_ceil(width);
         let tokens = [1, 4, 8].into_iter().find(|&tokens| tokens >= shape.time).unwrap();
-        // Some of the places, all, or none.
-        let staged = if tokens == 1 { shape.heads * (shape.capacity + 1) % (shape.capacity + 3) } else { 0 };
-        let form = StepForm { staged: staged > 0, ..self.form(tokens) };
-        let shared_bytes =
-            form.shared_bytes(shape.dk, shape.dv, width) + staged * form.staged_bytes(shape.dk, width);
+        let form = self.form(tokens);
+        let form = StepForm { early: tokens == 1 && self.early && width <= 256, ..form };
+        self.early ^= tokens == 1;
+        let shared_bytes = form.shared_bytes(shape.dk, shape.dv, width, shape.capacity);
         let mut from = 0;
         while from < shape.time {
             let count = tokens.min(shape.time - from);
@@ -242,7 +244,7 @@ impl Entries for Emulated {
                 mass: (options.merge == Merge::Mass).into(),
                 qk_l2norm: options.qk_l2norm.into(),
                 scale: problem.scale(),
-                staged: staged as i32,
+                ahead: (shape.capacity / 2) as i32,
             };
             let blocks = shape.batch * shape.value_heads * slices;
             launch(self.emulate, &form.name(), blocks, shared_bytes, &params);
