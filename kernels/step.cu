@@ -16,24 +16,21 @@
 // Where blocks are many, warp 0 decides first; then the block reads the slots that are not written, a thread eight columns of
 // every so many rows of all of them, and o of the others is had as they are written.
 //
-// Where blocks are few, nothing else would fill that time, and one token's slots are read as they stand (EARLY):
-//   o = sum_j c_j (q^T S_j) + scale lambda (q . y_t) v_t,   c_j = scale lambda[pi(j)] e^(log_j + g),
+// Where blocks are few, nothing else would fill that time, and one token's slots are read as they stand (EARLY, gated):
+//   o = sum_j c_j (q^T S_j) + scale lambda (q . k_t) v_t,   c_j = scale lambda[pi(j)] e^(log_j + g),
 // pi(j) being where slot j ends: what is merged is read by the same c as its other part. q^T S_j asks for no decision, c_j
 // does. A warp takes slot after slot, 32 lanes being rows by groups of eight columns, and leaves q^T S_j in shared memory;
 // warp 0 decides meanwhile, then takes slots too; behind one barrier comes the sum. What is read is on its way to L2 from the
-// moment that the order is known (`ahead` slots of it), while R is read and its sums are made. Gated, what is written goes
-// to places that nobody reads, of which there are two unless R has one of its own: so warps write between the slots that
-// they read, some rows at a time, once it is decided; under the delta rule, slots that have been read. What is left is written
-// behind the barrier. Which warp does what depends on the time it takes, what comes of it does not.
-//
-// Under the delta rule a step writes about a fifth of the slots. Of one token's, warps take units of a slot and some of its
-// columns: k_j^T S of the tokens that it lacks, then the slot, without a barrier of the block.
+// moment that the order is known (`ahead` slots of it), while R is read and its sums are made. What is written goes to places
+// that nobody reads, of which there are two unless R has one of its own: so warps write between the slots that they read,
+// some rows at a time, once it is decided. What is left is written behind the barrier. Which warp does what depends on the
+// time it takes, what comes of it does not.
 //
 // A block walks its code once, and so waits for the code itself: loops are not unrolled but where that puts loads in flight.
 //
 // Numerics: f32, decisions in f64 as far as they are sums; e^log from an f64 sum.
 // Shared memory: Shared (4.4 KB for one token) and Rows, twin of StepForm::shared_bytes (src/cuda/abi.rs). For M = 30 and dk =
-// dv = 128, one token: EARLY of 32 columns 10 KB gated, 25 under the delta rule; else, of 128, 10 and 41.
+// dv = 128, one token: EARLY of 32 columns 10 KB; else, of 128, 10 KB gated and 38 under the delta rule.
 
 #include "common/ledger.cuh"
 
@@ -302,23 +299,6 @@ DEVICE void products(const Bank<S>& bank, const Tiles& tiles, const Sources& sou
     }
 }
 
-// The same by a warp, TOKENS at once.
-template <int AHEAD, int TOKENS, typename S>
-DEVICE void warp_products(const Bank<S>& bank, const Tiles& tiles, const Sources& sources, const float* keys, int first,
-                          int rows, float* u, int width) {
-#pragma unroll 1
-    for (int batch = 0; batch < rows; batch += TOKENS) {
-        float sum[TOKENS][8] = {};
-        own_products<AHEAD>(bank, tiles, sources, keys, first + batch, rows - batch, STEP_RING, sum);
-#pragma unroll
-        for (int c = 0; c < TOKENS; c++) {
-            if (batch + c >= rows) break;
-            sum_rows(tiles, sum[c], u + (batch + c) * width + tiles.group * 8);
-        }
-    }
-    __syncwarp();
-}
-
 // Element i of q, k or v.
 DEVICE float input(const void* x, int64_t i, int dtype) {
     if (dtype == 0) return load1(static_cast<const Bf16*>(x) + i);
@@ -360,7 +340,7 @@ struct Shared {
     float after[TOKENS];                      // e^(Gamma of the last token - Gamma_s)
     uint32_t tokens[TOKENS * MOST_SLOTS];     // routed: n of every slot after token t
     // Slots before, after; whether R has a place of its own before, after; first token of the open segment, -1: it was open
-    // before; place of R after; whether this block came last; length of the list, of taken_up; the next slot, and unit of a
+    // before; place of R after; whether this block came last; length of the list; the next slot, and unit of a
     // write, that a warp takes; whether warps may write while others read; slots that are written; 2: which, by bits.
     int32_t facts[16];
     uint8_t pending[MOST_SLOTS];              // of the slots held before
@@ -368,43 +348,31 @@ struct Shared {
     uint8_t old_from[MOST_SLOTS], old_to[MOST_SLOTS];  // slots that end in a slot held after
     uint8_t new_from[MOST_SLOTS], new_to[MOST_SLOTS];  // tokens that end in it
     uint8_t written[MOST_SLOTS];              // 1: it is written
-    uint8_t list[MOST_SLOTS];                 // slots held before that are only read; EARLY: 1 for each that has been read
-    uint8_t taken_up[MOST_SLOTS];             // slots held after that are written and have sources; unless EARLY, of several first
+    uint8_t list[MOST_SLOTS];                 // slots held before that are only read; none if EARLY
     uint8_t slot[TOKENS][TOKENS];             // slot_t(s)
     uint8_t len[TOKENS];                      // slots held after token t
 };
 template <bool DELTA, int T>
 constexpr int SHARED_BYTES =
     (2 * 1200 + 8 * T + 4 * (3 * T + 4 * T * T + T * Shared<DELTA, T>::LIST + WARPS * (T + 1) + 64 * (4 * T + 1) + 2) + 64 +
-     8 * 64 + 64 * T + T * T + T + 7) / 8 * 8;
+     7 * 64 + 64 * T + T * T + T + 7) / 8 * 8;
 static_assert(sizeof(Shared<false, 1>) == SHARED_BYTES<false, 1> && sizeof(Shared<true, 1>) == SHARED_BYTES<true, 1>);
 static_assert(sizeof(Shared<false, 4>) == SHARED_BYTES<false, 4> && sizeof(Shared<true, 4>) == SHARED_BYTES<true, 4>);
 static_assert(sizeof(Shared<false, 8>) == SHARED_BYTES<false, 8> && sizeof(Shared<true, 8>) == SHARED_BYTES<true, 8>);
-
-// Columns of a unit of a write: half of a block's, so that there are units for all warps, and 64 at most.
-DEVICE int unit_columns(int width) {
-    const int half = (width / 8 + 1) / 2 * 8;
-    return half < 64 ? half : 64;
-}
-
-// Most slots that one token writes out of others, delta rule: those whose turn it is, one that merges or is extended, and one.
-DEVICE int most_taken_up(int capacity) { return (capacity + STEP_SPARE_PLACES + STEP_RING - 1) / STEP_RING + 2; }
 
 // What follows it, of sizes that the call has.
 template <bool DELTA, int TOKENS, bool EARLY>
 struct Rows {
     static constexpr int RING = Shared<DELTA, TOKENS>::RING, LIST = Shared<DELTA, TOKENS>::LIST;
-    // Slots are written by units of a warp.
-    static constexpr bool UNITS = DELTA && TOKENS == 1;
 
     float* q;        // [TOKENS][dk], of unit norm under qk_l2norm, as keys
     float* keys;     // [LIST][dk]
     float* v;        // [TOKENS][dv]
     float* y;        // [LIST][dk], delta rule
     float* queries;  // [TOKENS][RING + 1][dk], delta rule: by what a slot lacked before the call
-    float* u;        // [LIST][width], delta rule; UNITS: [WARPS][LIST][columns of a unit]
+    float* u;        // [LIST][width], delta rule
     float* scratch;  // [BATCH or 1][WARPS][width]; none if EARLY
-    float* each;     // [..][width] if EARLY: q^T S of every slot; else, UNITS: what the slots of taken_up add to o
+    float* each;     // [capacity][width] if EARLY: q^T S of every slot
 
     METHOD Rows(int dk, int dv, int width, int capacity) {
         Carve carve{dynamic_shared()};
@@ -414,16 +382,16 @@ struct Rows {
         v = carve.take<float>(TOKENS * dv);
         y = carve.take<float>(DELTA ? LIST * dk : 0);
         queries = carve.take<float>(DELTA ? TOKENS * (RING + 1) * dk : 0);
-        u = carve.take<float>(!DELTA ? 0 : UNITS ? WARPS * LIST * unit_columns(width) : LIST * width);
-        scratch = carve.take<float>(EARLY ? 0 : (DELTA && !UNITS ? BATCH : 1) * WARPS * width);
-        each = carve.take<float>(EARLY ? capacity * width : UNITS ? most_taken_up(capacity) * width : 0);
+        u = carve.take<float>(DELTA ? LIST * width : 0);
+        scratch = carve.take<float>(EARLY ? 0 : (DELTA ? BATCH : 1) * WARPS * width);
+        each = carve.take<float>(EARLY ? capacity * width : 0);
         carve.check();
     }
 
     METHOD float* new_key(int t, int dk) const { return keys + (RING + t) * dk; }
 };
 enum Fact {
-    BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, LISTED, TAKEN_UP, NEXT_SLOT, NEXT_UNIT, DECIDED, WRITES, WRITTEN
+    BEFORE, AFTER, APART, APART_AFTER, OPENED, OPEN_PLACE, LAST, LISTED, NEXT_SLOT, NEXT_UNIT, DECIDED, WRITES, WRITTEN
 };
 enum Dot { KK, VV, QK };
 
@@ -632,16 +600,6 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         if (only) sh.list[listed + __popc(all & ((1u << lane) - 1))] = j;
         listed += __popc(all);
     }
-    // The slots that are written out of others.
-    int taken_up = 0;
-#pragma unroll
-    for (int part = 0; part < 4; part++) {
-        const int i = lane + 32 * (part % 2), sources = sh.old_to[i] - sh.old_from[i];
-        const bool of_part = written[part % 2] && (early ? part < 2 && sources > 0 : part < 2 ? sources > 1 : sources == 1);
-        const uint32_t all = __ballot_sync(ALL, of_part);
-        if (of_part) sh.taken_up[taken_up + __popc(all & ((1u << lane) - 1))] = i;
-        taken_up += __popc(all);
-    }
     // Factors and what was lacking, of the slots held before.
 #pragma unroll
     for (int half = 0; half < 2; half++) {
@@ -668,7 +626,7 @@ DEVICE void decide(const StepParams& p, Shared<DELTA, TOKENS>& sh, int64_t first
         sh.open_factor = before > 0 ? expf(static_cast<float>(held_log + sh.gamma[last])) : 0.0f;
         next.unused[0] = next.unused[1] = 0;
         sh.facts[BEFORE] = before, sh.facts[AFTER] = after;
-        sh.facts[LISTED] = listed, sh.facts[TAKEN_UP] = taken_up;
+        sh.facts[LISTED] = listed;
         sh.facts[APART_AFTER] = own, sh.facts[OPENED] = start;
     }
     __syncwarp();
@@ -820,45 +778,10 @@ DEVICE bool write_apart(const Bank<S>& bank, Shared<false, 1>& sh, const Rows<fa
     return true;
 }
 
-// Delta rule: a unit of a write, a slot that has sources and some of its columns, by a warp, AHEAD rows, AT_ONCE tokens and
-// TALL rows at once. Unless EARLY, with o of its sources.
-template <int AHEAD, int AT_ONCE, int TALL, typename S, bool EARLY>
-DEVICE void write_unit(const Bank<S>& bank, const Shared<true, 1>& sh, const Rows<true, 1, EARLY>& rows, int from, int to,
-                       int width, int unit) {
-    const int columns = unit_columns(width), strips = (to - from + columns - 1) / columns, n = unit / strips;
-    const int slot = sh.taken_up[n], first = from + (unit - n * strips) * columns;
-    float* const u = rows.u + warp_index() * (STEP_RING + 1) * columns;
-    const Tiles own(first, first + columns < to ? first + columns : to, lane_index(), 32);
-    const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[slot], sh.old_to[slot]};
-    const int lacks = most_lacking(sources);
-    warp_products<AHEAD, AT_ONCE>(bank, own, sources, rows.keys, STEP_RING - lacks, lacks + 1, u, columns);
-    float o[1][8] = {};
-    write_slot<!EARLY, TALL>(bank, sh, rows, own, sources, slot, 0, bank.dk, lacks, u, 1, columns, o);
-    if constexpr (!EARLY) sum_rows(own, o[0], rows.each + n * width + first - from + own.group * 8);
-    // Before another unit's products.
-    __syncwarp();
-}
-
-// The next unit, if the slots that it is made of have been read; else -1.
-DEVICE int take_ready(Shared<true, 1>& sh, int from, int to, int width) {
-    int unit = -1;
-    if (lane_index() == 0) {
-        const int columns = unit_columns(width), strips = (to - from + columns - 1) / columns;
-        const int next = seen(&sh.facts[NEXT_UNIT]), n = next / strips;
-        if (n < sh.facts[TAKEN_UP]) {
-            const int slot = sh.taken_up[n];
-            bool ready = true;
-            for (int j = sh.old_from[slot]; j < sh.old_to[slot]; j++) ready = ready && seen(&sh.list[j]) != 0;
-            if (ready && take_if(&sh.facts[NEXT_UNIT], next)) unit = next;
-        }
-    }
-    return __shfl_sync(ALL, unit, 0);
-}
-
-// o of every slot held, alone, as it stands: a warp takes slot after slot, UNROLL rows of 32 lanes in flight, those of the
-// next slot too. What may be written meanwhile is.
-template <bool DELTA, typename S, int UNROLL>
-DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 1, true>& rows, int from, int to, int width) {
+// Gated: o of every slot held, alone, as it stands: a warp takes slot after slot, UNROLL rows of 32 lanes in flight, those of
+// the next slot too. What may be written meanwhile is.
+template <typename S, int UNROLL>
+DEVICE void stream(const Bank<S>& bank, Shared<false, 1>& sh, const Rows<false, 1, true>& rows, int from, int to, int width) {
     const int dk = bank.dk, before = sh.record.len, lane = lane_index();
     const Tiles tiles(from, to, lane, 32);
     const int step = tiles.stride * bank.dv;
@@ -876,16 +799,10 @@ DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 
     }
 #pragma unroll 1
     while (true) {
-        if constexpr (!DELTA) {
-            if (__shfl_sync(ALL, is_published(&sh.facts[DECIDED]), 0)) write_apart(bank, sh, rows, tiles, width);
-        } else if (__shfl_sync(ALL, is_published(&sh.facts[DECIDED]), 0)) {
-            const int unit = take_ready(sh, from, to, width);
-            if (unit >= 0) write_unit<S::REST ? 8 : 4, BATCH, S::REST ? 4 : 2>(bank, sh, rows, from, to, width, unit);
-        }
+        if (__shfl_sync(ALL, is_published(&sh.facts[DECIDED]), 0)) write_apart(bank, sh, rows, tiles, width);
         const int next = take(&sh.facts[NEXT_SLOT]);
         const bool more = next < before;
         const S* const there = more ? start(next) : here;
-        const float* q = DELTA ? rows.queries + sh.record.pending[sh.record.order[slot]] * dk : rows.q;
         float o[8] = {};
 #pragma unroll 1
         for (int base = 0; base < dk; base += tiles.stride * UNROLL) {
@@ -901,7 +818,7 @@ DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 
                 if (r < dk) {
                     float s[8];
                     unpack(raw[n], s);
-                    const float c = q[r];
+                    const float c = rows.q[r];
 #pragma unroll
                     for (int i = 0; i < 8; i++) o[i] += c * s[i];
                 }
@@ -910,47 +827,24 @@ DEVICE void stream(const Bank<S>& bank, Shared<DELTA, 1>& sh, const Rows<DELTA, 
             here = from_there;
         }
         sum_rows(tiles, o, rows.each + slot * width + tiles.group * 8);
-        if constexpr (DELTA) {
-            // It may be written.
-            __syncwarp();
-            if (lane == 0) note(&sh.list[slot]);
-        }
         if (!more) break;
         slot = next;
     }
 }
 
 // The slots that are written, oldest first, and o of them unless EARLY; and R. What a thread reads of a place, no other
-// writes, so that a place that is freed may be taken by a later slot: but that by UNITS, a slot and some of its columns a
-// warp, those that begin come behind a barrier.
+// writes, so that a place that is freed may be taken by a later slot.
 template <bool DELTA, typename S, int TOKENS, bool EARLY>
-DEVICE void write(const Bank<S>& bank, Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS, EARLY>& rows,
+DEVICE void write(const Bank<S>& bank, const Shared<DELTA, TOKENS>& sh, const Rows<DELTA, TOKENS, EARLY>& rows,
                   const Tiles& tiles, int from, int to, int count, int width, float (&o)[TOKENS][8]) {
     constexpr int RING = Shared<DELTA, TOKENS>::RING;
-    constexpr bool UNITS = Rows<DELTA, TOKENS, EARLY>::UNITS;
     const int dk = bank.dk, dv = bank.dv;
-    const auto sources_of = [&](int i) {
-        return Sources{sh.record.order, sh.pending, sh.factor, sh.old_from[i], sh.old_to[i]};
-    };
-    if constexpr (UNITS) {
-        // An early block has all registers to itself.
-        constexpr int TALL = (EARLY ? 2 : 1) * (S::REST ? 4 : 2), AHEAD = (EARLY ? 4 : 3) * (S::REST ? 2 : 1);
-        const int columns = unit_columns(width), units = sh.facts[TAKEN_UP] * ((to - from + columns - 1) / columns);
-#pragma unroll 1
-        while (true) {
-            const int unit = take(&sh.facts[NEXT_UNIT]);
-            if (unit >= units) break;
-            write_unit<AHEAD, EARLY ? RING + 1 : BATCH, TALL>(bank, sh, rows, from, to, width, unit);
-        }
-        __syncthreads();
-    }
 #pragma unroll 1
     for (Written slots(sh); slots.left;) {
         const int i = slots.take();
-        const Sources sources = sources_of(i);
-        if (UNITS && sources.from < sources.to) continue;
+        const Sources sources{sh.record.order, sh.pending, sh.factor, sh.old_from[i], sh.old_to[i]};
         int lacks = 0;
-        if constexpr (DELTA && !UNITS) {
+        if constexpr (DELTA) {
             if (sources.from < sources.to) {
                 lacks = most_lacking(sources);
                 products(bank, tiles, sources, rows.keys, RING - lacks, lacks + count, RING, rows.scratch, rows.u, width);
@@ -1008,7 +902,7 @@ DEVICE void run(const StepParams& p) {
     const int key_head = head / (p.value_heads / p.heads);
     const int from = slice * p.width, to = from + p.width < dv ? from + p.width : dv;
     const bool leads = slice == 0, routed = !p.lambda;
-    static_assert(!EARLY || TOKENS == 1);
+    static_assert(!EARLY || (TOKENS == 1 && !DELTA));
     // The record; the call's tokens. Token t is element first + t HV of a [B,T,HV] array. A thread's first load of
     // each is under way before any is waited for, the entry's number too.
     const int64_t first_token = b * p.time + p.from, first_at = first_token * p.value_heads + head;
@@ -1100,7 +994,6 @@ DEVICE void run(const StepParams& p) {
         sh.tau = tau;
         sh.facts[NEXT_SLOT] = sh.facts[NEXT_UNIT] = sh.facts[DECIDED] = 0;
     }
-    if (DELTA && EARLY && thread < MOST_SLOTS) sh.list[thread] = 0;
     if (!routed) {
         if constexpr (TOKENS == 1) {
             if (thread < p.capacity) sh.score[thread] = lambda;
@@ -1309,20 +1202,15 @@ DEVICE void run(const StepParams& p) {
         if (routed) score();
         __syncthreads();
         if (thread == ASKS && p.slices > 1) came_before = arrive(p.bank.arrived + row);
-        if constexpr (DELTA) {
-            make_queries(thread, THREADS);
-            __syncthreads();
-        }
         if (warp == 0) {
             decide(p, sh, first_at, leads, true);
             __syncwarp();
-            // Gated, what is written goes to places that nobody reads, unless R has one of its own; under the delta rule to
-            // those of slots that have been read.
-            if ((DELTA || !apart) && lane == 0) publish(&sh.facts[DECIDED]);
+            // What is written goes to places that nobody reads, unless R has one of its own.
+            if (!apart && lane == 0) publish(&sh.facts[DECIDED]);
             weigh(lane, 32);
-            if (DELTA || apart) prefetch_written(lane, 32);
+            if (apart) prefetch_written(lane, 32);
         }
-        stream<DELTA, S, UNROLL>(bank, sh, rows, from, to, p.width);
+        stream<S, UNROLL>(bank, sh, rows, from, to, p.width);
         if (thread == ASKS) sh.facts[LAST] = came_before == static_cast<uint32_t>(p.slices) - 1;
         __syncthreads();
         // The warps that come last have the fewest slots to write.
@@ -1333,9 +1221,9 @@ DEVICE void run(const StepParams& p) {
             for (int j = 0; j < before; j++) sum += sh.coefficient[j] * rows.each[j * p.width + c];
             output(p.o, first_at * dv + from + c, sum + sh.pair[0][0] * rows.v[from + c], p.dtype);
         }
-        if (DELTA || apart) {
+        if (apart) {
             write<DELTA, S, TOKENS, EARLY>(bank, sh, rows, tiles, from, to, count, p.width, o);
-        } else if constexpr (!DELTA) {
+        } else {
             const Tiles of_warp(from, to, lane, 32);
 #pragma unroll 1
             while (write_apart(bank, sh, rows, of_warp, p.width)) {}
@@ -1363,10 +1251,6 @@ DEVICE void run(const StepParams& p) {
 #pragma unroll 1
             for (int c = thread; c < to - from; c += THREADS) {
                 float sum = from_scratch(rows.scratch, p.width, c);
-                if constexpr (Rows<DELTA, TOKENS, EARLY>::UNITS) {
-#pragma unroll 1
-                    for (int n = 0; n < sh.facts[TAKEN_UP]; n++) sum += rows.each[n * p.width + c];
-                }
 #pragma unroll 1
                 for (int s = 0; s <= t; s++) sum += sh.pair[t][s] * rows.v[s * dv + from + c];
                 output(p.o, (first_at + static_cast<int64_t>(t) * p.value_heads) * dv + from + c, sum, p.dtype);
@@ -1515,11 +1399,9 @@ STEP(step_gated_f32_1_early, false, StateF32, 1, 8, true, 1)
 STEP(step_gated_f32_4, false, StateF32, 4, 4, false, 2)
 STEP(step_gated_f32_8, false, StateF32, 8, 2, false, 1)
 STEP(step_delta_bf16_1, true, StateBf16, 1, 16, false, 2)
-STEP(step_delta_bf16_1_early, true, StateBf16, 1, 16, true, 1)
 STEP(step_delta_bf16_4, true, StateBf16, 4, 12, false, 1)
 STEP(step_delta_bf16_8, true, StateBf16, 8, 4, false, 1)
 STEP(step_delta_f32_1, true, StateF32, 1, 8, false, 2)
-STEP(step_delta_f32_1_early, true, StateF32, 1, 8, true, 1)
 STEP(step_delta_f32_4, true, StateF32, 4, 6, false, 1)
 STEP(step_delta_f32_8, true, StateF32, 8, 2, false, 1)
 

@@ -48,9 +48,6 @@ using emulation::prefetch_span;
 using emulation::take_number;
 using emulation::publish;
 using emulation::is_published;
-using emulation::seen;
-using emulation::note;
-using emulation::take_if;
 using emulation::quotient;
 using emulation::approximate_reciprocal;
 using emulation::shared_address;
@@ -170,12 +167,6 @@ DEVICE int is_published(const int32_t* flag) {
     asm volatile("ld.acquire.cta.shared.s32 %0, [%1];" : "=r"(set) : "r"(shared_address(flag)) : "memory");
     return set;
 }
-// What is in shared memory now. A mark there, for others to see: what this warp has read has come, as it has been summed.
-DEVICE int seen(const int32_t* of) { return *static_cast<const volatile int32_t*>(of); }
-DEVICE int seen(const uint8_t* of) { return *static_cast<const volatile uint8_t*>(of); }
-DEVICE void note(uint8_t* mark) { *static_cast<volatile uint8_t*>(mark) = 1; }
-// Counts on from `number`, if the count in shared memory is there.
-DEVICE bool take_if(int32_t* count, int number) { return atomicCAS(count, number, number + 1) == number; }
 // The next number of a count in shared memory, from 0 on.
 DEVICE int take_number(int32_t* count) { return atomicAdd(count, 1); }
 // Counts an arrival: how many came before. What this thread did before is done for those that come after.

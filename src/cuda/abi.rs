@@ -855,7 +855,7 @@ pub struct StepForm {
     pub bf16: bool,
     /// Most tokens of a launch: 1, 4 or 8.
     pub tokens: usize,
-    /// Every slot is read before it is decided what becomes of them; of one token alone, and of 256 columns a block at most.
+    /// Every slot is read before it is decided what becomes of them; gated, of one token alone, and of 256 columns a block at most.
     pub early: bool,
 }
 
@@ -889,22 +889,20 @@ impl StepForm {
         let (t, ring) = (self.tokens, if self.delta { STEP_RING } else { 0 });
         let list = ring + t;
         let floats = 3 * t + 4 * t * t + t * list + 8 * (t + 1) + 64 * (4 * t + 1) + 2;
-        let fixed = 2 * STEP_RECORD_BYTES + 8 * t + 4 * floats + 64 + 8 * 64 + 64 * t + t * t + t;
+        let fixed = 2 * STEP_RECORD_BYTES + 8 * t + 4 * floats + 64 + 7 * 64 + 64 * t + t * t + t;
         let array = |floats: usize| (4 * floats).next_multiple_of(16);
         let delta = |floats: usize| if self.delta { array(floats) } else { 0 };
-        let units = self.delta && t == 1;
         fixed.next_multiple_of(16)
             + array(t * dk)
             + array(list * dk)
             + array(t * dv)
             + delta(list * dk)
             + delta(t * (ring + 1) * dk)
-            + delta(if units { 8 * list * (width / 8).div_ceil(2).min(8) * 8 } else { list * width })
-            + if self.early { 0 } else { array(if self.delta && !units { 4 } else { 1 } * 8 * width) }
-            + match (self.early, units) {
-                (true, _) => array(capacity * width),
-                (false, true) => array(((capacity + STEP_SPARE_PLACES).div_ceil(STEP_RING) + 2) * width),
-                (false, false) => 0,
+            + delta(list * width)
+            + if self.early {
+                array(capacity * width)
+            } else {
+                array(if self.delta { 4 } else { 1 } * 8 * width)
             }
     }
 

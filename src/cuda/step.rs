@@ -119,7 +119,7 @@ impl StepPlan {
             asked("DLA_CUDA_STEP_EARLY").map_or(blocks <= engine.multiprocessors(), |asked| asked > 0);
         let fits =
             width <= WIDEST_EARLY && early.shared_bytes(shape.dk, shape.dv, width, shape.capacity) <= limit;
-        let form = if form.tokens == 1 && wanted && fits { early } else { form };
+        let form = if form.tokens == 1 && !form.delta && wanted && fits { early } else { form };
         let slot_bytes = rows.saturating_mul(shape.dk * shape.dv * if form.bf16 { 2 } else { 4 });
         let ahead =
             asked("DLA_CUDA_STEP_AHEAD").unwrap_or(MOST_AHEAD / slot_bytes.max(1)).min(shape.capacity);

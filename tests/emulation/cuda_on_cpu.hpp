@@ -432,10 +432,6 @@ inline void prefetch_span(const void* from, uint32_t bytes) {
 }
 inline void publish(int32_t* flag) { *flag = 1; }
 inline int is_published(const int32_t* flag) { return *flag; }
-inline int seen(const int32_t* of) { return *of; }
-inline int seen(const uint8_t* of) { return *of; }
-inline void note(uint8_t* mark) { *mark = 1; }
-inline bool take_if(int32_t* count, int number) { return *count == number && ++*count; }
 inline int32_t take_number(int32_t* count) { return (*count)++; }
 inline uint32_t arrive(uint32_t* count) { return std::atomic_ref(*count)++; }
 inline float quotient(float a, float b, float) { return a / b; }

@@ -66,7 +66,6 @@ extern "C" int dla_emulate(const char* name, unsigned grid, unsigned block, unsi
     RUN(step_delta_bf16_1), RUN(step_delta_bf16_4), RUN(step_delta_bf16_8);
     RUN(step_delta_f32_1), RUN(step_delta_f32_4), RUN(step_delta_f32_8);
     RUN(step_gated_bf16_1_early), RUN(step_gated_f32_1_early);
-    RUN(step_delta_bf16_1_early), RUN(step_delta_f32_1_early);
     RUN(step_gather_gated_bf16), RUN(step_gather_gated_f32), RUN(step_gather_delta_bf16), RUN(step_gather_delta_f32);
     RUN(step_scatter_bf16), RUN(step_scatter_f32);
 #elif defined FILE_slots

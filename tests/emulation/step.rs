@@ -198,7 +198,7 @@ impl Entries for Emulated {
         let slices = shape.dv.div_ceil(width);
         let tokens = [1, 4, 8].into_iter().find(|&tokens| tokens >= shape.time).unwrap();
         let form = self.form(tokens);
-        let form = StepForm { early: tokens == 1 && self.early && width <= 256, ..form };
+        let form = StepForm { early: tokens == 1 && !form.delta && self.early && width <= 256, ..form };
         self.early ^= tokens == 1;
         let shared_bytes = form.shared_bytes(shape.dk, shape.dv, width, shape.capacity);
         let mut from = 0;
