@@ -286,7 +286,7 @@ DEVICE void products(const Bank<S>& bank, const Tiles& tiles, const Sources& sou
 #pragma unroll 1
     for (int batch = 0; batch < rows; batch += BATCH) {
         float sum[BATCH][8] = {};
-        own_products<S::REST ? 4 : 2>(bank, tiles, sources, keys, first + batch, rows - batch, ring, sum);
+        own_products<S::REST ? 8 : 4>(bank, tiles, sources, keys, first + batch, rows - batch, ring, sum);
 #pragma unroll
         for (int c = 0; c < BATCH; c++) to_scratch(tiles, sum[c], scratch + c * WARPS * width, width);
         __syncthreads();
