@@ -426,13 +426,14 @@ def summary(report):
         if seeds < 3:
             short.append((name, seeds))
     if short:
-        lines.append(f"Of {len(EXPERIMENTS)} experiments {len(EXPERIMENTS) - len(short)} have three seeds; the rest:")
-        lines.append("")
+        have = len(EXPERIMENTS) - len(short)
+        lines += [f"<details><summary>Of {len(EXPERIMENTS)} experiments {have} have three seeds; the rest</summary>", ""]
         for setting in SETTINGS:
             of = [f"{name.split('/', 1)[1]} ({seeds})" if seeds else name.split("/", 1)[1]
                   for name, seeds in short if name.startswith(setting + "/")]
             if of:
                 lines.append(f"- {setting}, not run or (seeds) short of three: " + "; ".join(of))
+        lines += ["", "</details>", ""]
     lines += [f"- failed: {entry['name']}, seed {entry['seed']}: {entry['why']}" for entry in report["left_out"]]
     return "\n".join(lines) + "\n"
 
