@@ -279,6 +279,13 @@ DEVICE void own_products(const Bank<S>& bank, const Tiles& tiles, const Sources&
     }
 }
 
+// In units of which rows are in flight: two have no room on sm_86 and sm_89.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ == 860 || __CUDA_ARCH__ == 890)
+constexpr int PRODUCTS_AHEAD = 1;
+#else
+constexpr int PRODUCTS_AHEAD = 2;
+#endif
+
 // u [rows][width] = those sums over all rows. By the block; ends with a barrier.
 template <typename S>
 DEVICE void products(const Bank<S>& bank, const Tiles& tiles, const Sources& sources, const float* keys, int first,
@@ -286,7 +293,7 @@ DEVICE void products(const Bank<S>& bank, const Tiles& tiles, const Sources& sou
 #pragma unroll 1
     for (int batch = 0; batch < rows; batch += BATCH) {
         float sum[BATCH][8] = {};
-        own_products<S::REST ? 8 : 4>(bank, tiles, sources, keys, first + batch, rows - batch, ring, sum);
+        own_products<PRODUCTS_AHEAD * (S::REST ? 4 : 2)>(bank, tiles, sources, keys, first + batch, rows - batch, ring, sum);
 #pragma unroll
         for (int c = 0; c < BATCH; c++) to_scratch(tiles, sum[c], scratch + c * WARPS * width, width);
         __syncthreads();
