@@ -156,6 +156,7 @@ impl Held {
                 gpu.upload(cuda::address(arrays.states), &cache.states)?;
                 gpu.upload(cuda::address(arrays.open), &cache.open)?;
                 gpu.upload(cuda::address(arrays.keys), cache.keys.as_deref().unwrap_or_default())?;
+                gpu.entries.engine().synchronize()?;
             }
         }
         Ok(())
