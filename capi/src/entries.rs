@@ -132,7 +132,7 @@ impl Held {
         let dims = self.spec.dims(count);
         if product(&[count, dims.value_heads, dims.capacity, dims.dk, dims.dv]).is_none() {
             let expected = "a list of a size that fits memory".to_owned();
-            return Err(Error::Shape { name: "list", expected, given: count.to_string() }.into());
+            return Err(Error::Shape { name: "entries", expected, given: count.to_string() }.into());
         }
         cache_of(dims, self.spec.read == Read::Routed, arrays, Wanted::All)
     }
@@ -140,7 +140,7 @@ impl Held {
     /// # Safety
     /// The arrays are there.
     unsafe fn export(&mut self, list: &[usize], arrays: &CacheOf) -> Outcome<()> {
-        self.check("list", list, false)?;
+        self.check("entries", list, false)?;
         if let Kind::Gpu(gpu) = &self.kind {
             gpu.check_addresses(arrays)?;
         }
@@ -165,7 +165,7 @@ impl Held {
     /// # Safety
     /// The arrays are there.
     unsafe fn import(&mut self, list: &[usize], arrays: &CacheOf) -> Outcome<()> {
-        self.check("list", list, true)?;
+        self.check("entries", list, true)?;
         let dims = self.spec.dims(list.len());
         let cache = match &self.kind {
             // SAFETY: as the caller says.
@@ -444,7 +444,7 @@ impl Gpu {
 /// `at` is null or a handle that is not destroyed.
 unsafe fn held<'a>(at: *const EntriesHandle) -> Outcome<MutexGuard<'a, Held>> {
     if at.is_null() {
-        return Err(Error::Missing { name: "entries", why: "its address is null" }.into());
+        return Err(Error::Missing { name: "entries", why: "the handle is null" }.into());
     }
     // SAFETY: as the caller says.
     Ok(unsafe { &*at }.0.lock().unwrap_or_else(PoisonError::into_inner))
@@ -602,7 +602,7 @@ pub unsafe extern "C" fn dla_entries_export(
     guarded(|| {
         // SAFETY: as the caller says.
         unsafe {
-            let (mut held, list) = (held(entries)?, self::list("list", list, count)?);
+            let (mut held, list) = (held(entries)?, self::list("entries", list, count)?);
             let arrays = held.arrays(arrays(to)?, count)?;
             held.export(list, &arrays)
         }
@@ -624,7 +624,7 @@ pub unsafe extern "C" fn dla_entries_import(
     guarded(|| {
         // SAFETY: as the caller says.
         unsafe {
-            let (mut held, list) = (held(entries)?, self::list("list", list, count)?);
+            let (mut held, list) = (held(entries)?, self::list("entries", list, count)?);
             let arrays = held.arrays(arrays(from)?, count)?;
             held.import(list, &arrays)
         }
@@ -646,12 +646,12 @@ pub unsafe extern "C" fn dla_entries_set_rows(
 ) -> Status {
     guarded(|| {
         // SAFETY: as the caller says.
-        let (mut held, list) = unsafe { (held(entries)?, self::list("list", list, count)?) };
+        let (mut held, list) = unsafe { (held(entries)?, self::list("entries", list, count)?) };
         if count > batch {
             let (expected, given) = (format!("at most {batch} entries"), count.to_string());
-            return Err(Error::Shape { name: "list", expected, given }.into());
+            return Err(Error::Shape { name: "entries", expected, given }.into());
         }
-        held.check("list", list, true)?;
+        held.check("entries", list, true)?;
         match &mut held.kind {
             Kind::Cpu(_) => Ok(()),
             Kind::Gpu(gpu) => gpu.set_rows(batch, list).map(drop),

@@ -240,7 +240,7 @@ fn what_is_refused_changes_nothing() {
         assert_eq!(dla_entries_set_rows(held.0, 2, list.as_ptr(), 3), Status::Shape);
         assert_eq!(dla_entries_step(null_mut(), null(), null(), null(), 0, null()), Status::Missing);
         assert_eq!(dla_entries_export(held.0, null(), 3, &before.arrays()), Status::Missing);
-        assert!(message().contains("list: "), "{}", message());
+        assert!(message().contains("entries: "), "{}", message());
         dla_entries_destroy(null_mut());
         let (mut at, mut large) = (null_mut(), owned.call);
         for (count, states, status) in
