@@ -651,6 +651,12 @@ pub unsafe extern "C" fn dla_entries_set_rows(
             let (expected, given) = (format!("at most {batch} entries"), count.to_string());
             return Err(Error::Shape { name: "entries", expected, given }.into());
         }
+        // No step has more: an entry comes once.
+        if batch > held.taken.len() {
+            let (expected, given) =
+                (format!("at most {} rows, as many as entries", held.taken.len()), batch.to_string());
+            return Err(Error::Shape { name: "batch", expected, given }.into());
+        }
         held.check("entries", list, true)?;
         match &mut held.kind {
             Kind::Cpu(_) => Ok(()),

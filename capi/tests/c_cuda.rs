@@ -716,7 +716,7 @@ fn entries_are_the_engines() {
 
         // Out and in.
         let get = |device: &mut Device<'_>, expected: &Cache| {
-            let to = device.room_of_cache(&expected);
+            let to = device.room_of_cache(expected);
             // SAFETY: as above.
             let status = unsafe { dla_entries_export(handle, [0, 1, 2, 3].as_ptr(), 4, &to) };
             assert_eq!(status, Status::Ok, "{}", message());
