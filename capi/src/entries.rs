@@ -522,9 +522,17 @@ pub unsafe extern "C" fn dla_entries_destroy(entries: *mut EntriesHandle) {
             // SAFETY: made by `Box::into_raw`, destroyed once, as the caller says.
             let handle = unsafe { Box::from_raw(entries) };
             let held = handle.0.into_inner().unwrap_or_else(PoisonError::into_inner);
-            if let Kind::Gpu(gpu) = &held.kind {
-                // What is wrong with the stream has nowhere to go, and the memory is freed all the same.
-                let _ = gpu.entries.engine().synchronize();
+            let Kind::Gpu(gpu) = &held.kind else { return Ok(()) };
+            let mut current = std::ptr::null_mut();
+            // SAFETY: writes one handle.
+            let known = unsafe { sys::cuCtxGetCurrent(&mut current) } == CUresult::CUDA_SUCCESS;
+            // What is wrong with the stream has nowhere to go, and the memory is freed all the same.
+            let _ = gpu.entries.engine().synchronize();
+            drop(held);
+            if known {
+                // Entries may be destroyed wherever a collector runs: the context that was current there is so again.
+                // SAFETY: null, or a context that was current a moment ago.
+                unsafe { sys::cuCtxSetCurrent(current) };
             }
             Ok(())
         });
