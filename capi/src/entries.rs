@@ -225,10 +225,12 @@ impl Held {
         results: &ResultsOf,
     ) -> Outcome<()> {
         self.check_place(parsed)?;
-        check_count("from", from, parsed.shape.sequences)?;
-        check_count("to", to, parsed.shape.sequences)?;
-        self.check("from", from, false)?;
-        self.check("to", to, true)?;
+        // Where one list is given for both, it is known by the name that a step's has.
+        let names = if std::ptr::eq(from, to) { ["entries"; 2] } else { ["from", "to"] };
+        check_count(names[0], from, parsed.shape.sequences)?;
+        check_count(names[1], to, parsed.shape.sequences)?;
+        self.check(names[0], from, false)?;
+        self.check(names[1], to, true)?;
         match &mut self.kind {
             // SAFETY: as the caller says.
             Kind::Cpu(held) => unsafe { cpu::on_entries(held, parsed, arguments, (Some(from), to), results) },

@@ -424,3 +424,23 @@ def test_entries_of_pytorch(delta, routed, states, device, emulated_torch):
     with pytest.raises(ValueError, match="entries: "):
         run(held.step, 0, 1, [taken[0], 9])
     assert (held.export(mine).states.numpy() == state.states.numpy()).all()
+
+
+def test_entries_of_pytorch_prefill_packed_sequences(device, emulated_torch):
+    torch, D, moved = emulated_torch
+    case = Case(57, delta=True, routed=True, time=30, packed=True)
+    heads, capacity, dk, dv = case.shape
+    held = D.Entries(3, value_heads=heads, dk=dk, dv=dv, capacity=capacity, delta=True, routed=True)
+    mine = [held.take() for _ in range(3)][::-1]
+    positional, keywords = case.call(moved)
+    whole, last = D.dla(*positional, **keywords, output_final_state=True)
+    keywords.pop("capacity")
+    o = held.prefill(*positional, **keywords, entries=mine)
+    device.call("cuCtxSynchronize")
+    assert (o.numpy() == whole.numpy()).all()
+    state = held.export(mine)
+    assert (state.len.numpy() == last.len.numpy()).all() and (state.states.numpy() == last.states.numpy()).all()
+    # One too few, and nothing is written.
+    with pytest.raises(ValueError, match="entries: .*one entry a row, 3"):
+        held.prefill(*positional, **keywords, entries=mine[:2])
+    assert (held.export(mine).states.numpy() == state.states.numpy()).all()

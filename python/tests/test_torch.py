@@ -579,6 +579,7 @@ def test_entries_say_what_is_wrong():
     refused(TypeError, "entries: ", step, 0)
     refused(TypeError, "entries: ", step, [0, "1"])
     refused(ValueError, "q: .*1 to 8", step, mine, 0, 9)
+    refused(ValueError, "entries: .*one entry a row, 2", on_entries, case, held.prefill, given, 1, 9, [0])
     refused(ValueError, "recurrence: ", step, mine, beta=given["g"].abs())
     refused(ValueError, "v: .*dv", step, mine, v=given["v"][..., :8])
     refused(TypeError, "k: ", step, mine, k=given["k"].double())

@@ -103,7 +103,9 @@ class Entries:
     def set_rows(self, batch: int, entries: Sequence[int]) -> None:
         """Has a captured step of `batch` rows use these entries when its graph is replayed; rows past them rest. All steps of a
         batch size share their rows, and `step` sets them too."""
-        self._on(self._held.set_rows, _index("batch", batch), _indices("entries", entries))
+        batch, entries = _index("batch", batch), _indices("entries", entries)
+        self._check_stream()
+        self._on(self._held.set_rows, batch, entries)
 
     def _state_shapes(self, sequences):
         shapes = self._extents._replace(sequences=sequences).state(self._options.capacity)
