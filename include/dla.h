@@ -24,7 +24,8 @@ typedef enum {
   DLA_STATUS_MISSING = 3,
   // An argument is given that the call does not read.
   DLA_STATUS_UNEXPECTED = 4,
-  // An element is out of its domain: of g, of cu_seqlens, of an event log, of a cache.
+  // An element is out of its domain: of g, of cu_seqlens, of an event log, of a cache, of a list of entries; or all entries
+  // are taken.
   DLA_STATUS_VALUE = 5,
   // An option is out of its range.
   DLA_STATUS_OPTION = 6,
@@ -94,8 +95,19 @@ typedef enum {
   DLA_DEVICE_CUDA = 1,
 } dla_device;
 
+// How entries keep their states.
+typedef enum {
+  // IEEE single precision.
+  DLA_STATE_DTYPE_F32 = 0,
+  // bfloat16 to read, and 8 more bits beside it that are touched only where a state is written. On a GPU alone.
+  DLA_STATE_DTYPE_BF16 = 1,
+} dla_state_dtype;
+
 // States of N sequences: see `dla_cache_create`.
 typedef struct dla_cache dla_cache;
+
+// Entries of a decoding cache: see `dla_entries_create`. Calls of several threads take turns.
+typedef struct dla_entries dla_entries;
 
 // Options of a call: set by `dla_options_init`, then changed.
 typedef struct {
@@ -373,6 +385,230 @@ dla_status dla_cache_view(const dla_cache *cache, dla_cache_arrays *arrays);
 // Safety:
 // `cache` is null or of `dla_cache_create`, and not used again.
 void dla_cache_destroy(dla_cache *cache);
+
+// A cache for decoding: `count` free entries on the device and the stream of the call, for its options and extents (HV, dk,
+// dv, M, recurrence, read; of the others and the buffers none is kept). `states` is a `dla_state_dtype`. `*entries` is set
+// where the status is `DLA_STATUS_OK`, else NULL.
+//
+// Safety:
+// Every pointer is null or what its type says; on a GPU the stream outlives the handle.
+dla_status dla_entries_create(const dla_options *options,
+                              const dla_call *call,
+                              size_t count,
+                              int32_t states,
+                              dla_entries **entries);
+
+// Frees entries, once their stream has come past all that was launched. NULL is none, and nothing happens.
+//
+// Safety:
+// `entries` is null or of `dla_entries_create`, and not used again; graphs that were captured with it neither.
+void dla_entries_destroy(dla_entries *entries);
+
+// Takes a free entry for a sequence that has not begun, and writes its index to `*entry`. Where all are taken:
+// `DLA_STATUS_VALUE`.
+//
+// Safety:
+// `entries` is null or a handle; `entry` is null or points to a `size_t`.
+dla_status dla_entries_take(dla_entries *entries, size_t *entry);
+
+// Frees an entry. Rows of a captured step that name it are to be set anew before the graph is replayed.
+//
+// Safety:
+// `entries` is null or a handle.
+dla_status dla_entries_release(dla_entries *entries, size_t entry);
+
+// Forgets what an entry holds: its sequence has not begun.
+//
+// Safety:
+// `entries` is null or a handle.
+dla_status dla_entries_reset(dla_entries *entries, size_t entry);
+
+// Makes entry `to` what entry `from` is.
+//
+// Safety:
+// `entries` is null or a handle.
+dla_status dla_entries_copy(dla_entries *entries, size_t from, size_t to);
+
+// Copies entries into chronological arrays of `count` sequences (N = count), on the device of the entries. An entry may come
+// twice. On a GPU it waits for the stream.
+//
+// Safety:
+// `entries` is null or a handle; `list` is null or points to `count` indices of the host; `to` is null or such arrays.
+dla_status dla_entries_export(dla_entries *entries,
+                              const size_t *list,
+                              size_t count,
+                              const dla_cache_arrays *to);
+
+// Makes entries what the sequences of chronological arrays are, one each; the arrays are on the device of the entries. On a
+// GPU it waits for the stream.
+//
+// Safety:
+// As `dla_entries_export`.
+dla_status dla_entries_import(dla_entries *entries,
+                              const size_t *list,
+                              size_t count,
+                              const dla_cache_arrays *from);
+
+// Has a captured step of `batch` rows use other entries when it is replayed: row b uses `list[b]`; rows past `count` rest, and
+// nothing of theirs is read or written. In the stream's order. All steps of a batch size share their rows, and `dla_entries_step`
+// sets them too. On the CPU entries are only checked.
+//
+// Safety:
+// `entries` is null or a handle; `list` is null or points to `count` indices of the host.
+dla_status dla_entries_set_rows(dla_entries *entries,
+                                size_t batch,
+                                const size_t *list,
+                                size_t count);
+
+// One to eight tokens a row, in place: batch row b goes on in entry `list[b]`, and `count` is B. On a GPU the call launches on
+// the stream of the entries, which must be the call's, and returns; it needs no workspace, allocates nothing after the first
+// call of a shape and its options, copies the list where it is another than in the last call of that batch size, and can be captured
+// into a graph after a call with the same list.
+//
+// Safety:
+// As `dla_forward`; `entries` is null or a handle; `list` is null or points to `count` indices of the host.
+dla_status dla_entries_step(dla_entries *entries,
+                            const dla_options *options,
+                            const dla_call *call,
+                            const size_t *list,
+                            size_t count,
+                            const dla_results *results);
+
+// Bytes of workspace that `dla_entries_prefill` needs, as `dla_forward_workspace` says. On the CPU: 0.
+//
+// Safety:
+// Every pointer is null or what its type says; `entries` is null or a handle.
+dla_status dla_entries_prefill_workspace(dla_entries *entries,
+                                         const dla_options *options,
+                                         const dla_call *call,
+                                         const dla_results *results,
+                                         size_t *bytes);
+
+// A forward over any number of tokens: sequence n goes on from entry `from[n]` and leaves its states in entry `to[n]`, which may
+// be the same; `count` is N. An entry may come twice in `from`: sequences with a common beginning. On a GPU it launches and returns, and
+// cannot be captured.
+//
+// Safety:
+// As `dla_forward`; `entries` is null or a handle; each list is null or points to `count` indices of the host.
+dla_status dla_entries_prefill(dla_entries *entries,
+                               const dla_options *options,
+                               const dla_call *call,
+                               const size_t *from,
+                               const size_t *to,
+                               size_t count,
+                               const dla_results *results);
+
+// A cache for decoding: `count` free entries on the device and the stream of the call, for its options and extents (HV, dk,
+// dv, M, recurrence, read; of the others and the buffers none is kept). `states` is a `dla_state_dtype`. `*entries` is set
+// where the status is `DLA_STATUS_OK`, else NULL.
+//
+// Safety:
+// Every pointer is null or what its type says; on a GPU the stream outlives the handle.
+dla_status dla_entries_create(const dla_options *options,
+                              const dla_call *call,
+                              size_t count,
+                              int32_t states,
+                              dla_entries **entries);
+
+// Frees entries, once their stream has come past all that was launched. NULL is none, and nothing happens.
+//
+// Safety:
+// `entries` is null or of `dla_entries_create`, and not used again; graphs that were captured with it neither.
+void dla_entries_destroy(dla_entries *entries);
+
+// Takes a free entry for a sequence that has not begun, and writes its index to `*entry`. Where all are taken:
+// `DLA_STATUS_VALUE`.
+//
+// Safety:
+// `entries` is null or a handle; `entry` is null or points to a `size_t`.
+dla_status dla_entries_take(dla_entries *entries, size_t *entry);
+
+// Frees an entry. Rows of a captured step that name it are to be set anew before the graph is replayed.
+//
+// Safety:
+// `entries` is null or a handle.
+dla_status dla_entries_release(dla_entries *entries, size_t entry);
+
+// Forgets what an entry holds: its sequence has not begun.
+//
+// Safety:
+// `entries` is null or a handle.
+dla_status dla_entries_reset(dla_entries *entries, size_t entry);
+
+// Makes entry `to` what entry `from` is.
+//
+// Safety:
+// `entries` is null or a handle.
+dla_status dla_entries_copy(dla_entries *entries, size_t from, size_t to);
+
+// Copies entries into chronological arrays of `count` sequences (N = count), on the device of the entries. An entry may come
+// twice. On a GPU it waits for the stream.
+//
+// Safety:
+// `entries` is null or a handle; `list` is null or points to `count` indices of the host; `to` is null or such arrays.
+dla_status dla_entries_export(dla_entries *entries,
+                              const size_t *list,
+                              size_t count,
+                              const dla_cache_arrays *to);
+
+// Makes entries what the sequences of chronological arrays are, one each; the arrays are on the device of the entries. On a
+// GPU it waits for the stream.
+//
+// Safety:
+// As `dla_entries_export`.
+dla_status dla_entries_import(dla_entries *entries,
+                              const size_t *list,
+                              size_t count,
+                              const dla_cache_arrays *from);
+
+// Has a captured step of `batch` rows use other entries when it is replayed: row b uses `list[b]`; rows past `count` rest, and
+// nothing of theirs is read or written. In the stream's order. All steps of a batch size share their rows, and `dla_entries_step`
+// sets them too. On the CPU entries are only checked.
+//
+// Safety:
+// `entries` is null or a handle; `list` is null or points to `count` indices of the host.
+dla_status dla_entries_set_rows(dla_entries *entries,
+                                size_t batch,
+                                const size_t *list,
+                                size_t count);
+
+// One to eight tokens a row, in place: batch row b goes on in entry `list[b]`, and `count` is B. On a GPU the call launches on
+// the stream of the entries, which must be the call's, and returns; it needs no workspace, allocates nothing after the first
+// call of a shape and its options, copies the list where it is another than in the last call of that batch size, and can be captured
+// into a graph after a call with the same list.
+//
+// Safety:
+// As `dla_forward`; `entries` is null or a handle; `list` is null or points to `count` indices of the host.
+dla_status dla_entries_step(dla_entries *entries,
+                            const dla_options *options,
+                            const dla_call *call,
+                            const size_t *list,
+                            size_t count,
+                            const dla_results *results);
+
+// Bytes of workspace that `dla_entries_prefill` needs, as `dla_forward_workspace` says. On the CPU: 0.
+//
+// Safety:
+// Every pointer is null or what its type says; `entries` is null or a handle.
+dla_status dla_entries_prefill_workspace(dla_entries *entries,
+                                         const dla_options *options,
+                                         const dla_call *call,
+                                         const dla_results *results,
+                                         size_t *bytes);
+
+// A forward over any number of tokens: sequence n goes on from entry `from[n]` and leaves its states in entry `to[n]`, which may
+// be the same; `count` is N. An entry may come twice in `from`: sequences with a common beginning. On a GPU it launches and returns, and
+// cannot be captured.
+//
+// Safety:
+// As `dla_forward`; `entries` is null or a handle; each list is null or points to `count` indices of the host.
+dla_status dla_entries_prefill(dla_entries *entries,
+                               const dla_options *options,
+                               const dla_call *call,
+                               const size_t *from,
+                               const size_t *to,
+                               size_t count,
+                               const dla_results *results);
 
 #ifdef __cplusplus
 }  // extern "C"

@@ -50,12 +50,12 @@ pub(crate) struct Parsed<'a> {
     pub logit_columns: usize,
 }
 
-fn option<T>(name: &'static str, expected: &str, given: impl ToString) -> Outcome<T> {
+pub(crate) fn option<T>(name: &'static str, expected: &str, given: impl ToString) -> Outcome<T> {
     Err(Error::Option { name, expected: expected.to_owned(), given: given.to_string() }.into())
 }
 
 /// Elements of an array, where memory can hold as many.
-fn product(extents: &[usize]) -> Option<usize> {
+pub(crate) fn product(extents: &[usize]) -> Option<usize> {
     let elements = extents.iter().try_fold(1usize, |product, &extent| product.checked_mul(extent))?;
     // No element has more than 8 bytes.
     (elements <= isize::MAX as usize / 8).then_some(elements)
@@ -247,35 +247,16 @@ impl<'a> Parsed<'a> {
 
     /// Arrays of a cache, checked.
     pub fn cache(&self, cache: &CacheArrays, wanted: Wanted) -> Outcome<CacheOf> {
-        let dims = self.dims();
-        let (rows, slots) = (dims.rows(), dims.rows() * dims.capacity);
-        let all = wanted == Wanted::All;
-        let gradient = wanted == Wanted::Gradients;
-        let name = |cache, dcache| if gradient { dcache } else { cache };
-        let keys = array(
-            name("cache_keys", "dcache_keys"),
-            cache.keys,
-            rows * dims.key_bank() * 4,
-            all && self.routed(),
-        )?;
-        if keys.is_some() && !self.routed() {
-            let name = name("cache_keys", "dcache_keys");
-            return Err(Error::Unexpected { name, why: "reads are given" }.into());
+        cache_of(self.dims(), self.routed(), cache, wanted)
+    }
+
+    /// What a call on entries does not take: they are its cache.
+    pub fn without_cache(&self, results: &Results) -> Outcome<()> {
+        if !self.call.cache.is_null() || !results.cache.is_null() {
+            let why = "the entries hold what the call goes on from";
+            return Err(Error::Unexpected { name: "call.cache or results.cache", why }.into());
         }
-        let ledger = |name, buffer: Buffer, elements: usize| {
-            if gradient && buffer.is_present() {
-                return Err(Error::Unexpected { name, why: "counts have no gradient" }.into());
-            }
-            array(name, buffer, elements * 4, all)
-        };
-        Ok(CacheOf {
-            states: array(name("cache_states", "dcache_states"), cache.states, rows * dims.bank() * 4, all)?,
-            len: ledger("cache_len", cache.len, rows)?,
-            tokens: ledger("cache_tokens", cache.tokens, slots)?,
-            drift: ledger("cache_drift", cache.drift, slots)?,
-            open: array(name("cache_open", "dcache_open"), cache.open, rows * dims.state() * 4, all)?,
-            keys,
-        })
+        Ok(())
     }
 
     /// Where the results of a forward or a step go.
@@ -352,6 +333,39 @@ impl<'a> Parsed<'a> {
             cache: initial.map(|cache| self.cache(cache, Wanted::Gradients)).transpose()?,
         })
     }
+}
+
+/// Arrays of a cache, checked.
+pub(crate) fn cache_of(
+    dims: CacheDims,
+    routed: bool,
+    cache: &CacheArrays,
+    wanted: Wanted,
+) -> Outcome<CacheOf> {
+    let (rows, slots) = (dims.rows(), dims.rows() * dims.capacity);
+    let all = wanted == Wanted::All;
+    let gradient = wanted == Wanted::Gradients;
+    let name = |cache, dcache| if gradient { dcache } else { cache };
+    let keys =
+        array(name("cache_keys", "dcache_keys"), cache.keys, rows * dims.key_bank() * 4, all && routed)?;
+    if keys.is_some() && !routed {
+        let name = name("cache_keys", "dcache_keys");
+        return Err(Error::Unexpected { name, why: "reads are given" }.into());
+    }
+    let ledger = |name, buffer: Buffer, elements: usize| {
+        if gradient && buffer.is_present() {
+            return Err(Error::Unexpected { name, why: "counts have no gradient" }.into());
+        }
+        array(name, buffer, elements * 4, all)
+    };
+    Ok(CacheOf {
+        states: array(name("cache_states", "dcache_states"), cache.states, rows * dims.bank() * 4, all)?,
+        len: ledger("cache_len", cache.len, rows)?,
+        tokens: ledger("cache_tokens", cache.tokens, slots)?,
+        drift: ledger("cache_drift", cache.drift, slots)?,
+        open: array(name("cache_open", "dcache_open"), cache.open, rows * dims.state() * 4, all)?,
+        keys,
+    })
 }
 
 /// What is read of, or written to, the arrays of a cache.

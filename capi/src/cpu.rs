@@ -4,8 +4,8 @@ use crate::call::{Arguments, Array, CacheOf, GradientsOf, Parsed, ResultsOf, Ups
 use crate::pool;
 use crate::status::Outcome;
 use dla::{
-    Buffer, Cache, CacheGradients, CacheMut, Data, Dtype, Engine, Error, Inputs, Options, OutputGradients,
-    Problem, Route, Tau, Tensor, cpu,
+    Buffer, Cache, CacheDims, CacheGradients, CacheMut, Data, Dtype, Engine, Entries, Error, Inputs, Options,
+    OutputGradients, Problem, Route, Step, Tau, Tensor, cpu,
 };
 use half::{bf16, f16};
 
@@ -57,6 +57,51 @@ fn give_buffer(array: Option<Array>, result: &Buffer) {
     }
 }
 
+/// A cache of a caller's arrays.
+///
+/// # Safety
+/// The arrays are there.
+pub(crate) unsafe fn take_cache(dims: CacheDims, arrays: &CacheOf) -> Outcome<Cache> {
+    // SAFETY: there, as the caller says.
+    let floats = |array: Option<Array>| match array {
+        Some(array) => unsafe { elements::<f32>(array) }.map(<[f32]>::to_vec),
+        None => Ok(Vec::new()),
+    };
+    // SAFETY: as above.
+    let counts = |array: Option<Array>| match array {
+        Some(array) => unsafe { elements::<u32>(array) }.map(<[u32]>::to_vec),
+        None => Ok(Vec::new()),
+    };
+    Ok(Cache {
+        dims,
+        states: floats(arrays.states)?,
+        len: counts(arrays.len)?,
+        tokens: counts(arrays.tokens)?,
+        drift: counts(arrays.drift)?,
+        open: floats(arrays.open)?,
+        keys: arrays.keys.map(|keys| floats(Some(keys))).transpose()?,
+    })
+}
+
+/// Copies a cache out.
+pub(crate) fn give_cache(arrays: &CacheOf, cache: &Cache) {
+    let Cache { states, len, tokens, drift, open, keys, .. } = cache;
+    give(arrays.states, Some(states));
+    give(arrays.len, Some(len));
+    give(arrays.tokens, Some(tokens));
+    give(arrays.drift, Some(drift));
+    give(arrays.open, Some(open));
+    give(arrays.keys, keys.as_deref());
+}
+
+/// Copies the results of a step out.
+fn give_step(results: &ResultsOf, step: &Step) {
+    give_buffer(Some(results.o), &step.o);
+    give(results.drift, Some(&step.drift));
+    give(results.events, Some(&step.events));
+    give(results.lambda, step.lambda.as_deref());
+}
+
 /// What a problem borrows beside the caller's arrays.
 struct Owned {
     options: Options,
@@ -74,24 +119,7 @@ impl Owned {
         }
         let Some(arrays) = &arguments.cache else { return Ok(Owned { options, cache: None }) };
         // SAFETY: there, as the caller says.
-        let floats = |array: Option<Array>| match array {
-            Some(array) => unsafe { elements::<f32>(array) }.map(<[f32]>::to_vec),
-            None => Ok(Vec::new()),
-        };
-        // SAFETY: as above.
-        let counts = |array: Option<Array>| match array {
-            Some(array) => unsafe { elements::<u32>(array) }.map(<[u32]>::to_vec),
-            None => Ok(Vec::new()),
-        };
-        let cache = Cache {
-            dims: parsed.dims(),
-            states: floats(arrays.states)?,
-            len: counts(arrays.len)?,
-            tokens: counts(arrays.tokens)?,
-            drift: counts(arrays.drift)?,
-            open: floats(arrays.open)?,
-            keys: arrays.keys.map(|keys| floats(Some(keys))).transpose()?,
-        };
+        let cache = unsafe { take_cache(parsed.dims(), arrays) }?;
         Ok(Owned { options, cache: Some(cache) })
     }
 
@@ -168,13 +196,7 @@ pub(crate) unsafe fn forward(parsed: &Parsed<'_>, arguments: &Arguments, results
     give(results.events, Some(&forward.events));
     give(results.lambda, forward.lambda.as_deref());
     if let Some(arrays) = &results.cache {
-        let Cache { states, len, tokens, drift, open, keys, .. } = &forward.cache;
-        give(arrays.states, Some(states));
-        give(arrays.len, Some(len));
-        give(arrays.tokens, Some(tokens));
-        give(arrays.drift, Some(drift));
-        give(arrays.open, Some(open));
-        give(arrays.keys, keys.as_deref());
+        give_cache(arrays, &forward.cache);
     }
     Ok(())
 }
@@ -277,9 +299,30 @@ pub(crate) unsafe fn step(
     };
     let step = pool::run(|| cpu::Engine.step_in_place(&problem, cache))?;
     drop(problem);
-    give_buffer(Some(results.o), &step.o);
-    give(results.drift, Some(&step.drift));
-    give(results.events, Some(&step.events));
-    give(results.lambda, step.lambda.as_deref());
+    give_step(results, &step);
+    Ok(())
+}
+
+/// A step of entries, or with `from` a prefill, to `entries`.
+///
+/// # Safety
+/// Every array of the call is there.
+pub(crate) unsafe fn on_entries(
+    held: &mut cpu::Entries,
+    parsed: &Parsed<'_>,
+    arguments: &Arguments,
+    (from, entries): (Option<&[usize]>, &[usize]),
+    results: &ResultsOf,
+) -> Outcome<()> {
+    // SAFETY: as the caller says.
+    let owned = unsafe { Owned::new(parsed, arguments) }?;
+    // SAFETY: as the caller says.
+    let problem = unsafe { owned.problem(parsed, arguments) }?;
+    let step = pool::run(|| match from {
+        None => held.step(&problem, entries),
+        Some(from) => held.prefill(&problem, from, entries),
+    })?;
+    drop(problem);
+    give_step(results, &step);
     Ok(())
 }

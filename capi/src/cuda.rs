@@ -3,7 +3,7 @@
 
 use crate::call::{Arguments, Array, CacheOf, GradientsOf, Parsed, Place, ResultsOf, UpstreamOf};
 use crate::status::Outcome;
-use dla::cuda::cudarc::driver::sys::{self, CUresult, CUstream};
+use dla::cuda::cudarc::driver::sys::{self, CUresult};
 use dla::cuda::{
     CacheStepPlan, Call, Engine, Plan, RawCache, RawCacheGradients, RawForward, RawGradients, RawInputs,
     RawOutputs, RawUpstream, ReplayPlan,
@@ -13,7 +13,7 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 
 /// Alignment of what is put into the workspace.
-const ALIGNMENT: usize = 256;
+pub(crate) const ALIGNMENT: usize = 256;
 
 /// Plans kept for a stream. Where lengths are ever new, all are forgotten at once, and those in use made again.
 const MOST_PLANS: usize = 1024;
@@ -22,7 +22,7 @@ const MOST_PLANS: usize = 1024;
 const MOST_STREAMS: usize = 256;
 
 /// What a plan depends on: options, presence of arrays, extents.
-type Key = ([i32; 9], u32, [usize; 10]);
+pub(crate) type Key = ([i32; 9], u32, [usize; 10]);
 
 /// Plans of one kind of call.
 struct Plans<P>(Mutex<HashMap<Key, Arc<P>>>);
@@ -87,7 +87,7 @@ fn stream(parsed: &Parsed<'_>) -> Outcome<Arc<Stream>> {
 }
 
 /// A key; `present` has a bit for every array whose absence makes another plan.
-fn key(parsed: &Parsed<'_>, present: u32) -> Key {
+pub(crate) fn key(parsed: &Parsed<'_>, present: u32) -> Key {
     let (o, s) = (&parsed.options, parsed.shape);
     let soft = o.soft.map_or(0, |soft| 1 + i32::from(soft.through_drift));
     (
@@ -118,7 +118,7 @@ fn key(parsed: &Parsed<'_>, present: u32) -> Key {
     )
 }
 
-fn call<'a>(parsed: &'a Parsed<'_>, final_cache: bool) -> Call<'a> {
+pub(crate) fn call<'a>(parsed: &'a Parsed<'_>, final_cache: bool) -> Call<'a> {
     Call { options: &parsed.options, shape: parsed.shape, dtype: parsed.dtype, final_cache }
 }
 
@@ -143,24 +143,20 @@ impl Stream {
     fn step(&self, parsed: &Parsed<'_>) -> Outcome<Arc<CacheStepPlan>> {
         self.steps.get(key(parsed, 0), || self.engine.plan_step(&call(parsed, true)))
     }
-
-    fn raw(&self) -> CUstream {
-        self.engine.raw_stream()
-    }
 }
 
 /// Where in the workspace, behind a plan's own, stands what the kernels write and the caller does not want, and tau.
-struct Rest {
-    tau: Option<usize>,
+pub(crate) struct Rest {
+    pub tau: Option<usize>,
     drift: Option<usize>,
     events: Option<usize>,
     lambda: Option<usize>,
-    bytes: usize,
+    pub bytes: usize,
 }
 
 impl Rest {
     /// Of a call that has results, whose plan has a workspace of `plan` bytes.
-    fn new(parsed: &Parsed<'_>, results: &ResultsOf, plan: usize) -> Rest {
+    pub fn new(parsed: &Parsed<'_>, results: &ResultsOf, plan: usize) -> Rest {
         let mut end = plan;
         let mut room = |absent: bool, bytes: usize| {
             absent.then(|| {
@@ -180,7 +176,7 @@ impl Rest {
     }
 
     /// Results, those that are not wanted in the workspace.
-    fn outputs(&self, results: &ResultsOf, base: u64) -> RawOutputs {
+    pub fn outputs(&self, results: &ResultsOf, base: u64) -> RawOutputs {
         let or = |array, at: Option<usize>| at.map_or(address(array), |at| base + at as u64);
         RawOutputs {
             o: address(Some(results.o)),
@@ -193,7 +189,7 @@ impl Rest {
 }
 
 /// The address of a call's workspace of `needed` bytes.
-fn workspace(parsed: &Parsed<'_>, needed: usize) -> Outcome<u64> {
+pub(crate) fn workspace(parsed: &Parsed<'_>, needed: usize) -> Outcome<u64> {
     let workspace = parsed.call.workspace;
     let base = workspace.data.addr() as u64;
     if workspace.bytes < needed {
@@ -210,7 +206,7 @@ fn workspace(parsed: &Parsed<'_>, needed: usize) -> Outcome<u64> {
 }
 
 /// Arguments; tau where it is.
-fn raw_inputs(parsed: &Parsed<'_>, arguments: &Arguments, tau: u64) -> RawInputs {
+pub(crate) fn raw_inputs(parsed: &Parsed<'_>, arguments: &Arguments, tau: u64) -> RawInputs {
     RawInputs {
         q: address(arguments.q),
         k: address(arguments.k),
@@ -230,7 +226,7 @@ fn raw_inputs(parsed: &Parsed<'_>, arguments: &Arguments, tau: u64) -> RawInputs
     }
 }
 
-fn address(array: Option<Array>) -> u64 {
+pub(crate) fn address(array: Option<Array>) -> u64 {
     array.map_or(0, |array| array.address.addr() as u64)
 }
 
@@ -246,7 +242,7 @@ fn raw_cache(cache: &CacheOf) -> RawCache {
 }
 
 /// Options checked as the host's calls check them; tau.
-fn check_options(parsed: &Parsed<'_>) -> Outcome<f32> {
+pub(crate) fn check_options(parsed: &Parsed<'_>) -> Outcome<f32> {
     let option = |name, expected: &str, given: f32| {
         Err(Error::Option { name, expected: expected.to_owned(), given: given.to_string() }.into())
     };
@@ -295,26 +291,30 @@ impl Stream {
     /// The address of tau of every value head: the call's, or that of the options put where there is room.
     fn tau(&self, parsed: &Parsed<'_>, arguments: &Arguments, tau: f32, room: Option<u64>) -> Outcome<u64> {
         let Some(at) = room else { return Ok(address(arguments.tau)) };
-        fill(self, at, tau, parsed.shape.value_heads)?;
+        fill(&self.engine, at, tau, parsed.shape.value_heads)?;
         Ok(at)
     }
 }
 
 /// Fills `count` floats with one value, in the stream's order.
-fn fill(stream: &Stream, at: u64, value: f32, count: usize) -> Outcome<()> {
-    let failed = |call, code: CUresult| match code {
-        CUresult::CUDA_SUCCESS => Ok(()),
-        code => Err(Error::Cuda { call, name: format!("{code:?}"), code: code as u32 }),
-    };
-    let context = stream.engine.context();
-    context.bind_to_thread().map_err(|error| Error::Cuda {
-        call: "cuCtxSetCurrent",
-        name: format!("{:?}", error.0),
-        code: error.0 as u32,
-    })?;
+pub(crate) fn fill(engine: &Engine, at: u64, value: f32, count: usize) -> Outcome<()> {
+    bind(engine)?;
     // SAFETY: in the workspace, which is as long as was checked.
-    let code = unsafe { sys::cuMemsetD32Async(at, value.to_bits(), count, stream.raw()) };
-    Ok(failed("cuMemsetD32Async", code)?)
+    let code = unsafe { sys::cuMemsetD32Async(at, value.to_bits(), count, engine.raw_stream()) };
+    checked("cuMemsetD32Async", code)
+}
+
+/// What the driver says.
+pub(crate) fn checked(call: &'static str, code: CUresult) -> Outcome<()> {
+    match code {
+        CUresult::CUDA_SUCCESS => Ok(()),
+        code => Err(Error::Cuda { call, name: format!("{code:?}"), code: code as u32 }.into()),
+    }
+}
+
+/// Makes the engine's context this thread's.
+pub(crate) fn bind(engine: &Engine) -> Outcome<()> {
+    engine.context().bind_to_thread().or_else(|error| checked("cuCtxSetCurrent", error.0))
 }
 
 /// Addresses of a backward, without tau.

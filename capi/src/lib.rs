@@ -9,15 +9,21 @@ mod cache;
 mod call;
 mod cpu;
 mod cuda;
+mod entries;
 mod pool;
 mod status;
 mod types;
 
 pub use cache::CacheHandle;
+pub use entries::{
+    EntriesHandle, dla_entries_copy, dla_entries_create, dla_entries_destroy, dla_entries_export,
+    dla_entries_import, dla_entries_prefill, dla_entries_prefill_workspace, dla_entries_release,
+    dla_entries_reset, dla_entries_set_rows, dla_entries_step, dla_entries_take,
+};
 pub use status::Failure;
 pub use types::{
     Buffer, CacheArrays, Call, CallOptions, DeviceCode, DtypeCode, Gradients, MergeCode, ReadCode,
-    RecurrenceCode, Results, SlotOrderCode, Status, Upstream,
+    RecurrenceCode, Results, SlotOrderCode, StateDtypeCode, Status, Upstream,
 };
 
 use call::{Parsed, Place, ResultsOf, Wanted};

@@ -22,7 +22,11 @@ impl From<Error> for Failure {
             Error::Dtype { .. } => Status::Dtype,
             Error::Missing { .. } => Status::Missing,
             Error::Unexpected { .. } => Status::Unexpected,
-            Error::Value { .. } | Error::CuSeqlens { .. } | Error::Event { .. } => Status::Value,
+            Error::Value { .. }
+            | Error::CuSeqlens { .. }
+            | Error::Event { .. }
+            | Error::Entry { .. }
+            | Error::NoEntry { .. } => Status::Value,
             Error::Option { .. } => Status::Option,
             Error::NoKernels
             | Error::NoDriver

@@ -17,7 +17,8 @@ pub enum Status {
     Missing = 3,
     /// An argument is given that the call does not read.
     Unexpected = 4,
-    /// An element is out of its domain: of g, of cu_seqlens, of an event log, of a cache.
+    /// An element is out of its domain: of g, of cu_seqlens, of an event log, of a cache, of a list of entries; or all entries
+    /// are taken.
     Value = 5,
     /// An option is out of its range.
     Option = 6,
@@ -87,6 +88,16 @@ pub enum SlotOrderCode {
     OldestFirst = 0,
     /// The open one.
     NewestFirst = 1,
+}
+
+/// How entries keep their states.
+#[repr(C)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum StateDtypeCode {
+    /// IEEE single precision.
+    F32 = 0,
+    /// bfloat16 to read, and 8 more bits beside it that are touched only where a state is written. On a GPU alone.
+    Bf16 = 1,
 }
 
 /// Where the buffers of a call are.

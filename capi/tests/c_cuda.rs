@@ -603,3 +603,175 @@ fn a_handle_goes_through_forward_and_steps() {
     // SAFETY: of this library, destroyed once.
     unsafe { dla_cache_destroy(handle) };
 }
+
+/// Entries of a handle are the engine's own: a prefill, steps of one and more tokens, a captured step that serves other
+/// sequences, caches out and in; and what is refused.
+#[test]
+fn entries_are_the_engines() {
+    use dla::Entries as _;
+    if engine().is_none() {
+        return;
+    }
+    // Its own stream: what other tests launch is not to be captured.
+    let engine = std::sync::Arc::new(Engine::new(0).unwrap());
+    for (recurrence, read, dtype, states) in [
+        (Recurrence::Gated, Read::Given, Dtype::Bf16, StateDtypeCode::Bf16),
+        (Recurrence::GatedDelta, Read::Routed, Dtype::F32, StateDtypeCode::F32),
+    ] {
+        let options = Options { recurrence, read, capacity: 3, ..Options::default() };
+        let routed = read == Read::Routed;
+        let recipe = Recipe { options, batch: 2, value_heads: 2, dtype, logits: routed, ..Recipe::default() };
+        let seed = rand::random_range(0..1u64 << 40);
+        let cases: Vec<Case> = [(20, 0), (1, 1), (4, 2), (1, 3)]
+            .map(|(time, more)| Recipe { time, ..recipe.clone() }.draw(seed + more))
+            .into();
+        println!("{}, seed {seed}", cases[0].describe());
+        let shape = *cases[0].problem().unwrap().shape();
+        let kept = match states {
+            StateDtypeCode::F32 => dla::StateDtype::F32,
+            StateDtypeCode::Bf16 => dla::StateDtype::Bf16,
+        };
+        let spec = dla::EntrySpec::of(&recipe.options, &shape, 5, kept);
+        let mut own = dla::cuda::Entries::new(engine.clone(), spec).unwrap();
+
+        let mut device = Device { engine: &engine, held: Vec::new() };
+        let mut none = CacheArrays::ABSENT;
+        let settings = common::options(&recipe.options);
+        let calls: Vec<Call> = cases.iter().map(|case| device.call(case, &mut none)).collect();
+        let results: Vec<Results> = cases
+            .iter()
+            .map(|case| {
+                let tokens = 2 * case.recipe.time * 2;
+                let (o, log) = (device.poisoned(tokens * 16 * dtype.bytes()), device.poisoned(tokens));
+                Results { o, events: log, ..Results::default() }
+            })
+            .collect();
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: structs and buffers are as they say, here and below.
+        unsafe {
+            let status = dla_entries_create(&settings, &calls[0], 5, states as i32, &mut handle);
+            assert_eq!(status, Status::Ok, "{}", message());
+            for expected in 0..5 {
+                let mut entry = 9;
+                assert_eq!(dla_entries_take(handle, &mut entry), Status::Ok, "{}", message());
+                assert_eq!((entry, own.take().unwrap()), (expected, expected));
+            }
+        }
+        let check = |device: &Device<'_>, n: usize, expected: &dla::Step| {
+            assert_eq!(device.get_elements(dtype, results[n].o), expected.o);
+            assert_eq!(device.get(results[n].events), expected.events);
+        };
+        let lists = [[3usize, 1], [0, 3]];
+
+        // Both go on from one beginning.
+        let mut call = calls[0];
+        with_workspace(&mut device, &mut call, |call, bytes| unsafe {
+            dla_entries_prefill_workspace(handle, &settings, call, &results[0], bytes)
+        });
+        let (first, from) = (lists[0], [4usize, 4]);
+        let prefill = |call: &Call| unsafe {
+            dla_entries_prefill(handle, &settings, call, from.as_ptr(), first.as_ptr(), 2, &results[0])
+        };
+        assert_eq!(prefill(&call), Status::Ok, "{}", message());
+        let problem = |n: usize| cases[n].problem().unwrap();
+        check(&device, 0, &own.prefill(&problem(0), &from, &first).unwrap());
+        call.workspace.bytes -= 1;
+        assert_eq!(prefill(&call), Status::Workspace);
+
+        let step = |n: usize, list: &[usize]| unsafe {
+            dla_entries_step(handle, &settings, &calls[n], list.as_ptr(), list.len(), &results[n])
+        };
+        for (n, list) in [(1, lists[0]), (2, lists[1]), (1, lists[0]), (3, lists[0])] {
+            assert_eq!(step(n, &list), Status::Ok, "{}", message());
+            check(&device, n, &own.step(&problem(n), &list).unwrap());
+        }
+
+        // Captured for one list, replayed for others; a row may rest.
+        let mut graph = Graph::capture(&engine, || {
+            assert_eq!(step(1, &lists[0]), Status::Ok, "{}", message());
+            let refused = |status, says| {
+                assert!(status == Status::Unexpected && message().contains(says), "{}", message());
+            };
+            refused(step(1, &lists[1]), "dla_entries_set_rows");
+            refused(prefill(&call), "lists of a prefill");
+            Ok(())
+        })
+        .unwrap();
+        for list in [lists[1], lists[0]] {
+            // SAFETY: as above; the arrays are still there.
+            unsafe {
+                let status = dla_entries_set_rows(handle, 2, list.as_ptr(), 2);
+                assert_eq!(status, Status::Ok, "{}", message());
+                graph.replay(&engine).unwrap();
+            }
+            check(&device, 1, &own.step(&problem(1), &list).unwrap());
+        }
+        let before = own.export(&[0, 1, 2, 3]).unwrap();
+        // SAFETY: as above.
+        unsafe {
+            assert_eq!(dla_entries_set_rows(handle, 2, [2usize].as_ptr(), 1), Status::Ok);
+            graph.replay(&engine).unwrap();
+            assert_eq!(dla_entries_reset(handle, 2), Status::Ok);
+        }
+
+        // Out and in.
+        let get = |device: &mut Device<'_>, expected: &Cache| {
+            let to = device.room_of_cache(expected);
+            // SAFETY: as above.
+            let status = unsafe { dla_entries_export(handle, [0, 1, 2, 3].as_ptr(), 4, &to) };
+            assert_eq!(status, Status::Ok, "{}", message());
+            assert_eq!(device.get(to.len), bytes_of(&expected.len));
+            assert_eq!(device.get(to.tokens), bytes_of(&expected.tokens));
+            assert_eq!(device.get(to.drift), bytes_of(&expected.drift));
+            let same = |name: &str, given: Buffer, expected: &[f32]| {
+                let given = device.get_f32(given);
+                let differs = given.iter().zip(expected).position(|(x, y)| x != y);
+                assert!(differs.is_none(), "{name}: first at element {differs:?} of {}", given.len());
+            };
+            same("states", to.states, &expected.states);
+            same("open", to.open, &expected.open);
+            same("keys", to.keys, expected.keys.as_deref().unwrap_or_default());
+            to
+        };
+        let arrays = get(&mut device, &before);
+        for entry in 0..4 {
+            // SAFETY: as above.
+            assert_eq!(unsafe { dla_entries_reset(handle, entry) }, Status::Ok);
+        }
+        // SAFETY: as above; a buffer of the host is refused before it is read.
+        unsafe {
+            let status = dla_entries_import(handle, [0, 1, 2, 3].as_ptr(), 4, &arrays);
+            assert_eq!(status, Status::Ok, "{}", message());
+            let host = vec![0f32; arrays.open.bytes / 4];
+            let mut foreign = arrays;
+            foreign.open.data = host.as_ptr().cast_mut().cast();
+            let status = dla_entries_import(handle, [0, 1, 2, 3].as_ptr(), 4, &foreign);
+            assert!(status == Status::Pointer && message().contains("cache_open: "), "{}", message());
+        }
+        // States of bf16 are rounded on the way in.
+        own.import(&[0, 1, 2, 3], &before).unwrap();
+        let after = own.export(&[0, 1, 2, 3]).unwrap();
+        get(&mut device, &after);
+
+        // Refused, and nothing touched.
+        assert_eq!(step(1, &[0, 5]), Status::Value);
+        assert_eq!(step(1, &[0, 0]), Status::Value);
+        // SAFETY: as above.
+        unsafe { assert_eq!(dla_entries_release(handle, 4), Status::Ok) };
+        assert_eq!(step(1, &[0, 4]), Status::Value, "a freed entry");
+        let elsewhere = Call { stream: std::ptr::null_mut(), ..calls[1] };
+        // SAFETY: as above.
+        unsafe {
+            let list = lists[0].as_ptr();
+            let status = dla_entries_step(handle, &settings, &elsewhere, list, 2, &results[1]);
+            assert!(
+                status == Status::Option && message().contains("stream: expected that of the entries"),
+                "{}",
+                message()
+            );
+        }
+        get(&mut device, &after);
+        // SAFETY: of this library, destroyed once.
+        unsafe { dla_entries_destroy(handle) };
+    }
+}

@@ -313,6 +313,62 @@ fn one(seed: u64, counts: &mut BTreeMap<(&'static str, i32), u64>) -> u64 {
         status == Status::Ok
     };
 
+    // Not of extents that name more than a test should take.
+    let small = [call.dk, call.dv, call.sequences, call.batch, call.value_heads].iter().all(|&x| x < 1000);
+    if small && rng.random_bool(0.25) {
+        (call.cache, results.cache) = (if rng.random_bool(0.05) { call.cache } else { null() }, null());
+        let (count, states) = (pick(rng, &[0, 1, 3, 3, 4]), pick(rng, &[0, 0, 0, 0, 1, 2]));
+        let right = !spoilt && states == 0 && call.cache.is_null();
+        let mut handle = std::ptr::null_mut();
+        // SAFETY: what is not null is as long as it says, here and below.
+        let status = unsafe { dla_entries_create(options, call, count, states, &mut handle) };
+        if !told("entries_create", status, right) {
+            return made;
+        }
+        let taken = rng.random_range(0..=count + 1);
+        for n in 0..taken {
+            let mut entry = usize::MAX;
+            // SAFETY: as above.
+            told("entries_take", unsafe { dla_entries_take(handle, &mut entry) }, n < count);
+        }
+        let rows = if rng.random_bool(0.9) { sequences } else { rng.random_range(0..5) };
+        let list: Vec<usize> =
+            (0..rows).map(|n| if rng.random_bool(0.9) { n } else { extent(rng) }).collect();
+        let right =
+            right && rows == sequences && rows <= taken.min(count) && list.iter().copied().eq(0..rows);
+        let (at, steps) = (list.as_ptr(), rng.random_bool(0.5));
+        // SAFETY: as above.
+        unsafe {
+            let done = if steps {
+                let right =
+                    right && (1..=dla::MOST_STEP_TOKENS).contains(&recipe.time) && recipe.packed.is_none();
+                told("entries_step", dla_entries_step(handle, options, call, at, rows, &results), right)
+            } else {
+                let mut bytes = 0;
+                let asked = dla_entries_prefill_workspace(handle, options, call, &results, &mut bytes);
+                told("entries_prefill_workspace", asked, right);
+                let status = dla_entries_prefill(handle, options, call, at, at, rows, &results);
+                told("entries_prefill", status, right)
+            };
+            for output in outputs.iter().filter(|_| !done) {
+                assert!(output.get().iter().all(|&byte| byte == POISON), "seed {seed}: written, and refused");
+            }
+            let exported = dla_entries_export(handle, at, rows, &last_arrays);
+            told("entries_export", exported, right);
+            let import = if rng.random_bool(0.5) { last_arrays } else { *arrays };
+            told("entries_import", dla_entries_import(handle, at, rows, &import), false);
+            let (one, other) = (rng.random_range(0..5), rng.random_range(0..5));
+            let batch = if rng.random_bool(0.9) { one } else { extent(rng) };
+            told("entries_set_rows", dla_entries_set_rows(handle, batch, at, rows), false);
+            told("entries_copy", dla_entries_copy(handle, one, other), false);
+            told("entries_reset", dla_entries_reset(handle, one), one < taken.min(count));
+            told("entries_release", dla_entries_release(handle, other), other < taken.min(count));
+            told("entries_take", dla_entries_take(handle, &mut 0), false);
+            dla_entries_destroy(handle);
+        }
+        return made;
+    }
+
     // SAFETY: what is not null is as long as it says.
     unsafe {
         let mut bytes = 0;
@@ -364,9 +420,6 @@ fn one(seed: u64, counts: &mut BTreeMap<(&'static str, i32), u64>) -> u64 {
         told("backward_workspace", asked, !spoilt);
         told("backward", dla_backward(options, &replay, &upstream, &wanted), !spoilt);
         let mut handle = std::ptr::null_mut();
-        // Not of extents that name more than a test should take.
-        let small =
-            [call.dk, call.dv, call.sequences, call.batch, call.value_heads].iter().all(|&x| x < 1000);
         if small && told("cache_create", dla_cache_create(options, call, &mut handle), false) {
             let mut view = CacheArrays::ABSENT;
             told("cache_view", dla_cache_view(handle, &mut view), true);

@@ -7,7 +7,7 @@ fn header_is_fresh() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let config = cbindgen::Config::from_file(root.join("cbindgen.toml")).expect("cbindgen.toml");
     let mut builder = cbindgen::Builder::new().with_config(config);
-    for file in ["types.rs", "status.rs", "cache.rs", "lib.rs"] {
+    for file in ["types.rs", "status.rs", "cache.rs", "lib.rs", "entries.rs"] {
         builder = builder.with_src(root.join("src").join(file));
     }
     let mut generated = Vec::new();

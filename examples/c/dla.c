@@ -86,7 +86,8 @@ int main(void) {
     return 1;
   }
 
-  /* The same tokens one at a time, the states in a cache that the library holds. */
+  /* The same tokens one at a time, the states in a cache that the library holds; and as a server does, in an entry, whose states
+     are not moved. */
   dla_call token = call;
   token.time = 1;
   dla_cache *cache;
@@ -98,6 +99,10 @@ int main(void) {
   result.size = sizeof result;
   result.o = floats(one, B * H * D);
   double difference = 0.0;
+  dla_entries *entries;
+  size_t entry;
+  must(dla_entries_create(&options, &token, 4, DLA_STATE_DTYPE_F32, &entries));
+  must(dla_entries_take(entries, &entry));
   for (int t = 0; t < T; t++) {
     token.q = floats(q + t * H * D, H * D);
     token.k = floats(k + t * H * D, H * D);
@@ -106,9 +111,12 @@ int main(void) {
     token.lambda = floats(lambda + t * H * M, H * M);
     must(dla_step(&options, &token, &states, &result));
     for (int i = 0; i < H * D; i++) difference += pow((double)one[i] - o[t * H * D + i], 2);
+    must(dla_entries_step(entries, &options, &token, &entry, 1, &result));
+    for (int i = 0; i < H * D; i++) difference += pow((double)one[i] - o[t * H * D + i], 2);
   }
   uint32_t held = *(uint32_t *)states.len.data;
   dla_cache_destroy(cache);
+  dla_entries_destroy(entries);
   if (!(difference <= 1e-10 * given)) {
     fprintf(stderr, "steps differ from the forward: %g\n", sqrt(difference / given));
     return 1;

@@ -401,6 +401,12 @@ impl Prepared {
         Ok(put(&mut all, tensors, &self.given, true)?.then(|| self.with_tau(all)))
     }
 
+    /// Results of a call that has no cache.
+    fn only_results(&self, outputs: &Bound<'_, PyTuple>) -> PyResult<Results> {
+        let [o, drift, events, lambda] = self.written(outputs)?.map(buffer);
+        Ok(Results { o, drift, events, lambda, ..Results::default() })
+    }
+
     fn written<const N: usize>(&self, tensors: &Bound<'_, PyTuple>) -> PyResult<[Pair; N]> {
         let mut all = [(0, 0); N];
         put(&mut all, tensors, &self.written, false)?;
@@ -472,6 +478,61 @@ impl Prepared {
         Ok(true)
     }
 
+    /// A step of entries, as `forward`; it takes no workspace.
+    fn entries_step(
+        &self,
+        py: Python<'_>,
+        stream: usize,
+        tensors: &Bound<'_, PyTuple>,
+        outputs: &Bound<'_, PyTuple>,
+        held: &Entries,
+        entries: Vec<usize>,
+    ) -> PyResult<bool> {
+        let Some(all) = self.all(tensors)? else { return Ok(false) };
+        let (options, results) = (options(self.settings), self.only_results(outputs)?);
+        let call = call(self.place(stream, (0, 0)), self.extents, twelve(&all));
+        let (list, count) = (entries.as_ptr(), entries.len());
+        // SAFETY: structs are as they say; that the buffers are, dla/torch/_op.py answers for.
+        unlocked(py, || unsafe { dla_entries_step(held.0, &options, &call, list, count, &results) })?;
+        Ok(true)
+    }
+
+    fn entries_prefill_workspace(&self, py: Python<'_>, stream: usize, held: &Entries) -> PyResult<usize> {
+        let options = options(self.settings);
+        let call = call(self.place(stream, (0, 0)), self.extents, twelve(&self.asked()));
+        let [o, drift, events, lambda] = marked(&self.written).map(buffer);
+        let results = Results { o, drift, events, lambda, ..Results::default() };
+        let mut bytes = 0;
+        // SAFETY: structs are as they say; buffers are not read.
+        unlocked(py, || unsafe {
+            dla_entries_prefill_workspace(held.0, &options, &call, &results, &mut bytes)
+        })?;
+        Ok(bytes)
+    }
+
+    /// A prefill of entries, each to itself, as `forward`.
+    #[allow(clippy::too_many_arguments)]
+    fn entries_prefill(
+        &self,
+        py: Python<'_>,
+        stream: usize,
+        workspace: Pair,
+        tensors: &Bound<'_, PyTuple>,
+        outputs: &Bound<'_, PyTuple>,
+        held: &Entries,
+        entries: Vec<usize>,
+    ) -> PyResult<bool> {
+        let Some(all) = self.all(tensors)? else { return Ok(false) };
+        let (options, results) = (options(self.settings), self.only_results(outputs)?);
+        let call = call(self.place(stream, workspace), self.extents, twelve(&all));
+        let (list, count) = (entries.as_ptr(), entries.len());
+        // SAFETY: as in `entries_step`.
+        unlocked(py, || unsafe {
+            dla_entries_prefill(held.0, &options, &call, list, list, count, &results)
+        })?;
+        Ok(true)
+    }
+
     fn backward_workspace(&self, py: Python<'_>, stream: usize) -> PyResult<usize> {
         let all = self.asked();
         let (d_o, d_last, kept) = of_upstream(&marked(&self.upstream));
@@ -517,6 +578,82 @@ impl Prepared {
     }
 }
 
+/// Entries of a decoding cache, freed with the last reference.
+#[pyclass(frozen, module = "dla._native")]
+struct Entries(*mut EntriesHandle);
+
+// SAFETY: calls of several threads take turns in the library.
+unsafe impl Send for Entries {}
+// SAFETY: as above.
+unsafe impl Sync for Entries {}
+
+impl Drop for Entries {
+    fn drop(&mut self) {
+        // SAFETY: of this library, destroyed once; who calls holds a reference.
+        unsafe { dla_entries_destroy(self.0) };
+    }
+}
+
+#[pymethods]
+impl Entries {
+    #[new]
+    fn new(
+        py: Python<'_>,
+        settings: OptionsTuple,
+        place: PlaceTuple,
+        extents: ExtentsTuple,
+        count: usize,
+        states: i32,
+    ) -> PyResult<Self> {
+        let (options, call) = (options(settings), call(place, extents, [(0, 0); 12]));
+        let mut at = std::ptr::null_mut();
+        // SAFETY: structs are as they say; that the stream outlives this, the framework answers for.
+        unlocked(py, || unsafe { dla_entries_create(&options, &call, count, states, &mut at) })?;
+        Ok(Entries(at))
+    }
+
+    fn take(&self, py: Python<'_>) -> PyResult<usize> {
+        let mut entry = 0;
+        // SAFETY: a handle that lives, here and below.
+        unlocked(py, || unsafe { dla_entries_take(self.0, &mut entry) })?;
+        Ok(entry)
+    }
+
+    fn release(&self, py: Python<'_>, entry: usize) -> PyResult<()> {
+        // SAFETY: as above.
+        unlocked(py, || unsafe { dla_entries_release(self.0, entry) })
+    }
+
+    fn reset(&self, py: Python<'_>, entry: usize) -> PyResult<()> {
+        // SAFETY: as above.
+        unlocked(py, || unsafe { dla_entries_reset(self.0, entry) })
+    }
+
+    fn copy(&self, py: Python<'_>, from: usize, to: usize) -> PyResult<()> {
+        // SAFETY: as above.
+        unlocked(py, || unsafe { dla_entries_copy(self.0, from, to) })
+    }
+
+    fn set_rows(&self, py: Python<'_>, batch: usize, entries: Vec<usize>) -> PyResult<()> {
+        // SAFETY: as above; the list is as long as said.
+        unlocked(py, || unsafe { dla_entries_set_rows(self.0, batch, entries.as_ptr(), entries.len()) })
+    }
+
+    /// Into a state's six arrays.
+    fn export(&self, py: Python<'_>, entries: Vec<usize>, to: [Pair; 6]) -> PyResult<()> {
+        let to = cache(to);
+        // SAFETY: as above; that the buffers are, dla/torch/_entries.py answers for.
+        unlocked(py, || unsafe { dla_entries_export(self.0, entries.as_ptr(), entries.len(), &to) })
+    }
+
+    /// From a state's six arrays.
+    fn import_(&self, py: Python<'_>, entries: Vec<usize>, from: [Pair; 6]) -> PyResult<()> {
+        let from = cache(from);
+        // SAFETY: as in `export`.
+        unlocked(py, || unsafe { dla_entries_import(self.0, entries.as_ptr(), entries.len(), &from) })
+    }
+}
+
 /// Raises where no GPU can be used, and says what is missing.
 #[pyfunction]
 fn check_cuda(py: Python<'_>) -> PyResult<()> {
@@ -533,6 +670,7 @@ fn xla_handlers() -> Vec<(&'static str, usize)> {
 fn _native(module: &Bound<'_, PyModule>) -> PyResult<()> {
     module.add("__version__", env!("CARGO_PKG_VERSION"))?;
     module.add_class::<Prepared>()?;
+    module.add_class::<Entries>()?;
     module.add_function(wrap_pyfunction!(forward_workspace, module)?)?;
     module.add_function(wrap_pyfunction!(forward, module)?)?;
     module.add_function(wrap_pyfunction!(backward_workspace, module)?)?;

@@ -379,3 +379,68 @@ def test_plans_of_pytorch(kind, device, emulated_torch):
             device.call("cuCtxSynchronize")
             assert same is first and (first.len.numpy() == 1).all()
             assert_close("o", y.numpy(), o[:, :1].numpy(), 1e-3)
+
+
+@pytest.mark.parametrize("delta,routed,states", [(False, False, "bfloat16"), (True, True, "float32")])
+def test_entries_of_pytorch(delta, routed, states, device, emulated_torch):
+    torch, D, moved = emulated_torch
+    case = Case(56, delta=delta, routed=routed, time=21)
+    heads, capacity, dk, dv = case.shape
+    held = D.Entries(4, value_heads=heads, dk=dk, dv=dv, capacity=capacity, delta=delta, routed=routed, states=states)
+    taken = [held.take() for _ in range(4)]
+    mine, options = [taken[2], taken[0]], {n: x for n, x in case.options.items() if n != "capacity"}
+
+    def run(function, begin, end, entries):
+        given = {n: x for n in GRADIENTS if (x := case.arguments[n]) is not None}
+        given = {n: moved(x if n in ("slope", "bias") else x[:, begin:end]) for n, x in given.items()}
+        a = dict.fromkeys(GRADIENTS) | given
+        route = None if a["slope"] is None else (a["slope"], a["bias"], a["logits"])
+        o = function(*(a[n] for n in GRADIENTS[:6]), route=route, entries=entries, **options)
+        device.call("cuCtxSynchronize")
+        return o.numpy()
+
+    at = [0, 9, 10, 18, 19, 21]
+    o = [run(held.step if begin else held.prefill, begin, end, mine) for begin, end in zip(at, at[1:])]
+    # The decisions of the card, which are those of its forward.
+    positional, keywords = case.call(moved)
+    _, last, log = D.dla(*positional, **keywords, output_final_state=True, return_log=True)
+    device.call("cuCtxSynchronize")
+    positional, keywords = case.call()
+    expected = dla.forward(*positional, **keywords, events=log.events.numpy())
+    bound = 1e-3 if states == "float32" else 5e-3
+    assert_close("o", np.concatenate(o, 1), expected.o, bound)
+    state = held.export(mine)
+    assert (state.len.numpy() == last.len.numpy()).all() and (state.tokens.numpy() == last.tokens.numpy()).all()
+    assert_close("states", state.states.numpy(), expected.state.states, bound)
+    other = [taken[1], taken[3]]
+    held.import_(other, D.State(*(x if x is None else moved(x) for x in state)))
+    again = held.export(other)
+    assert (again.tokens.numpy() == state.tokens.numpy()).all()
+    # bf16 and 8 bits beside it.
+    assert_close("states", again.states.numpy(), state.states.numpy(), 0 if states == "float32" else 1e-4)
+    held.set_rows(2, [taken[0]])
+    with pytest.raises(ValueError, match="entries: .*no row before"):
+        held.set_rows(2, [taken[0]] * 2)
+    with pytest.raises(ValueError, match="entries: "):
+        run(held.step, 0, 1, [taken[0], 9])
+    assert (held.export(mine).states.numpy() == state.states.numpy()).all()
+
+
+def test_entries_of_pytorch_prefill_packed_sequences(device, emulated_torch):
+    torch, D, moved = emulated_torch
+    case = Case(57, delta=True, routed=True, time=30, packed=True)
+    heads, capacity, dk, dv = case.shape
+    held = D.Entries(3, value_heads=heads, dk=dk, dv=dv, capacity=capacity, delta=True, routed=True)
+    mine = [held.take() for _ in range(3)][::-1]
+    positional, keywords = case.call(moved)
+    whole, last = D.dla(*positional, **keywords, output_final_state=True)
+    keywords.pop("capacity")
+    o = held.prefill(*positional, **keywords, entries=mine)
+    device.call("cuCtxSynchronize")
+    assert (o.numpy() == whole.numpy()).all()
+    state = held.export(mine)
+    assert (state.len.numpy() == last.len.numpy()).all() and (state.states.numpy() == last.states.numpy()).all()
+    # One too few, and nothing is written.
+    with pytest.raises(ValueError, match="entries: .*one entry a row, 3"):
+        held.prefill(*positional, **keywords, entries=mine[:2])
+    assert (held.export(mine).states.numpy() == state.states.numpy()).all()

@@ -492,6 +492,151 @@ def test_a_step_replays(delta, routed):
     assert (state.states == expected.states).all() and (state.tokens == expected.tokens).all()
 
 
+def entries_of(case, device="cpu", count=5, **named):
+    heads, capacity, dk, dv = case.shape
+    a = case.arguments
+    named = dict(delta=a["beta"] is not None, routed=a["slope"] is not None) | named
+    return D.Entries(count, value_heads=heads, dk=dk, dv=dv, capacity=capacity, device=device, **named)
+
+
+def on_entries(case, function, given, begin, end, entries, **named):
+    """`function` over tokens `begin` to `end`."""
+    a = dict.fromkeys(GRADIENTS) | {n: x if n in ("slope", "bias") else x[:, begin:end] for n, x in given.items()}
+    route = None if a["slope"] is None else (a["slope"], a["bias"], a["logits"])
+    options = {n: x for n, x in case.options.items() if n != "capacity"}
+    return function(*(a[name] for name in GRADIENTS[:6]), route=route, entries=entries, **options, **named)
+
+
+@device
+@pytest.mark.parametrize("delta,routed", [(False, False), (True, True)])
+def test_entries_are_one_call(delta, routed, device):
+    case = Case(41, delta=delta, routed=routed, time=40)
+    given = tensors(case, device)
+    whole, last = call(case, given, output_final_state=True)
+    held = entries_of(case, device)
+    taken = [held.take() for _ in range(4)]
+    mine = [taken[3], taken[1]]
+    o, at = [on_entries(case, held.prefill, given, 0, 21, mine)], 21
+    for tokens in (1, 8, 1, 1, 3, 2, 1, 2):
+        o.append(on_entries(case, held.step, given, at, at + tokens, mine))
+        at += tokens
+    assert at == 40
+    bound = 1e-4 if device == "cpu" else 1e-3
+    assert_close("o", torch.cat(o, 1).cpu(), whole.cpu(), bound)
+    state = held.export(mine)
+    assert_close("states", state.states.cpu(), last.states.cpu(), bound)
+    assert (state.len == last.len).all() and (state.keys is None) == (not routed)
+
+    # In again by other entries, and copied, they go on alike.
+    held.import_([taken[0], taken[2]], state)
+    held.copy(taken[0], mine[1])
+    held.copy(mine[1], taken[2])
+    one = {n: x if n in ("slope", "bias") else x[:1] for n, x in given.items()}
+    ys = [on_entries(case, held.step, one, 0, 1, [entry]) for entry in (mine[0], taken[0], taken[2], mine[1])]
+    assert_close("o", ys[1].cpu(), ys[0].cpu(), bound)
+    assert (ys[2] == ys[1]).all() and (ys[3] == ys[1]).all()
+    held.reset(taken[0])
+    assert (held.export([taken[0]]).len == 0).all()
+    first = on_entries(case, held.step, one, 0, 1, [taken[0]])
+    assert_close("o", first.cpu(), whole[:1, :1].cpu(), bound)
+
+
+@device
+def test_entries_prefill_packed_sequences(device):
+    case = Case(42, delta=True, routed=False, time=30, packed=True)
+    given = tensors(case, device)
+    whole, last = call(case, given, output_final_state=True)
+    held = entries_of(case, device, count=3)
+    mine = [held.take() for _ in range(3)][::-1]
+    offsets = torch.tensor(case.arguments["cu_seqlens"], device=device)
+    o = on_entries(case, held.prefill, given, 0, 30, mine, cu_seqlens=offsets)
+    assert_close("o", o.cpu(), whole.cpu(), 1e-4 if device == "cpu" else 1e-3)
+    assert (held.export(mine).len == last.len).all()
+
+
+def test_entries_say_what_is_wrong():
+    case = Case(43, delta=False, routed=False, time=9)
+    given = tensors(case, "cpu")
+    held = entries_of(case, count=3)
+    mine = [held.take(), held.take()]
+    on_entries(case, held.step, given, 0, 1, mine)
+    before = held.export(mine)
+
+    def refused(kind, match, function, *arguments, **named):
+        with pytest.raises(kind, match=match):
+            function(*arguments, **named)
+        for x, y in zip(before, held.export(mine)):
+            assert x is y or (x == y).all()
+
+    def step(entries, begin=1, end=2, **changed):
+        return on_entries(case, held.step, {**given, **changed}, begin, end, entries)
+
+    refused(ValueError, "entries: .*entry 7", step, [0, 7])
+    refused(ValueError, "entries: .*no row before", step, [0, 0])
+    refused(ValueError, "entries: .*taken", step, [0, 2])
+    refused(ValueError, "entries: .*one entry a row, 2", step, [0])
+    refused(ValueError, "entries: .*-1", step, [0, -1])
+    refused(TypeError, "entries: ", step, 0)
+    refused(TypeError, "entries: ", step, [0, "1"])
+    refused(ValueError, "q: .*1 to 8", step, mine, 0, 9)
+    refused(ValueError, "entries: .*one entry a row, 2", on_entries, case, held.prefill, given, 1, 9, [0])
+    refused(ValueError, "recurrence: ", step, mine, beta=given["g"].abs())
+    refused(ValueError, "v: .*dv", step, mine, v=given["v"][..., :8])
+    refused(TypeError, "k: ", step, mine, k=given["k"].double())
+    refused(ValueError, "entry: ", held.release, 2)
+    refused(TypeError, "entry: ", held.release, None)
+    refused(ValueError, "to: ", held.copy, 0, 2)
+    assert held.take() == 2
+    with pytest.raises(ValueError, match="all 3 are taken"):
+        held.take()
+    refused(ValueError, "state.states: ", held.import_, [2], before)
+    refused(TypeError, "state.len: ", held.import_, mine, before._replace(len=before.len.float()))
+    refused(ValueError, "cache_len|len", held.import_, mine, before._replace(len=before.len + 99))
+    with pytest.raises(ValueError, match="states: "):
+        entries_of(case, states="float16")
+    with pytest.raises(ValueError, match="states: .*CPU"):
+        entries_of(case, states="bfloat16")
+    with pytest.raises(ValueError, match="capacity: "):
+        D.Entries(1, value_heads=1, dk=8, dv=8, capacity=65)
+    with pytest.raises(TypeError, match="count: "):
+        D.Entries(1.5, value_heads=1, dk=8, dv=8)
+    with pytest.raises(ValueError, match="dk: "):
+        D.Entries(1, value_heads=1, dk=0, dv=8)
+
+
+@cuda
+@pytest.mark.parametrize("states", ["float32", "bfloat16"])
+def test_a_step_of_entries_replays_for_others(states):
+    case = Case(44, delta=True, routed=True, time=12, dk=64, dv=64)
+    given = tensors(case, "cuda", torch.bfloat16)
+    token = {n: (x if n in ("slope", "bias") else x[:, :1].clone()) for n, x in given.items()}
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        held, same = (entries_of(case, "cuda", states=states) for _ in range(2))
+        taken = [held.take() for _ in range(4)]
+        assert [same.take() for _ in range(4)] == taken
+        on_entries(case, held.step, token, 0, 1, taken[:2])
+        held.reset(taken[0])
+        held.reset(taken[1])
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=side):
+        o = on_entries(case, held.step, token, 0, 1, taken[:2])
+    with torch.cuda.stream(side):
+        for t in range(12):
+            mine = taken[:2] if t % 3 else taken[2:]
+            for name, x in token.items():
+                if name not in ("slope", "bias"):
+                    x.copy_(given[name][:, t : t + 1])
+            held.set_rows(2, mine)
+            graph.replay()
+            assert (o == on_entries(case, same.step, given, t, t + 1, mine)).all()
+    torch.cuda.synchronize()
+    with pytest.raises(ValueError, match="stream: "):
+        on_entries(case, held.step, token, 0, 1, taken[:2])
+
+
 @cuda
 def test_two_streams():
     one, other = (Case(seed, delta=False, routed=False, time=3000, dk=64, dv=64) for seed in (34, 35))

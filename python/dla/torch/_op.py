@@ -284,6 +284,11 @@ def _tau(number, heads, device, may_make):
     return found
 
 
+def stream_of(device, index):
+    """PyTorch's current stream on a GPU."""
+    return _raw_stream(index) if _raw_stream else torch.cuda.current_stream(device).cuda_stream
+
+
 def _site(x):
     """Device of a tensor, its index, whether it is a GPU."""
     return x.device, x.device.index, x.is_cuda
@@ -322,7 +327,7 @@ class _Prepared:
             (options.codes, options.numbers), (1, self.index) if self.cuda else (0, 0), (_DTYPES[q.dtype], tuple(e)),
             given, 0 if self.tau is None else self.tau.data_ptr(), beside, sizes,
         )
-        self.call, self.query = getattr(native, kind), getattr(native, f"{kind}_workspace")
+        self.call, self.query = getattr(native, kind), getattr(native, f"{kind}_workspace", None)
         self.bytes = None
 
     def launch(self, *arrays):
@@ -336,7 +341,7 @@ class _Prepared:
         return self._launch(arrays)
 
     def _launch(self, arrays):
-        stream = _raw_stream(self.index) if _raw_stream else torch.cuda.current_stream(self.device).cuda_stream
+        stream = stream_of(self.device, self.index)
         size = self.bytes
         if size is None:
             size = self.bytes = self.query(stream)
@@ -436,6 +441,51 @@ class StepPlan(_Prepared):
                     raise ValueError(f"state.{name}: expected a contiguous tensor at a multiple of {_ALIGNMENT} bytes")
             self.launch(tuple([_ready(x) for x in tensors]), outputs)
         return outputs
+
+
+class _EntriesPlan(_Prepared):
+    """A call on entries, which has one result."""
+
+    kind = None
+
+    def __init__(self, tensors, codes, numbers):
+        q, v = tensors[0], tensors[2]
+        written = [(0, (*q.shape[:2], *v.shape[2:]), q.dtype)]
+        super().__init__(self.kind, tensors, codes, numbers, written, eager=True)
+
+    def run(self, tensors, held, entries):
+        """`tensors`: all eighteen. o."""
+        empty, shape = self.outputs[0]
+        outputs = (empty(shape),)
+        if not self.launch(tensors, outputs, held, entries):
+            tensors = tuple([_ready(x) for x in tensors])
+            self.launch(tensors, outputs, held, entries)
+        return outputs[0]
+
+
+class EntriesStepPlan(_EntriesPlan):
+    """A step of entries."""
+
+    kind = "entries_step"
+
+    def launch(self, *arrays):
+        if not self.cuda:
+            return self.call(0, *arrays)
+        return super().launch(*arrays)
+
+    def _launch(self, arrays):
+        return self.call(stream_of(self.device, self.index), *arrays)
+
+
+class EntriesPrefillPlan(_EntriesPlan):
+    """A forward from entries to themselves."""
+
+    kind = "entries_prefill"
+
+    def _launch(self, arrays):
+        if self.bytes is None:
+            self.bytes = self.query(stream_of(self.device, self.index), arrays[2])
+        return super()._launch(arrays)
 
 
 class Direct(torch.autograd.Function):
