@@ -4,7 +4,7 @@ use crate::call::{self, Arguments, CacheOf, Parsed, Place, ResultsOf, Wanted, ca
 use crate::cuda::{self, ALIGNMENT, Key, Rest};
 use crate::status::{Outcome, guarded};
 use crate::types::{CacheArrays, Call, CallOptions, Results, StateDtypeCode, Status};
-use crate::{answer, cpu, parse};
+use crate::{addressed, answer, cpu, parse};
 use dla::cuda::cudarc::driver::sys::{self, CUresult};
 use dla::cuda::{Engine, Memory, PrefillPlan, Rows, StepPlan};
 use dla::{Entries, EntrySpec, Error, MOST_STEP_TOKENS, Read, StateDtype};
@@ -478,9 +478,7 @@ unsafe fn list<'a>(name: &'static str, at: *const usize, count: usize) -> Outcom
 /// # Safety
 /// `at` is null or such a struct.
 unsafe fn arrays<'a>(at: *const CacheArrays) -> Outcome<&'a CacheArrays> {
-    if at.is_null() || !at.is_aligned() {
-        return Err(Error::Missing { name: "cache", why: "its address is null" }.into());
-    }
+    addressed("cache", at)?;
     // SAFETY: aligned, and as the caller says.
     Ok(unsafe { &*at })
 }
@@ -500,9 +498,7 @@ pub unsafe extern "C" fn dla_entries_create(
     entries: *mut *mut EntriesHandle,
 ) -> Status {
     guarded(|| {
-        if entries.is_null() || !entries.is_aligned() {
-            return Err(Error::Missing { name: "entries", why: "its address is null" }.into());
-        }
+        addressed("entries", entries)?;
         // SAFETY: aligned, and as the caller says.
         unsafe { entries.write(std::ptr::null_mut()) };
         // SAFETY: as the caller says.
@@ -549,9 +545,7 @@ pub unsafe extern "C" fn dla_entries_destroy(entries: *mut EntriesHandle) {
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn dla_entries_take(entries: *mut EntriesHandle, entry: *mut usize) -> Status {
     guarded(|| {
-        if entry.is_null() || !entry.is_aligned() {
-            return Err(Error::Missing { name: "entry", why: "its address is null" }.into());
-        }
+        addressed("entry", entry)?;
         // SAFETY: as the caller says.
         let mut held = unsafe { held(entries) }?;
         let taken = held.engines().take()?;

@@ -63,9 +63,7 @@ pub unsafe extern "C" fn dla_options_init(options: *mut CallOptions, size: usize
             let (expected, given) = (format!("{} bytes", size_of::<CallOptions>()), format!("{size} bytes"));
             return Err(Error::Shape { name: "options", expected, given }.into());
         }
-        if options.is_null() || !options.is_aligned() {
-            return Err(Error::Missing { name: "options", why: "its address is null" }.into());
-        }
+        addressed("options", options)?;
         // SAFETY: aligned, and as the caller says.
         unsafe { options.write(CallOptions::default()) };
         Ok(())
@@ -87,11 +85,17 @@ unsafe fn parse<'a>(options: *const CallOptions, call: *const Call) -> Outcome<P
 /// # Safety
 /// `to` is null or points to a `size_t`.
 unsafe fn answer(to: *mut usize, bytes: usize) -> Outcome<()> {
-    if to.is_null() || !to.is_aligned() {
-        return Err(Error::Missing { name: "bytes", why: "its address is null" }.into());
-    }
+    addressed("bytes", to)?;
     // SAFETY: aligned, and as the caller says.
     unsafe { to.write(bytes) };
+    Ok(())
+}
+
+/// There is something at an address, as far as it says itself.
+fn addressed<T>(name: &'static str, at: *const T) -> Outcome<()> {
+    if at.is_null() || !at.is_aligned() {
+        return Err(Error::Missing { name, why: "its address is null" }.into());
+    }
     Ok(())
 }
 
@@ -277,9 +281,7 @@ pub unsafe extern "C" fn dla_cache_create(
     cache: *mut *mut CacheHandle,
 ) -> Status {
     guarded(|| {
-        if cache.is_null() || !cache.is_aligned() {
-            return Err(Error::Missing { name: "cache", why: "its address is null" }.into());
-        }
+        addressed("cache", cache)?;
         // SAFETY: aligned, and as the caller says.
         unsafe { cache.write(std::ptr::null_mut()) };
         // SAFETY: as the caller says.

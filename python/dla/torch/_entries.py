@@ -210,11 +210,7 @@ class Entries:
             self._checked(tensors, number, options)
             raise NotImplementedError("entries: not expected in a compiler, a mode or a transform, or with a tensor's subclass")
         key = (kind, number, self._options.capacity, *options, *described)
-        try:
-            plan = _op.planned(key)
-        except TypeError:
-            # An option that cannot be looked up: the check has its name.
-            plan = None
+        plan = _op.planned(key)
         if plan is None:
             plan = _op.remember(key, kind(tensors, *self._checked(tensors, number, options)))
         return plan.run(tensors, self._held, entries)

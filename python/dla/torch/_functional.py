@@ -182,11 +182,7 @@ def dla(
             "eager forward", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, soft, output_final_state,
             return_log, enabled, *described,
         )
-        try:
-            plan = _op.planned(key)
-        except TypeError:
-            # An option that cannot be looked up: the check has its name.
-            plan = None
+        plan = _op.planned(key)
         if plan is None:
             checked = _check(tensors, number, **options())
             differentiated = enabled and any(x is not None and x.requires_grad for x in tensors)
@@ -242,11 +238,7 @@ def step(
     described = _op.plainly_described(tensors)
     if described is not None:
         key = ("eager step", number, merge, slot_order, capacity, use_qk_l2norm_in_kernel, scale, *described)
-        try:
-            plan = _op.planned(key)
-        except TypeError:
-            # An option that cannot be looked up: the check has its name.
-            plan = None
+        plan = _op.planned(key)
         if plan is None:
             plan = _op.remember(key, _op.StepPlan(tensors, *_check(tensors, number, **options()), False, True))
         (o,) = plan.run(tensors)
