@@ -31,8 +31,9 @@
 // token that is not zero, with |R|^2 taken from R itself at every update and the log decay since: c asks no
 // scale, and what strong decay leaves of a segment is far below f32.
 //
-// Numerics: k and v are exact in their planes (f32: three, elsewhere two, since a soft boundary's gradient takes drift's error
-// over its temperature); R and the decayed keys take two planes, of f32 three. Decisions are those of src/events.rs, bit for bit. The product |k| |v| must lie within 1e-19 and 1e19.
+// Numerics: k and v are exact in their planes, of f32 three, since a soft boundary's gradient takes the drift's error over its
+// temperature; R and the decayed keys take two planes, of f32 three. Decisions are those of src/events.rs, bit for bit. The
+// product |k| |v| must lie within 1e-19 and 1e19.
 //
 // Shared memory: segment_gram 36,096 bytes at dk = dv = 128 (bf16, k and v whole; else 28,928), segment 11,472 a row.
 // Workspace 142 bytes a token and head, 128 of them for the walks, of which a walk of one step fills 4. Registers: at
@@ -1411,8 +1412,8 @@ DEVICE void segment(const SegmentParams& p) {
 }  // namespace dla
 
 // Registers a thread (nvcc 13.0.88, no spills, no stack), sm_80 / 90a / 100 / 120: segment_gram bf16 90 / 94 / 96 /
-// 96, f16 131 / 135 / 148 / 149, f32 137 / 141 / 158 / 159; segment bf16 80 / 80 / 101 / 108, f16 and f32 94 / 93 /
-// 109 / 116 at most.
+// 96, f16 131 / 135 / 148 / 149, f32 144 / 145 / 142 / 142; segment bf16 80 / 80 / 101 / 108, f16 and f32 94 / 93 /
+// 114 / 123 at most.
 #define KERNELS(suffix, T)                                                                                      \
     KERNEL BLOCK_OF(dla::SEGMENT_THREADS) segment_gram_##suffix(const __grid_constant__ dla::SegmentParams p) { \
         dla::segment_gram<dla::T>(p);                                                                           \

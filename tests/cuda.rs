@@ -744,6 +744,31 @@ fn random_cases() {
     });
 }
 
+/// Offsets that name one sequence of all tokens, whole chunks of them: no block has more than that sequence.
+#[test]
+fn a_lone_packed_sequence() {
+    let Some(engine) = engine() else { return };
+    let record = Record::of("a_lone_packed_sequence");
+    for dtype in DTYPES {
+        for recurrence in RECURRENCES {
+            let recipe = Recipe {
+                options: Options { recurrence, read: Read::Routed, ..Options::default() },
+                time: 64,
+                packed: Some(vec![64]),
+                heads: 3,
+                value_heads: 9,
+                dk: 64,
+                dv: 64,
+                dtype,
+                ..Recipe::default()
+            };
+            let case = recipe.draw(first_seed());
+            let problem = case.problem().unwrap();
+            judge(&problem, &engine.forward(&problem).unwrap(), &case.describe(), &record);
+        }
+    }
+}
+
 /// Two runs, another stream, another order, the host's way in and a replayed graph all give the same bits.
 #[test]
 fn same_bits_however_it_is_run() {

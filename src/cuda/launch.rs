@@ -281,7 +281,7 @@ impl<'a> Stages<'a> {
             logit_columns: self.inputs.logit_columns as i32,
             qk_l2norm: self.plan.qk_l2norm.into(),
         };
-        let (time, packed) = (self.plan.shape.time, self.inputs.cu_seqlens != 0);
+        let (time, packed) = (self.plan.shape.time, self.extents.cu_seqlens != 0);
         let blocks = self.plan.geometry.route_blocks(time, packed, window.start, window.end);
         // At most those of all tokens, which the plan has counted.
         let kernel = Kernel { blocks: (blocks as u32).min(route.blocks), ..*route };
